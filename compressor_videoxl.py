@@ -1,0 +1,210 @@
+"""From a tower's frame features to visual tokens: dynamic token synthesis (DTS), projector and pooling.
+
+What is surprising, all of it load-bearing because the published weights were trained with it (Video-XL-2, arXiv 2506.19225;
+public reference `sae.py`, `sae_utils.py`, `attention_temporal_videoae.py`):
+* Grouping re-reads memory: four frames stacked as [4, C, h, w] are *viewed* as [C, 4, h, w]. What the module calls "time" is
+  the channel index modulo 4, and a "channel" is (frame in group, channel div 4).
+* The relative-position term of the temporal attention is transposed: logit (i, j) uses the query at j and the offset i - j.
+* The 3-D convolutions pad time in front only (replicating), and nothing non-linear stands between the layers.
+* The projector runs on every cell, pooling comes after it; the two do not commute because of the GELU.
+
+Groups never see each other, so any split into whole groups gives the same tokens.
+
+B batch of groups (= G in a chunk), F frames, G groups of `frames_per_group` frames, P patches of the tower, C channels,
+T time steps left in a group, S side of the resized grid, N = (S / pool)^2 tokens per group.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+def resize_feature_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Resizes each frame's square grid of features bilinearly (no antialias, corners not aligned, in float32).
+
+    Args:
+        features: [F, P, C], P a square number, row-major.
+        grid_size: S, the new side.
+
+    Returns:
+        [F, C, S, S] in the dtype of `features`.
+    """
+    side = int(features.shape[1] ** 0.5)
+    if side * side != features.shape[1]:
+        raise ValueError(f"the tower's {features.shape[1]} patches do not form a square grid")
+    grid = rearrange(features, "f (y x) c -> f c y x", y=side)
+    resized = F.interpolate(grid.float(), size=(grid_size, grid_size), mode="bilinear", align_corners=False)
+    return resized.to(features.dtype)
+
+
+def pad_to_whole_groups(frames: torch.Tensor, frames_per_group: int) -> torch.Tensor:
+    """Repeats the last entry of the first axis until its length is a multiple of `frames_per_group`."""
+    missing = -frames.shape[0] % frames_per_group
+    if missing == 0:
+        return frames
+    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
+
+
+def group_frames(grids: torch.Tensor, frames_per_group: int) -> torch.Tensor:
+    """Views whole groups of frames as volumes, in the published memory order (see the module docstring).
+
+    Args:
+        grids: [G * frames_per_group, C, S, S].
+
+    Returns:
+        [G, C, frames_per_group, S, S].
+    """
+    t = frames_per_group
+    return rearrange(grids, "(g f) (q t) y x -> g (f q) t y x", f=t, t=t)
+
+
+class VideoXLGroupNorm(nn.GroupNorm):
+    """Group normalisation with statistics in float32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # override: half-precision statistics overflow on the tower's large activations
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.group_norm(hidden_states.float(), self.num_groups, weight, bias, self.eps)
+        return normed.to(hidden_states.dtype)
+
+
+class VideoXLSpatialAttention(nn.Module):
+    """Single-head attention over the cells of one time step, with a residual. [B, C, T, S, S] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = config.hidden_size
+        self.scale = channels**-0.5
+        self.norm = VideoXLGroupNorm(config.norm_groups, channels, eps=config.norm_eps)
+        self.q = nn.Conv3d(channels, channels, kernel_size=1)
+        self.k = nn.Conv3d(channels, channels, kernel_size=1)
+        self.v = nn.Conv3d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv3d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, time, height, width = hidden_states.shape
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            rearrange(layer(normed), "b c t y x -> (b t) (y x) c") for layer in (self.q, self.k, self.v)
+        )
+        # The dot product runs over all channels: in half precision it overflows, scaled or not.
+        logits = torch.matmul(query.float() * self.scale, key.float().transpose(1, 2))
+        attended = torch.matmul(logits.softmax(dim=-1).to(value.dtype), value)
+        attended = rearrange(attended, "(b t) (y x) c -> b c t y x", b=batch, t=time, y=height, x=width)
+        return hidden_states + self.proj_out(attended)
+
+
+class VideoXLRelativePosition(nn.Module):
+    """Table of learned vectors for clipped offsets -max..max between time steps."""
+
+    def __init__(self, max_relative_position: int, channels: int):
+        super().__init__()
+        self.max_relative_position = max_relative_position
+        self.embeddings_table = nn.Parameter(torch.empty(2 * max_relative_position + 1, channels))
+
+    def forward(self, length: int) -> torch.Tensor:
+        """Vectors R[i, j] of the offset j - i: [length, length, C]."""
+        steps = torch.arange(length, device=self.embeddings_table.device)
+        offset = (steps[None, :] - steps[:, None]).clamp(-self.max_relative_position, self.max_relative_position)
+        return self.embeddings_table[offset + self.max_relative_position]
+
+
+class VideoXLTemporalAttention(nn.Module):
+    """Single-head attention over the time steps of one cell, with a residual. [B, C, T, S, S] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels = config.hidden_size
+        self.scale = channels**-0.25
+        self.norm = VideoXLGroupNorm(config.norm_groups, channels, eps=config.norm_eps)
+        self.qkv = nn.Conv1d(channels, 3 * channels, kernel_size=1)
+        self.relative_position_k = VideoXLRelativePosition(config.max_relative_position, channels)
+        self.relative_position_v = VideoXLRelativePosition(config.max_relative_position, channels)
+        self.proj_out = nn.Conv1d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, time, height, width = hidden_states.shape
+        cells = rearrange(hidden_states, "b c t y x -> (b y x) c t")
+        query, key, value = rearrange(self.qkv(self.norm(cells)), "n (three c) t -> three n t c", three=3)
+        query, key = query.float() * self.scale, key.float() * self.scale
+        # Transposed relative term: row i, column j takes the query at j and the vector of offset i - j, R_k[j, i].
+        relative = torch.einsum("n j c, j i c -> n i j", query, self.relative_position_k(time).float())
+        weights = (torch.matmul(query, key.transpose(1, 2)) + relative).softmax(dim=-1).to(value.dtype)
+        attended = torch.matmul(weights, value)
+        attended = attended + torch.einsum("n i j, i j c -> n i c", weights, self.relative_position_v(time))
+        projected = self.proj_out(attended.transpose(1, 2))
+        return hidden_states + rearrange(projected, "(b y x) c t -> b c t y x", b=batch, y=height, x=width)
+
+
+class VideoXLTimeHalvingConv(nn.Module):
+    """3-D convolution that keeps height and width and halves time, with replicate padding. [B, C, T, S, S] -> T / 2."""
+
+    def __init__(self, config):
+        super().__init__()
+        stride = (2, 1, 1)
+        self.conv = nn.Conv3d(config.hidden_size, config.hidden_size, config.kernel_size, stride=stride)
+        # kernel - stride per axis, the larger half in front; F.pad wants the last axis first.
+        padding = [((config.kernel_size - s + 1) // 2, (config.kernel_size - s) // 2) for s in reversed(stride)]
+        self.padding = [side for pair in padding for side in pair]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(hidden_states.float(), self.padding, mode="replicate").to(hidden_states.dtype)
+        return self.conv(padded)
+
+
+class VideoXLDynamicTokenSynthesis(nn.Module):
+    """DTS: merges each group of frames into one grid of features.
+
+    Frame features [F, P, C] -> [G, S * S, C], G = ceil(F / frames_per_group); the last group is filled by repeating the last
+    frame, so a single image is a group of equal frames.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.temporal_encoding = nn.Parameter(torch.empty(config.frames_per_group, config.hidden_size))
+        layers = []
+        for _ in range(config.frames_per_group.bit_length() - 1):
+            layers += [VideoXLSpatialAttention(config), VideoXLTemporalAttention(config), VideoXLTimeHalvingConv(config)]
+        self.encoder = nn.ModuleList(layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        frames_per_group = self.config.frames_per_group
+        grids = pad_to_whole_groups(resize_feature_grid(features, self.config.grid_size), frames_per_group)
+        hidden_states = group_frames(grids, frames_per_group)
+        hidden_states = hidden_states + rearrange(self.temporal_encoding, "t c -> c t 1 1")
+        for layer in self.encoder:
+            hidden_states = layer(hidden_states)
+        return rearrange(hidden_states, "g c 1 y x -> g (y x) c")
+
+
+class VideoXLMultiModalProjector(nn.Module):
+    """Two-layer MLP into the language model's width, then average pooling. [G, S * S, C] -> [G, N, hidden]."""
+
+    def __init__(self, config, text_hidden_size: int):
+        super().__init__()
+        self.grid_size, self.pool_size = config.grid_size, config.projector_pool_size
+        self.linear_1 = nn.Linear(config.hidden_size, text_hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected = self.linear_2(self.act(self.linear_1(features)))
+        grid = rearrange(projected, "g (y x) c -> g c y x", y=self.grid_size)
+        return rearrange(F.avg_pool2d(grid, self.pool_size), "g c y x -> g (y x) c")
+
+
+COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis}
+
+
+def build_compressor(config) -> nn.Module:
+    """The compressor that `config.compressor_type` names.
+
+    Raises:
+        ValueError: If the slot has no such value.
+    """
+    if config.compressor_type not in COMPRESSORS:
+        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r}")
+    return COMPRESSORS[config.compressor_type](config)

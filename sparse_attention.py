@@ -1,0 +1,324 @@
+"""Who may see whom: where videos lie in a sequence, the chunk plan of sparse prefill, and the attention that follows it.
+
+What is surprising:
+* One rule covers all modes. A *visual* key is hidden from a query of the same video that is more than `window_chunks` chunks
+  later, and from every query of another video; text and timestamps are visible to all that follow. Queries that are text
+  see everything before them; in `mask` mode so do timestamp queries (rule e of the reference), in `streaming` mode they are
+  treated like any token of their chunk. Everything is causal, also inside a chunk.
+* The plan is a list of `AttentionStep`s. A step's keys are some gathered positions, then a contiguous run that ends with the
+  queries themselves, so "causal, aligned at the lower right" is all the masking that is left and no L x L tensor exists.
+* Visibility depends on positions alone. Any split of a sequence into calls, also in the middle of a chunk, is the same model.
+
+The reference's rules (public Video-XL-2 code, `w_chunk`), for one prefix token P, four groups of one timestamp T and one
+visual token V, one group per chunk, a window of one chunk, and a question Q; rows are queries, `mask` mode on the left and
+`streaming` (no rule e) on the right:
+
+        P T V T V T V T V Q           P T V T V T V T V Q
+    P   1 0 0 0 0 0 0 0 0 0       P   1 0 0 0 0 0 0 0 0 0     a) the prefix is visible to all
+    T   1 1 0 0 0 0 0 0 0 0       T   1 1 0 0 0 0 0 0 0 0     b) text after the video sees everything
+    V   1 1 1 0 0 0 0 0 0 0       V   1 1 1 0 0 0 0 0 0 0     c) a chunk sees itself and the window before it
+    T   1 1 1 1 0 0 0 0 0 0       T   1 1 1 1 0 0 0 0 0 0     d) timestamps are visible to all later tokens
+    V   1 1 1 1 1 0 0 0 0 0       V   1 1 1 1 1 0 0 0 0 0     e) timestamps see everything before them
+    T   1 1 1 1 1 1 0 0 0 0       T   1 1 0 1 1 1 0 0 0 0
+    V   1 1 0 1 1 1 1 0 0 0       V   1 1 0 1 1 1 1 0 0 0
+    T   1 1 1 1 1 1 1 1 0 0       T   1 1 0 1 0 1 1 1 0 0
+    V   1 1 0 1 0 1 1 1 1 0       V   1 1 0 1 0 1 1 1 1 0
+    Q   1 1 1 1 1 1 1 1 1 1       Q   1 1 1 1 1 1 1 1 1 1
+
+B batch (1 on the sparse path), H query heads, K key-value heads, L sequence, n queries of a step, D head size.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Queries per attention call where a mask has to be built: bounds the mask to this many rows of keys.
+MAX_STEP_QUERIES = 1024
+
+
+class GroupSpan(NamedTuple):
+    """One group of frames in the sequence: timestamp [start, visual_start), visual tokens [visual_start, end)."""
+
+    start: int
+    visual_start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """Where the videos lie in one sequence.
+
+    Args:
+        videos: Per video, in order, its groups as `GroupSpan`s; the groups of a video are adjacent.
+        length: Tokens in the whole sequence.
+    """
+
+    videos: tuple[tuple[GroupSpan, ...], ...] = ()
+    length: int = 0
+
+    @classmethod
+    def from_ids(
+        cls, input_ids, groups_per_video, tokens_per_group, video_token_id, time_start_token_id, time_end_token_id, offset=0
+    ) -> "VisualLayout":
+        """Finds the groups of one unpadded sequence.
+
+        Placeholders decide where visual tokens are; the timestamp of a group is the text from the last
+        `time_start_token_id` before it, if the token just before its placeholders is `time_end_token_id`. So these ids may
+        occur anywhere else, in a question for instance, without meaning.
+
+        Args:
+            input_ids: [L] ids, on any device.
+            groups_per_video: Number of groups of each video, in order of appearance.
+            offset: Position of the first id.
+
+        Raises:
+            ValueError: If the number of placeholders is not the number of visual tokens, or placeholders of a group are
+                torn apart.
+        """
+        ids = input_ids.tolist()
+        is_placeholder = [token == video_token_id for token in ids]
+        found, expected = sum(is_placeholder), sum(groups_per_video) * tokens_per_group
+        if found != expected:
+            raise ValueError(
+                f"the prompt has {found} video placeholders (id {video_token_id}), but its videos have {expected} visual "
+                f"tokens ({sum(groups_per_video)} groups of {tokens_per_group}). Build the prompt with the processor, and "
+                "keep the placeholder out of the text."
+            )
+        videos, cursor = [], 0
+        for group_count in groups_per_video:
+            groups = []
+            for index in range(group_count):
+                visual_start = is_placeholder.index(True, cursor)
+                end = visual_start + tokens_per_group
+                if not all(is_placeholder[visual_start:end]):
+                    raise ValueError(f"the {tokens_per_group} placeholders of a group must be adjacent (at {visual_start})")
+                start = visual_start
+                if time_start_token_id is not None and visual_start > cursor and ids[visual_start - 1] == time_end_token_id:
+                    before = range(visual_start - 1, cursor - 1, -1)
+                    start = next((i for i in before if ids[i] == time_start_token_id), visual_start)
+                if index and start != cursor:
+                    raise ValueError(f"the groups of one video must be adjacent; there is text in front of position {start}")
+                groups.append(GroupSpan(start + offset, visual_start + offset, end + offset))
+                cursor = end
+            videos.append(tuple(groups))
+        return cls(tuple(videos), len(ids) + offset)
+
+    def then(self, other: "VisualLayout") -> "VisualLayout":
+        """This layout followed by another one whose positions continue it."""
+        return VisualLayout(self.videos + other.videos, other.length)
+
+    @property
+    def groups(self) -> list[GroupSpan]:
+        """The groups of all videos, in order."""
+        return [group for video in self.videos for group in video]
+
+    @property
+    def end(self) -> int:
+        """Position behind the last visual token, 0 without a video."""
+        return self.videos[-1][-1].end if self.videos else 0
+
+    @cached_property
+    def non_visual(self) -> torch.Tensor:
+        """[.] positions of text and timestamps, ascending."""
+        keep = torch.ones(self.length, dtype=torch.bool)
+        for group in self.groups:
+            keep[group.visual_start : group.end] = False
+        return keep.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """Queries [start, stop) see `gathered`, and causally everything from `window_start` on.
+
+    Args:
+        start, stop: Positions of the queries.
+        window_start: From here on all positions up to the query are visible.
+        gathered: Visible positions before `window_start`, ascending; None if there are none.
+        wide: Positions of queries in this step that see their whole past instead; None if there are none.
+    """
+
+    start: int
+    stop: int
+    window_start: int = 0
+    gathered: torch.Tensor | None = None
+    wide: torch.Tensor | None = None
+
+
+def plan_prefill(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int, start=0) -> list[AttentionStep]:
+    """Steps for the positions [start, layout.length) of a sequence whose earlier positions are cached.
+
+    Args:
+        layout: The whole sequence, cached positions included.
+        prefill: `"full"`, `"streaming"` or `"mask"`.
+        chunk_groups: Groups in a chunk. Chunks are counted from the start of each video.
+        window_chunks: Earlier chunks that a chunk sees in full.
+        start: First position that is not cached yet.
+
+    Returns:
+        Steps in order, covering [start, layout.length) without gaps, each with at most `MAX_STEP_QUERIES` queries.
+    """
+    steps: list[AttentionStep] = []
+
+    def add(begin, end, **visibility):
+        steps.extend(
+            AttentionStep(first, min(first + MAX_STEP_QUERIES, end), **visibility)
+            for first in range(max(begin, start), end, MAX_STEP_QUERIES)
+        )
+
+    if prefill == "full":
+        add(0, layout.length)
+        return steps
+    non_visual = layout.non_visual
+    cursor = 0
+    for video in layout.videos:
+        add(cursor, video[0].start)
+        for first in range(0, len(video), chunk_groups):
+            chunk = video[first : first + chunk_groups]
+            if chunk[-1].end <= start:
+                continue
+            window_start = video[max(first - window_chunks * chunk_groups, 0)].start
+            gathered = non_visual[: int(torch.searchsorted(non_visual, window_start))]
+            if len(gathered) == window_start:
+                add(chunk[0].start, chunk[-1].end)
+                continue
+            wide = None
+            if prefill == "mask":
+                wide = torch.tensor([i for group in chunk for i in range(group.start, group.visual_start)])
+            before = len(steps)
+            add(chunk[0].start, chunk[-1].end, window_start=window_start, gathered=gathered)
+            if wide is not None:
+                steps[before:] = [_with_wide(step, wide) for step in steps[before:]]
+        cursor = video[-1].end
+    add(cursor, layout.length)
+    return steps
+
+
+def _with_wide(step: AttentionStep, wide: torch.Tensor) -> AttentionStep:
+    inside = wide[(wide >= step.start) & (wide < step.stop)]
+    return AttentionStep(step.start, step.stop, step.window_start, step.gathered, inside if len(inside) else None)
+
+
+def dense_mask(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int) -> torch.Tensor:
+    """The oracle: the same visibility as a dense mask, written from the reference's rules. For tests and baselines only.
+
+    Returns:
+        [L, L] bool, True where the query (row) sees the key (column).
+    """
+    length = layout.length
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    if prefill == "full":
+        return causal
+    chunk = torch.full((length,), -1)  # number of the chunk, counted over all videos with a gap between videos
+    visual = torch.zeros(length, dtype=torch.bool)
+    timestamp = torch.zeros(length, dtype=torch.bool)
+    next_chunk = 0
+    for video in layout.videos:
+        for index, group in enumerate(video):
+            chunk[group.start : group.end] = next_chunk + index // chunk_groups
+            timestamp[group.start : group.visual_start] = True
+            visual[group.visual_start : group.end] = True
+        next_chunk += -(-len(video) // chunk_groups) + window_chunks + 1
+    in_window = (chunk[:, None] >= chunk[None, :]) & (chunk[:, None] - chunk[None, :] <= window_chunks)
+    allowed = ~visual[None, :] | (chunk < 0)[:, None] | in_window
+    if prefill == "mask":
+        allowed = allowed | timestamp[:, None]
+    return causal & allowed
+
+
+def register_attention(base: str) -> str:
+    """Registers the attention that follows a plan where there is one and is `base` elsewhere; returns its name.
+
+    The language model's config names the attention for all its calls, so one function has to serve the planned prefill and
+    the ordinary calls (decoding, training, text).
+    """
+    name = base if base.startswith("videoxl_") else f"videoxl_{base}"
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def forward(module, query, key, value, attention_mask, attention_steps=None, **kwargs):
+            if attention_steps is None:
+                return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+            dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+            return planned_attention(query, key, value, attention_steps, dropout, scaling), None
+
+        AttentionInterface.register(name, forward)
+        if base in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _base_attention(base: str, module):
+    if base == "eager":
+        # The library keeps no global eager function: each model file has its own.
+        return import_module(type(module).__module__).eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def planned_attention(query, key, value, steps, dropout=0.0, scaling=None) -> torch.Tensor:
+    """Attention of consecutive queries that follows a plan.
+
+    Args:
+        query: [1, H, n, D], the queries at positions [steps[0].start, steps[-1].stop).
+        key, value: [1, K, L, D] for positions 0 .. L - 1, L = steps[-1].stop; H is a multiple of K.
+        steps: From `plan_prefill`, adjacent.
+
+    Returns:
+        [1, n, H, D].
+    """
+    first = steps[0].start
+    assert query.shape[2] == steps[-1].stop - first, "the plan must cover exactly the queries at hand"
+    outputs = []
+    for step in steps:
+        step_query = query[:, :, step.start - first : step.stop - first]
+        step_key, step_value = (_visible(states, step) for states in (key, value))
+        output = _causal_attention(step_query, step_key, step_value, dropout, scaling)
+        if step.wide is not None:
+            wide = step.wide.to(query.device)
+            past = slice(0, step.stop)
+            visible = torch.arange(step.stop, device=query.device) <= wide[:, None]
+            wide_query = query.index_select(2, wide - first)
+            wide_output = _masked_attention(wide_query, key[:, :, past], value[:, :, past], visible, dropout, scaling)
+            output = output.index_copy(2, wide - step.start, wide_output)
+        outputs.append(output)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _visible(states: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+    window = states[:, :, step.window_start : step.stop]
+    if step.gathered is None:
+        return window
+    return torch.cat([states.index_select(2, step.gathered.to(states.device)), window], dim=2)
+
+
+def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
+    """Attention of the last positions of `key`, causal and aligned at the lower right."""
+    queries, keys = query.shape[2], key.shape[2]
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if queries == 1:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    if queries == keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    if query.is_cuda:
+        # A bias object, not a tensor: the flash kernel aligns at the lower right itself.
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(queries, keys), **options)
+    rows = torch.arange(keys - queries, keys, device=query.device)
+    visible = torch.arange(keys, device=query.device) <= rows[:, None]
+    return _masked_attention(query, key, value, visible, dropout, scaling)
+
+
+def _masked_attention(query, key, value, visible, dropout, scaling) -> torch.Tensor:
+    """Attention under a mask [n, L] that all heads share. Query heads of one key head become rows: no key is repeated."""
+    batch, heads, queries, size = query.shape
+    per_key_head = heads // key.shape[1]
+    folded = query.reshape(batch, key.shape[1], per_key_head * queries, size)
+    output = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=visible.repeat(per_key_head, 1), dropout_p=dropout, scale=scaling
+    )
+    return output.reshape(batch, heads, queries, size)
