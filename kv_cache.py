@@ -23,6 +23,8 @@ class VideoXLCacheLayer(DynamicLayer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._reserved = 0
+        self._shared = 0  # tokens that a fork may be looking at: never overwritten in place
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         # override: append in place instead of concatenating
@@ -32,7 +34,7 @@ class VideoXLCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, added = self.get_seq_length(), key_states.shape[-2]
-        if not self._has_room(length + added):
+        if length < self._shared or not self._has_room(length + added):
             self._grow(key_states, value_states, length, added)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, length : length + added] = states
@@ -43,8 +45,17 @@ class VideoXLCacheLayer(DynamicLayer):
         """Makes the next growth leave room for `tokens` in all, so that a known length is allocated once."""
         self._reserved = tokens
 
+    def crop(self, tokens_to_remove: int) -> None:
+        # override: 5.17 reads a positive number as the length to keep; and the buffer stays behind the shortened view
+        tokens = int(tokens_to_remove)
+        removed = self.get_seq_length() - tokens if tokens > 0 else -tokens
+        if removed > 0 and self.is_initialized:
+            keep = max(self.get_seq_length() - removed, 0)
+            self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
+
     def fork(self) -> "VideoXLCacheLayer":
         """A layer with the same content that copies it at its first write."""
+        self._shared = max(self._shared, self.get_seq_length())
         other = VideoXLCacheLayer()
         other.dtype, other.device = getattr(self, "dtype", None), getattr(self, "device", None)
         other.keys, other.values, other.is_initialized = self.keys, self.values, self.is_initialized
@@ -59,7 +70,7 @@ class VideoXLCacheLayer(DynamicLayer):
 
     def _grow(self, key_states, value_states, length, added) -> None:
         spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
-        capacity = max(length + added + spare, getattr(self, "_reserved", 0))
+        capacity = max(length + added + spare, self._reserved)
         old = (self.keys, self.values)
         buffers = []
         # Buffers must stay writable outside inference mode, where a later question may be asked.
@@ -70,7 +81,7 @@ class VideoXLCacheLayer(DynamicLayer):
                 if length:
                     buffer[:, :, :length] = previous
                 buffers.append(buffer)
-        self._buffers = tuple(buffers)
+        self._buffers, self._shared = tuple(buffers), 0
 
 
 def own_layers(cache: DynamicCache, num_layers: int) -> bool:

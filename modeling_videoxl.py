@@ -25,7 +25,7 @@ from .compressor_videoxl import VideoXLDynamicTokenSynthesis, VideoXLMultiModalP
 from .compressor_videoxl import build_compressor
 from .configuration_videoxl import VideoXLConfig
 from .kv_cache import VideoXLCacheLayer, new_cache, own_layers, stack_caches
-from .sparse_attention import VisualLayout, plan_prefill, register_attention
+from .sparse_attention import GroupSpan, VisualLayout, plan_prefill, register_attention
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the widest
 # is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
@@ -181,8 +181,14 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 input_ids.shape[0], past_length + input_ids.shape[1], dtype=torch.long, device=input_ids.device
             )
         features = self.get_video_features(pixel_values_videos).pooler_output
-        rows = self._rows(input_ids[::num_expanded], attention_mask[::num_expanded], features, past_length, prompt_length)
-        embeds = self._merge(input_ids[::num_expanded], rows, features, prompt_length)
+        prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
+        rows = self._rows(prompts, masks, features, past_length, prompt_length)
+        if num_expanded > 1 and not use_cache:
+            # Without a cache every step comes here, and the copies of a prompt have grown apart.
+            features = [tokens for row in rows for _ in range(num_expanded) for tokens in features[row[2]]]
+            prompts, masks, num_expanded = input_ids, attention_mask, 1
+            rows = self._rows(prompts, masks, features, past_length, prompt_length)
+        embeds = self._merge(prompts, rows, features)
         if use_cache:
             if past_key_values is None:
                 past_key_values = new_cache(self.config.text_config.num_hidden_layers)
@@ -249,7 +255,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
             )
         return rows
 
-    def _merge(self, input_ids, rows, features, prompt_length):
+    def _merge(self, input_ids, rows, features):
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
         embeds = self.get_input_embeddings()(input_ids)
         is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -438,6 +444,61 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
             attentions=outputs.attentions,
         )
 
+    @torch.no_grad()
+    def prefill_text(self, cache, layout, ids):
+        """Runs text behind a cached sequence, without logits.
+
+        Args:
+            cache: Dynamic cache with our layers, extended in place; None starts a sequence.
+            layout: `VisualLayout` of what it holds, or None.
+            ids: Token ids.
+
+        Returns:
+            `(cache, layout)`, both including the text.
+        """
+        cache = new_cache(self.config.text_config.num_hidden_layers) if cache is None else cache
+        layout = layout if layout is not None else VisualLayout()
+        if ids:
+            embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+            layout = VisualLayout(layout.videos, layout.length + len(ids))
+            self.model.extend_cache(embeds, layout, cache, keep_hidden=1)
+        return cache, layout
+
+    @torch.no_grad()
+    def prefill_frames(self, cache, layout, pixels, time_ids, continues):
+        """Encodes further frames of a video and runs them behind a cached sequence.
+
+        Args:
+            cache, layout: See `prefill_text`; the cache is extended in place.
+            pixels: [F, 3, H, W]; a partial group is filled by repeating the last frame.
+            time_ids: Per group, the token ids of its timestamp.
+            continues: Whether the groups belong to the sequence's last video; else they start a new one.
+
+        Returns:
+            `(ids, layout)`: the token ids that were appended, and the layout including them.
+        """
+        tokens = self.get_video_features([pixels]).pooler_output[0]
+        ids, groups, position = [], [], layout.length
+        for group_ids in time_ids:
+            visual_start = position + len(group_ids)
+            groups.append(GroupSpan(position, visual_start, visual_start + tokens.shape[1]))
+            ids += [*group_ids, *[self.config.video_token_id] * tokens.shape[1]]
+            position = groups[-1].end
+        earlier = (*layout.videos[:-1], layout.videos[-1] + tuple(groups)) if continues else (*layout.videos, tuple(groups))
+        layout = VisualLayout(earlier, position)
+        embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+        is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
+        embeds = embeds.masked_scatter(is_visual[None, :, None].expand_as(embeds), tokens.to(embeds.device, embeds.dtype))
+        self.model.extend_cache(embeds, layout, cache, keep_hidden=1)
+        return ids, layout
+
+    def drop_last_group(self, cache, layout):
+        """Takes the last group of the sequence's last video out of the cache, in place; returns the layout without it."""
+        *videos, last = layout.videos
+        cache.crop(last[-1].start - last[-1].end)
+        kept = (*videos, last[:-1]) if len(last) > 1 else tuple(videos)
+        return VisualLayout(kept, last[-1].start)
+
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """The library's `generate`, with clear errors where it would go wrong over a video.
 
@@ -463,6 +524,11 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         if input_ids is not None:
             kwargs["prompt_length"] = input_ids.shape[1]
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """Keeps the 2-D mask, also for static caches: a prefill with videos needs to know what is padding."""
+        return attention_mask
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # override: the library would repeat the tensors of videos as if their first axis were the batch

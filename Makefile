@@ -1,0 +1,54 @@
+# Commands for a fresh clone: python3 and make are enough, the rest is installed into .venv on first use.
+
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+# What must hold on the oldest supported transformers.
+OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py $(wildcard tests/test_golden_*.py)
+
+# Nothing here may reach out for models; the tests are offline.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-oldest style format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip
+	@$(BIN)/python cli.py assets/demo.mp4 "What happens in this video?" "When does the blue square appear?" \
+		--max-new-tokens 48 --stats
+	@echo
+	@echo "The bundled checkpoint has random weights: the numbers are real, the answers mean nothing."
+
+test: style ## style, then the tests that take seconds
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: style ## style, then all tests that need no GPU
+	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.installed ## loading, chat and parity tests on the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+style: $(VENV)/.installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches (not the environments)
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv\* -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: requirements.txt
+$(OLDEST)/.installed: requirements-oldest.txt
+$(VENV)/.installed $(OLDEST)/.installed:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing $< into $(@D) (a few minutes on first use)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@

@@ -1,0 +1,544 @@
+"""Converts a published checkpoint of the Video-XL family into a folder that `Auto*.from_pretrained` loads.
+
+    python convert_weights.py SOURCE OUTPUT [--preset NAME] [--dtype bfloat16] [--max-shard-size 5GB]
+
+What is surprising:
+* A family is one entry of `FAMILIES`: its marks, its rows of names, its preset. The rows read in both directions, so
+  the same table tells what a published checkpoint must contain.
+* The folder is complete (weights, configs, tokenizer, template, remote code) and appears at once: everything goes to a
+  hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
+* Expected names and shapes come from our model class on the meta device: a table cannot silently drift from the model.
+* Only safetensors are read. A pickle can run code while it is being loaded.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+import types
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import Qwen2Tokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
+
+ROOT = Path(__file__).resolve().parent
+PRESETS = ROOT / "presets"
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The entry points of the remote code; every file that they reach by relative imports is part of the output.
+MODELING_FILE, PROCESSING_FILE = "modeling_videoxl.py", "processing_videoxl.py"
+CHAT_TEMPLATE = "chat_template.jinja"
+ARCHITECTURE = "VideoXLForConditionalGeneration"
+# By hand, because `register_for_auto_class` keeps only its last entry.
+AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+AUTO_MAP = {
+    "AutoConfig": "configuration_videoxl.VideoXLConfig",
+    "AutoProcessor": "processing_videoxl.VideoXLProcessor",
+}
+AUTO_MAP |= dict.fromkeys(AUTO_MODELS, f"modeling_videoxl.{ARCHITECTURE}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one family's checkpoints from the others, and how its tensors are called here.
+
+    Args:
+        title: Name for messages.
+        has, lacks: Prefixes that some tensor name starts with, and that none starts with.
+        preset: File in `presets/`, without suffix; None while the family is recognised but not yet supported.
+        names: Rows (published name, our name); `*` stands for the same text on both sides. The first that fits counts.
+        ignored: Published names that our model has no use for; `*` stands for any text.
+    """
+
+    title: str
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    preset: str | None = None
+    names: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def fits(self, names) -> bool:
+        """Whether a checkpoint with these tensor names carries the family's marks."""
+
+        def some_start(prefix):
+            return any(name.startswith(prefix) for name in names)
+
+        return all(map(some_start, self.has)) and not any(map(some_start, self.lacks))
+
+    def ignores(self, name: str) -> bool:
+        """Whether the published tensor `name` is known and has no place in our model."""
+        return any(_fit(pattern, name) is not None for pattern in self.ignored)
+
+    def to_ours(self, name: str) -> str | None:
+        """Our name of the published tensor `name`; None if no row fits."""
+        return _rename(name, self.names)
+
+    def to_published(self, name: str) -> str | None:
+        """The published name of our tensor `name`; None if no row fits."""
+        return _rename(name, [(ours, published) for published, ours in self.names])
+
+
+def _fit(pattern, name):
+    match = re.fullmatch("(.+)".join(map(re.escape, pattern.split("*"))), name)
+    return match and match.groups()
+
+
+def _rename(name, rows):
+    for pattern, replacement in rows:
+        if (texts := _fit(pattern, name)) is not None:
+            return replacement.replace("*", "{}").format(*texts)
+    return None
+
+
+# All families carry Qwen2 under the names of Qwen2ForCausalLM.
+_LANGUAGE_MODEL_NAMES = (
+    ("model.embed_tokens.*", "model.language_model.embed_tokens.*"),
+    ("model.layers.*", "model.language_model.layers.*"),
+    ("model.norm.*", "model.language_model.norm.*"),
+    ("lm_head.*", "lm_head.*"),
+)
+
+FAMILIES = {
+    "videoxl2": Family(
+        title="Video-XL-2",
+        has=("model.sae.",),
+        lacks=("model.WindowTimeToTokenAttention.", "model.beacon_embed_tokens."),
+        preset="video-xl-2-8b",
+        names=(
+            ("model.vision_tower.vision_tower.vision_model.*", "model.vision_tower.*"),
+            ("model.sae.*", "model.compressor.*"),
+            ("model.mm_projector.0.*", "model.multi_modal_projector.linear_1.*"),
+            ("model.mm_projector.2.*", "model.multi_modal_projector.linear_2.*"),
+            *_LANGUAGE_MODEL_NAMES,
+        ),
+        # Declared by the published model class, called by nobody.
+        ignored=("model.text_mlp.*",),
+    ),
+    "videoxlpro": Family(title="Video-XL-Pro", has=("model.sae.", "model.WindowTimeToTokenAttention.")),
+    "videoxl1": Family(title="Video-XL", has=("model.beacon_embed_tokens.",), lacks=("model.sae.",)),
+    "videochatflash": Family(title="VideoChat-Flash", has=("model.mm_projector.mlp.",), lacks=("model.sae.",)),
+}
+
+
+def name_table(family: str) -> Family:
+    """The names of a supported family (a key of `FAMILIES`).
+
+    Raises:
+        ValueError: If there is no such family, or it is not supported yet.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
+    if FAMILIES[family].preset is None:
+        raise ValueError(f"this is a {FAMILIES[family].title} checkpoint: that family is not supported yet")
+    return FAMILIES[family]
+
+
+def recognise_family(config: dict, names) -> str:
+    """Which family a published checkpoint belongs to, from its config.json and its tensor names.
+
+    `model_type` does not decide: it changed between releases, and several families share `llava_qwen`.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if config.get("model_type") == "videoxl":
+        raise ValueError("SOURCE is already in our format (model_type videoxl): load it as it is")
+    has_vision = any(key.startswith("mm_") for key in config)
+    found = [key for key, family in FAMILIES.items() if has_vision and family.fits(names)]
+    if not found:
+        titles = ", ".join(family.title for family in FAMILIES.values())
+        raise ValueError(
+            f"not a checkpoint of a known family ({titles}): config.json has {'some' if has_vision else 'no'} mm_* "
+            f"keys and model_type {config.get('model_type')!r}, and the names of the tensors do not fit either"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where a published tensor lies, and what its header says: `shape`, and `dtype` in safetensors' words (`BF16`)."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# What a model weight may be stored as; anything else is a quantised or damaged checkpoint.
+_STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    preset: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    log: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Converts a published checkpoint.
+
+    Args:
+        source: Local folder, or Hub id (`org/name`) if no such folder exists.
+        output: Folder to write; must not exist, or be empty.
+        preset: Name of a file in `presets/`; None takes the family's own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps each tensor as it is stored.
+        max_shard_size: Largest file of weights, such as `"5GB"`; also about the memory that is needed.
+        log: Receives one line per step.
+
+    Returns:
+        The path of `output`.
+
+    Raises:
+        FileNotFoundError: If the source, or a file that it must have, is missing.
+        ValueError: If the source is no checkpoint of a supported family, if a tensor is unknown, missing, damaged or
+            has the wrong shape, or if `output` cannot be used.
+    """
+    output = _check_output(output)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source = _find_source(source)
+    if output == source or source in output.parents:
+        raise ValueError(f"OUTPUT {output} lies inside SOURCE {source}; choose a folder outside of it")
+
+    published = _read_json(source / "config.json")
+    tensors = read_source(source)
+    table = name_table(recognise_family(published, tensors))
+    log(f"{source}: {table.title}, {len(tensors)} tensors")
+    config = _build_config(published, _read_preset(preset or table.preset), tensors, dtype)
+    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    try:
+        video_token = _copy_tokenizer(source, partial, config)
+        _write_configs(config, video_token, source, partial)
+        for file in remote_code_files():
+            shutil.copyfile(ROOT / file, partial / file)
+        write_weights(plan, partial, dtype, max_shard_size, log)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    log(f"{output}: done")
+    return output
+
+
+def _check_output(output):
+    output = Path(output).expanduser().resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"OUTPUT {output} is a file; give a folder that does not exist yet")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"OUTPUT {output} is not empty; give a folder that does not exist yet, or empty it")
+    return output
+
+
+def _find_source(source):
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        if path.suffix in PICKLE_SUFFIXES:
+            raise ValueError(_pickle_message(path.name))
+        raise ValueError(f"SOURCE {path} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"SOURCE {source} is neither an existing folder nor a Hub id (org/name)")
+    patterns = ["*.safetensors", WEIGHTS_INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns)).resolve()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"SOURCE {source} is no local folder, and it could not be fetched from the Hub ({type(error).__name__}): "
+            "check the name, the network and, for a private repository, `hf auth login`"
+        ) from error
+
+
+def _pickle_message(file):
+    return (
+        f"{file} is a pickle, which can run code while it is being loaded, so only safetensors are read. Save the "
+        "weights as safetensors in an environment that you trust (save_pretrained does so) and convert those"
+    )
+
+
+def _read_json(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_preset(name):
+    known = sorted(path.stem for path in PRESETS.glob("*.json"))
+    if name not in known:
+        raise ValueError(f"there is no preset {name!r}; known are {', '.join(known)}")
+    return _read_json(PRESETS / f"{name}.json")
+
+
+def read_source(source: Path) -> dict[str, SourceTensor]:
+    """Reads the headers of a folder's safetensors: every tensor of every shard, by its published name.
+
+    Raises:
+        FileNotFoundError: If there are no weights, or a shard of the index is missing.
+        ValueError: If there are only pickles, a file is damaged, or index and shards disagree.
+    """
+    if (source / WEIGHTS).is_file():
+        files, listed = [WEIGHTS], None
+    elif (source / WEIGHTS_INDEX).is_file():
+        listed = _read_json(source / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError(f"{source / WEIGHTS_INDEX} has no weight_map of tensor names to file names")
+        files = sorted(set(listed.values()))
+        if strange := [file for file in files if file != Path(file).name]:
+            raise ValueError(f"{source / WEIGHTS_INDEX} names files outside its folder: {_some(strange)}")
+        if missing := [file for file in files if not (source / file).is_file()]:
+            raise FileNotFoundError(f"{source} lacks {_some(missing)}, named in {WEIGHTS_INDEX}: download the rest")
+    else:
+        found = sorted(path.name for path in source.iterdir())
+        if shards := [name for name in found if name.endswith(".safetensors")]:
+            raise FileNotFoundError(f"{source} has {_some(shards)} but neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+        if pickles := [name for name in found if name.endswith(PICKLE_SUFFIXES)]:
+            raise ValueError(_pickle_message(source / pickles[0]))
+        raise FileNotFoundError(f"{source} has no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+
+    tensors = {}
+    for file in files:
+        with _open_shard(source / file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                if name in tensors:
+                    raise ValueError(f"tensor {name} is in {tensors[name].file.name} and again in {file}")
+                header = shard.get_slice(name)
+                tensors[name] = SourceTensor(source / file, name, tuple(header.get_shape()), header.get_dtype())
+    if listed is not None:
+        place = {name: tensor.file.name for name, tensor in tensors.items()}
+        if wrong := sorted(name for name in listed.keys() | place.keys() if listed.get(name) != place.get(name)):
+            raise ValueError(
+                f"{WEIGHTS_INDEX} and the shards disagree about {_some(wrong)}: {wrong[0]} is listed in "
+                f"{listed.get(wrong[0])} and stored in {place.get(wrong[0])}"
+            )
+    return tensors
+
+
+def _open_shard(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): download it again") from error
+
+
+def _some(names, limit=5):
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _remote_code(module):
+    # The remote files import each other relatively, so the flat root is imported as a package.
+    package = types.ModuleType("videoxl")
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault("videoxl", package)
+    return importlib.import_module(f"videoxl.{module}")
+
+
+def _build_config(published, preset, tensors, dtype):
+    try:
+        config = _remote_code("configuration_videoxl").VideoXLConfig.from_published(published, preset)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"config.json cannot be read as a published config: {error!r}") from error
+    if dtype is None and config.dtype is None:
+        stored = next(iter(tensors.values())).dtype
+        dtype = str(_STORED_DTYPES.get(stored, torch.float32)).removeprefix("torch.")
+    if dtype is not None:
+        config.dtype = dtype
+    config.architectures = [ARCHITECTURE]
+    config.auto_map = dict(AUTO_MAP)
+    return config
+
+
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of our model with this config; costs no memory."""
+    with torch.device("meta"):
+        model = getattr(_remote_code("modeling_videoxl"), ARCHITECTURE)(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def match_tensors(
+    tensors: dict[str, SourceTensor], table: Family, expected: dict[str, tuple[int, ...]], tied: bool
+) -> dict[str, SourceTensor]:
+    """Pairs every tensor of our model with a published one, and accounts for every published one.
+
+    Args:
+        tensors: The source, by published name.
+        table: The family's names.
+        expected: Our names and shapes.
+        tied: The output head is the embedding, so `lm_head.weight` may be absent.
+
+    Returns:
+        The source by our name, in the order of the source.
+
+    Raises:
+        ValueError: With the name, if a tensor is unknown, missing, has another shape or no floating-point type.
+    """
+    plan = {}
+    for name, tensor in tensors.items():
+        ours = table.to_ours(name)
+        if ours in expected:
+            plan[ours] = tensor
+        elif not table.ignores(name):
+            raise ValueError(f"unknown tensor {name} {tensor.shape}: {table.title} has no place for it")
+    optional = {"lm_head.weight"} if tied else set()
+    if missing := [name for name in expected if name not in plan and name not in optional]:
+        names = [f"{table.to_published(name)} {expected[name]}" for name in missing]
+        raise ValueError(f"the checkpoint lacks {_some(names)}: is the download complete?")
+    for ours, tensor in plan.items():
+        if tensor.shape != expected[ours]:
+            raise ValueError(f"tensor {tensor.name} has shape {tensor.shape}, expected is {expected[ours]}")
+        if tensor.dtype not in _STORED_DTYPES:
+            raise ValueError(f"tensor {tensor.name} is stored as {tensor.dtype}; quantised checkpoints are not read")
+    if "lm_head.weight" in plan and tied:
+        # Written next to the embedding it would untie the two on loading.
+        head, embedding = plan.pop("lm_head.weight"), plan["model.language_model.embed_tokens.weight"]
+        if not torch.equal(_read_tensor(head), _read_tensor(embedding)):
+            raise ValueError(f"config.json ties the embeddings, but {head.name} and {embedding.name} differ")
+    return plan
+
+
+def _read_tensor(tensor, dtype=None):
+    with _open_shard(tensor.file) as shard:
+        try:
+            stored = shard.get_tensor(tensor.name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"tensor {tensor.name} in {tensor.file} cannot be read ({error})") from error
+    if dtype is None:
+        return stored
+    cast = stored.to(getattr(torch, dtype))
+    if cast.isinf().any() and not stored.isinf().any():
+        raise ValueError(f"tensor {tensor.name} has values beyond the range of {dtype}; choose another dtype")
+    return cast
+
+
+def write_weights(plan: dict[str, SourceTensor], folder: Path, dtype: str | None, max_shard_size, log) -> None:
+    """Writes the tensors of `plan` shard by shard, with an index if there is more than one shard."""
+    sizes = {}
+    for ours, tensor in plan.items():
+        stored_as = getattr(torch, dtype) if dtype else _STORED_DTYPES[tensor.dtype]
+        sizes[ours] = torch.empty(tensor.shape, dtype=stored_as, device="meta")
+    split = split_torch_state_dict_into_shards(
+        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({ours: _read_tensor(plan[ours], dtype) for ours in names}, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(folder / "config.json", folder / file)
+        log(f"{file}: {len(names)} tensors")
+    if split.is_sharded:
+        _write_json(folder / WEIGHTS_INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source, folder, config):
+    """Copies the tokenizer and returns the placeholder's text, if there is a tokenizer that has it."""
+    found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    if "tokenizer_config.json" in found:
+        settings = _read_json(source / "tokenizer_config.json")
+        # Ours, in chat_template.jinja, replaces it.
+        settings.pop("chat_template", None)
+        _write_json(folder / "tokenizer_config.json", settings)
+    missing = [] if "tokenizer_config.json" in found else ["tokenizer_config.json"]
+    if no_vocabulary := "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found:
+        missing.insert(0, "tokenizer.json (or vocab.json and merges.txt)")
+    if missing:
+        _warn(
+            f"{source} has no {' and no '.join(missing)}: AutoTokenizer, AutoProcessor and chat need the tokenizer; "
+            "add the files of the language model that the checkpoint was trained from"
+        )
+    if no_vocabulary:
+        return None
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    except Exception as error:  # the library's own are bare Exceptions
+        raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
+    try:
+        return _remote_code("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
+    except (ValueError, TypeError) as error:
+        _warn(f"the tokenizer of {source} does not fit its weights: {error}")
+        return None
+
+
+def _warn(message):
+    warnings.warn(message, stacklevel=4)
+
+
+def _write_configs(config, video_token, source, folder):
+    _write_json(folder / "config.json", json.loads(config.to_json_string()))
+    processor = {
+        "processor_class": "VideoXLProcessor",
+        "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+        "image_size": config.vision_config.image_size,
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+        "frames_per_group": config.frames_per_group,
+        "tokens_per_group": config.compressor_config.tokens_per_group,
+        "time_format": config.time_format,
+    }
+    if video_token is not None:
+        processor["video_token"] = video_token
+    _write_json(folder / "processor_config.json", processor)
+    if (source / "generation_config.json").is_file():
+        _write_json(folder / "generation_config.json", _read_json(source / "generation_config.json"))
+    shutil.copyfile(ROOT / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+
+
+def remote_code_files() -> list[str]:
+    """The files of the root that a converted folder needs: the model, the processor and all that they import."""
+    files = {MODELING_FILE, PROCESSING_FILE}
+    for entry in (MODELING_FILE, PROCESSING_FILE):
+        files |= {Path(file).name for file in get_relative_import_files(ROOT / entry)}
+    return sorted(files)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help="folder as published, or its Hub id (org/name)")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--preset", metavar="NAME", help="a file of presets/ (default: the family's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        convert(**vars(options), log=print)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

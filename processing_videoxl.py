@@ -1,0 +1,577 @@
+"""`VideoXLProcessor`: prompts, timestamps, placeholders and pixels for Video-XL models.
+
+The wording of prompts lives only here. A rendered prompt holds one marker (`video_token`) per video; `expand` replaces
+it by the video's groups, each the tokens of its time followed by its placeholders:
+
+    prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | question
+
+Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. A marker
+can only come from a video item: text that contains the literal marker is refused. The library's video loading
+(torchcodec) and video processors (torchvision) are not used: the only sub-processor is the tokenizer.
+
+Shapes: V videos, F frames, S image side, L sequence, B batch; G = ceil(F / frames_per_group) groups.
+"""
+
+import re
+from collections.abc import Sequence
+from inspect import signature
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .video_processing_videoxl import normalize_frames, open_video
+
+# chat_template.jinja holds the same text, for the tokenizer.
+DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' -%}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
+{%- if item.type == 'video' -%}
+{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
+{%- elif item.type == 'text' -%}
+{{- item.text -}}
+{%- else -%}
+{{- raise_exception('Content items are of type text or video, not ' + item.type | string) -}}
+{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
+
+ROLES = ("system", "user", "assistant")
+
+# "What the processor was built with": None has a meaning of its own for the sampling rates.
+DEFAULT = "default"
+
+# Where a video given as a dict (as a message's video item is) names its source and its sampling.
+SOURCE_KEYS = ("video", "video_path", "path", "url")
+SAMPLING_KEYS = {name: name for name in ("max_num_frames", "sample_fps", "max_sample_fps", "num_frames", "fps")}
+SAMPLING_KEYS |= {"max_frames": "max_num_frames", "nframes": "num_frames"}
+# Pixel budgets are other models' settings: here every frame has the tower's size.
+IGNORED_KEYS = {*SOURCE_KEYS, "type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
+
+# What pipelines and evaluation clients pass: without effect here whatever the value, or as long as it is empty.
+HARMLESS = {"add_special_tokens", "do_sample_frames", "load_audio_from_video", "return_attention_mask", "verbose"}
+HARMLESS_IF_EMPTY = {
+    *("images", "audios", "audio", "tools", "documents", "video_metadata", "max_length", "pad_to_multiple_of"),
+    *("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs", "sanitize_control_tokens"),
+    *(
+        "return_metadata",
+        "reasoning_effort",
+        "return_assistant_tokens_mask",
+        "return_token_type_ids",
+        "return_mm_token_type_ids",
+    ),
+}
+
+
+class VideoXLProcessor(ProcessorMixin):
+    """Turns conversations and videos into what `generate` takes.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        image_size: Side of the square frames, in pixels.
+        image_mean, image_std: Normalisation of pixels in 0..1, per channel.
+        frames_per_group: Frames that share one timestamp and one run of placeholders.
+        tokens_per_group: Placeholders of one group.
+        video_token: The placeholder, also the marker of a video in a rendered prompt.
+        time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
+        max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
+        chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
+
+    Raises:
+        ValueError: If the tokenizer is missing or does not know `video_token`.
+    """
+
+    # override: a processor that was built in code is saved with its code and `auto_map`, as a loaded one is.
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_size: int = 384,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        frames_per_group: int = 4,
+        tokens_per_group: int = 144,
+        video_token: str = "<|vision_pad|>",
+        time_format: str | None = "Time {seconds:.1f}s:",
+        max_num_frames: int = 512,
+        sample_fps: float | None = 1,
+        max_sample_fps: float | None = 4,
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        if tokenizer is None or video_token not in tokenizer.get_added_vocab():
+            raise ValueError(
+                "VideoXLProcessor needs this checkpoint's tokenizer, which has the placeholder of visual tokens "
+                f"({video_token!r}) as a special token; load it from the model's folder"
+            )
+        super().__init__(tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
+        self.image_size = image_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.frames_per_group = frames_per_group
+        self.tokens_per_group = tokens_per_group
+        self.video_token = video_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        self.time_format = time_format
+        self.max_num_frames = max_num_frames
+        self.sample_fps = sample_fps
+        self.max_sample_fps = max_sample_fps
+
+    @classmethod
+    def from_config(cls, config: Any, tokenizer: PreTrainedTokenizerBase) -> "VideoXLProcessor":
+        """Builds the processor of a model.
+
+        Args:
+            config: A `VideoXLConfig`, or anything with its fields.
+            tokenizer: The checkpoint's tokenizer.
+
+        Returns:
+            The processor.
+
+        Raises:
+            ValueError: If the tokenizer disagrees with the config's token ids, so is another checkpoint's.
+        """
+        processor = cls(
+            tokenizer,
+            image_size=config.vision_config.image_size,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+            frames_per_group=config.frames_per_group,
+            tokens_per_group=config.compressor_config.tokens_per_group,
+            video_token=tokenizer.convert_ids_to_tokens(config.video_token_id),
+            time_format=config.time_format,
+        )
+        ids = processor.time_token_ids(0.0)
+        expected = (config.time_start_token_id, config.time_end_token_id)
+        if ids and (ids[0], ids[-1]) != expected:
+            raise ValueError(
+                f"the tokenizer is not this checkpoint's: it writes {config.time_format!r} as {ids}, but the config's "
+                f"time_start_token_id and time_end_token_id are {expected}; load the tokenizer from the model's folder"
+            )
+        return processor
+
+    def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
+        """Writes a conversation as prompt text, with one marker per video.
+
+        Args:
+            messages: List of `{"role", "content"}`; content is a string or a list of text and video items.
+            add_generation_prompt: Whether the assistant's header is appended.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: On a message that is malformed or has the literal marker in its text.
+        """
+        return self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+    def prompt_pieces(self, text: str) -> list[list[int]]:
+        """Tokenises the text around the markers, each piece by itself and without added special tokens.
+
+        Args:
+            text: A rendered prompt with n markers.
+
+        Returns:
+            n + 1 lists of token ids.
+        """
+        pieces = text.split(self.video_token)
+        return [
+            list(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else [] for piece in pieces
+        ]
+
+    def time_token_ids(self, seconds: float) -> list[int]:
+        """Token ids of a group's timestamp; none for families without timestamps.
+
+        Args:
+            seconds: Time of the group's first frame.
+        """
+        if self.time_format is None:
+            return []
+        return list(
+            self.tokenizer(self.time_format.format(seconds=float(seconds)), add_special_tokens=False)["input_ids"]
+        )
+
+    def num_video_tokens(self, num_frames: int) -> int:
+        """Placeholders of a video of `num_frames` frames; the last group may be partial, its tokens are not."""
+        return -(-num_frames // self.frames_per_group) * self.tokens_per_group
+
+    def expand(self, pieces: Sequence[list[int]], timestamps: Sequence[Sequence[float]]) -> list[int]:
+        """Puts the videos' timestamps and placeholders between the pieces of a prompt.
+
+        Args:
+            pieces: Lists of token ids, one more than videos (see `prompt_pieces`).
+            timestamps: For every video the times of all its frames, in seconds.
+
+        Returns:
+            The token ids of the whole sequence.
+
+        Raises:
+            ValueError: If the counts do not fit or a video has no frames.
+        """
+        if len(pieces) != len(timestamps) + 1:
+            raise ValueError(
+                f"{len(timestamps)} videos need {len(timestamps) + 1} pieces of text around them, got {len(pieces)}"
+            )
+        ids = list(pieces[0])
+        for number, (times, piece) in enumerate(zip(timestamps, pieces[1:], strict=True)):
+            if len(times) == 0:
+                raise ValueError(f"video {number} has no frames; pass the time of each of its frames")
+            for seconds in times[:: self.frames_per_group]:
+                ids += self.time_token_ids(seconds)
+                ids += [self.video_token_id] * self.tokens_per_group
+            ids += piece
+        return ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        images: Any = None,
+        audios: Any = None,
+        timestamps: Sequence | None = None,
+        padding: bool | str | None = False,
+        padding_side: str | None = "left",
+        truncation: bool | str | None = False,
+        return_tensors: str | None = None,
+        max_num_frames: int | None = None,
+        sample_fps: float | str | None = DEFAULT,
+        max_sample_fps: float | str | None = DEFAULT,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepares rendered prompts and their videos.
+
+        Args:
+            text: A prompt or a list of prompts, with one marker per video (`apply_chat_template` writes them).
+            videos: One video, a list in order of appearance over all texts, or one list per text. A video is a path,
+                a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `SOURCE_KEYS` and, for
+                this video alone, `timestamps` and sampling settings.
+            images, audios: Nothing yet (None or empty).
+            timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
+            padding: Whether prompts are padded to the longest.
+            padding_side: `"left"` or `"right"`.
+            truncation: Only False: nothing is truncated.
+            return_tensors: `"pt"`, `"np"`, or None for lists of ids.
+            max_num_frames: At most so many frames are taken from a file; frames in memory are all used.
+            sample_fps: Frames per second of a file; None spreads `max_num_frames` frames uniformly. Frames in memory
+                without `timestamps` are `1 / sample_fps` seconds apart.
+            max_sample_fps: Upper rate for short files; None for no up-sampling.
+            num_frames: transformers' name for `max_num_frames=..., sample_fps=None`; also for frames in memory.
+            fps: transformers' name for `sample_fps=..., max_sample_fps=None`.
+            **kwargs: What clients pass without effect; anything else is an error.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` [B, L], and where there are videos
+            `pixel_values_videos`: float32 [V, F, 3, S, S], or a list of [F_i, 3, S, S] if their lengths differ.
+
+        Raises:
+            ValueError: On input that does not fit, with what to do.
+            VideoDecodeError: If a video cannot be read.
+        """
+        self._refuse_unsupported({**kwargs, "images": images, "audios": audios}, truncation)
+        texts = [text] if isinstance(text, str) else text
+        if not texts or not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        given = {"max_num_frames": max_num_frames, "num_frames": num_frames, "fps": fps}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {} if sample_fps == DEFAULT else {"sample_fps": sample_fps}
+        given |= {} if max_sample_fps == DEFAULT else {"max_sample_fps": max_sample_fps}
+
+        # Everything is checked before the first video is opened.
+        groups = self._assign_videos(videos, [prompt.count(self.video_token) for prompt in texts])
+        times = iter(_per_video(timestamps, sum(map(len, groups))))
+        requests = [[self._video_request(video, next(times), given) for video in group] for group in groups]
+        rows, pixels = [], []
+        for prompt, group in zip(texts, requests, strict=True):
+            loaded = [self._load_video(**request) for request in group]
+            rows.append(self.expand(self.prompt_pieces(prompt), [seconds for _, seconds in loaded]))
+            pixels += [frames for frames, _ in loaded]
+
+        data = self._pad(rows, padding, padding_side, return_tensors)
+        if pixels:
+            ragged = len({len(frames) for frames in pixels}) > 1
+            # One video is the common and largest case: no copy.
+            data["pixel_values_videos"] = (
+                pixels if ragged else torch.stack(pixels) if len(pixels) > 1 else pixels[0].unsqueeze(0)
+            )
+        # A list of videos must stay one: the library's conversion would stack unequal lengths.
+        return BatchFeature(data, skip_tensor_conversion=["pixel_values_videos"])
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        continue_final_message: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ) -> Any:
+        """Renders a conversation (or a list of them) and, on request, prepares it together with its videos.
+
+        Args:
+            conversation: List of messages (see `render`), or a list of conversations.
+            chat_template: Jinja text, or the name of one of the processor's templates; None takes the processor's.
+            add_generation_prompt: Whether the assistant's header is appended.
+            tokenize: False returns text.
+            return_dict: With `tokenize`, whether to return everything or only `input_ids`.
+            return_tensors: As in `__call__`.
+            continue_final_message: Leaves the last message open, so that the model continues it.
+            processor_kwargs: Keyword arguments for `__call__`.
+            **kwargs: The same, or variables that the template mentions (the default one has no tools or documents).
+
+        Returns:
+            Text, ids or `BatchFeature`; text is one string for one conversation, ids always have a batch dimension.
+
+        Raises:
+            ValueError: On malformed messages or unknown arguments.
+        """
+        template = self._select_template(chat_template)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
+        call_names = set(signature(self.__call__).parameters) - {"text", "videos", "kwargs"}
+        variables = {
+            name: kwargs.pop(name)
+            for name in list(kwargs)
+            if name not in call_names and re.search(rf"\b{re.escape(name)}\b", template)
+        }
+        kwargs = {**(processor_kwargs or {}), **kwargs}
+        self._refuse_unsupported({name: value for name, value in kwargs.items() if name not in call_names})
+
+        if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages") or not conversation:
+            raise ValueError("a conversation is a non-empty list of {'role': ..., 'content': ...}")
+        batched = isinstance(conversation, (list, tuple)) and not isinstance(conversation[0], dict)
+        read = [self._read_messages(chat) for chat in (conversation if batched else [conversation])]
+        texts, _ = render_jinja_template(
+            [messages for messages, _ in read],
+            chat_template=template,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, "video_token": self.video_token, **variables},
+        )
+        for text, (_, videos) in zip(texts, read, strict=True):
+            if text.count(self.video_token) != len(videos):
+                raise ValueError(
+                    f"the rendered text has {text.count(self.video_token)} markers ({self.video_token}) for "
+                    f"{len(videos)} video items; the chat template or the messages put the literal marker elsewhere"
+                )
+        if not tokenize:
+            return texts if batched else texts[0]
+        inputs = self(texts, videos=[videos for _, videos in read], return_tensors=return_tensors, **kwargs)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, strip: bool = False, **kwargs
+    ) -> list[str]:
+        """Decodes generated ids.
+
+        Args:
+            generated_outputs: Token ids [B, L].
+            skip_special_tokens: Whether special tokens (placeholders too) are left out.
+            strip: Whether white space around the texts is removed.
+            **kwargs: For the tokenizer's `batch_decode`.
+
+        Returns:
+            List of B texts.
+        """
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.strip() for text in texts] if strip else texts
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys that `__call__` can return."""
+        return ["input_ids", "attention_mask", "pixel_values_videos"]
+
+    def _select_template(self, name_or_text):
+        """The template's text: the argument, the one it names, or the processor's."""
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = named.get(name_or_text or "default", name_or_text)
+        if template is None:
+            raise ValueError(f"name one of the processor's chat templates: {', '.join(named)}")
+        return template
+
+    def _read_messages(self, conversation):
+        """Checks a conversation; returns its messages with bare video items, and the full video items in order."""
+        messages, videos = [], []
+        for number, message in enumerate(getattr(conversation, "messages", conversation)):
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                raise ValueError(
+                    f"message {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}"
+                )
+            content = message.get("content")
+            if not isinstance(content, (str, list, tuple)):
+                raise ValueError(
+                    f"message {number}: content must be a string or a list of items, got {content!r:.200}"
+                )
+            items = []
+            for item in [content] if isinstance(content, str) else content:
+                item = {"type": "text", "text": item} if isinstance(item, str) else item
+                kind = item.get("type") if isinstance(item, dict) else type(item).__name__
+                if kind == "video":
+                    videos.append(item)
+                    items.append({"type": "video"})
+                elif kind == "text" and isinstance(item.get("text"), str):
+                    if self.video_token in item["text"]:
+                        raise ValueError(
+                            f"message {number} has {self.video_token} in its text, where only video items put it; "
+                            "remove it and pass {'type': 'video', 'video': ...} in its place"
+                        )
+                    items.append({"type": "text", "text": item["text"]})
+                else:
+                    hint = (
+                        "images come later; pass a list of PIL images as a video"
+                        if "image" in str(kind).lower()
+                        else ""
+                    )
+                    raise ValueError(
+                        f"message {number}: an item must be {{'type': 'text', 'text': ...}} or "
+                        f"{{'type': 'video', 'video': ...}}, got type {kind!r}. {hint}"
+                    )
+            messages.append({**message, "content": content if isinstance(content, str) else items})
+        return messages, videos
+
+    def _refuse_unsupported(self, kwargs, truncation=False):
+        """Raises on what would otherwise be ignored silently; see `HARMLESS`."""
+        if truncation not in (None, False, "do_not_truncate"):
+            raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
+        unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
+        if unknown:
+            known = [name for name in signature(self.__call__).parameters if name != "kwargs"]
+            raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
+        unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
+        if unsupported:
+            hint = "; images come later, pass a list of PIL images as a video" if "images" in unsupported else ""
+            raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out{hint}")
+
+    def _assign_videos(self, videos, counts):
+        """Distributes the videos over the texts; `counts` are the texts' markers."""
+        if videos is None or _is_one_video(videos):
+            videos = [] if videos is None else [videos]
+        nested = [video is None or not _is_one_video(video) for video in videos]
+        if any(nested) and (not all(nested) or len(nested) != len(counts)):
+            raise ValueError(
+                f"videos must be a flat list, or a list of lists with one list per text; got {len(nested)} entries, "
+                f"{sum(nested)} of them lists, for {len(counts)} texts"
+            )
+        if any(nested):
+            groups = [[] if group is None else list(group) for group in videos]
+        elif len(counts) == 1:
+            groups = [list(videos)]
+        else:
+            rest = iter(videos)
+            groups = [list(islice(rest, count)) for count in counts]
+            groups[-1] += rest
+        for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+            if len(group) != count:
+                raise ValueError(
+                    f"text {number} has {count} video markers ({self.video_token}), but there are {len(group)} videos "
+                    "for it; write the text with apply_chat_template from messages with one video item per video"
+                )
+        return groups
+
+    def _video_request(self, video, timestamps, given):
+        """One entry of `videos` as arguments of `open_video`; a dict's own settings win over the call's."""
+        while isinstance(video, dict):
+            sources = [name for name in SOURCE_KEYS if video.get(name) is not None]
+            unknown = sorted(set(video) - IGNORED_KEYS - set(SAMPLING_KEYS) - {"timestamps"})
+            if len(sources) != 1 or unknown:
+                raise ValueError(
+                    f"a video item takes one of {', '.join(SOURCE_KEYS)}, and timestamps, {', '.join(SAMPLING_KEYS)}; "
+                    f"got {', '.join(map(str, video))}"
+                )
+            timestamps = video.get("timestamps", timestamps)
+            own = {SAMPLING_KEYS[name]: value for name, value in video.items() if name in SAMPLING_KEYS}
+            given = given | {name: value for name, value in own.items() if value is not None or "sample_fps" in name}
+            video = video[sources[0]]
+
+        rivals = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
+        for name, others in rivals.items():
+            clash = [other for other in others if given.get(other) is not None]
+            if given.get(name) is not None and clash:
+                raise ValueError(f"{name} conflicts with {', '.join(clash)}; pass one of them")
+        request = {name: given.get(name, getattr(self, name)) for name in ("max_num_frames", *rivals["fps"])}
+        if given.get("num_frames") is not None:
+            request = {"max_num_frames": given["num_frames"], "sample_fps": None, "max_sample_fps": None}
+            video, timestamps = self._choose_in_memory(video, timestamps, given["num_frames"])
+        if given.get("fps") is not None:
+            request |= {"sample_fps": given["fps"], "max_sample_fps": None}
+        return {"source": video, "timestamps": timestamps, **request}
+
+    def _choose_in_memory(self, video, timestamps, count):
+        """Spreads `count` frames over those in memory, all of which `open_video` would use; a file is left alone."""
+        if isinstance(video, (list, tuple, np.ndarray, torch.Tensor)) and len(video) > count > 0:
+            if timestamps is None:
+                timestamps = [index / (self.sample_fps or 1) for index in range(len(video))]
+            if len(timestamps) == len(video):
+                chosen = np.linspace(0, len(video) - 1, count, dtype=int).tolist()
+                return [video[index] for index in chosen], [timestamps[index] for index in chosen]
+        return video, timestamps
+
+    def _load_video(self, source, **request):
+        """Pixels [F, 3, S, S] and times of a video's sampled frames."""
+        batches = list(open_video(source, size=self.image_size, **request))
+        frames = torch.cat([batch.frames for batch in batches])
+        seconds = [time for batch in batches for time in batch.timestamps]
+        return normalize_frames(frames, self.image_mean, self.image_std), seconds
+
+    def _pad(self, rows, padding, padding_side, return_tensors):
+        """Pads rows of ids with the pad token; returns ids and mask as asked."""
+        padded = {None: False, False: False, "do_not_pad": False, True: True, "longest": True}.get(padding)
+        if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
+            raise ValueError(
+                "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
+                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+            )
+        longest = max(map(len, rows))
+        if return_tensors is not None and not padded and min(map(len, rows)) < longest:
+            raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        ids, mask = [], []
+        for row in rows:
+            pads, ones = [pad_id] * (longest - len(row) if padded else 0), [1] * len(row)
+            zeros = [0] * len(pads)
+            ids.append(row + pads if padding_side == "right" else pads + row)
+            mask.append(ones + zeros if padding_side == "right" else zeros + ones)
+        convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
+        return {"input_ids": convert(ids), "attention_mask": convert(mask)}
+
+
+def _is_one_video(value):
+    """Whether this is a single video: frames, a path, a dict, anything but a list of videos."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and (isinstance(value[0], Image.Image) or np.ndim(value[0]) == 3)
+    return getattr(value, "ndim", 4) != 5
+
+
+def _is_empty(value):
+    """Whether an argument asks for nothing: None, False, or nothing inside, however deep."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_empty, value))
+    return value is None or value is False
+
+
+def _per_video(timestamps, count):
+    """One entry (a list of seconds or None) per video."""
+    timestamps = [None] * count if timestamps is None else list(timestamps)
+    if timestamps and all(time is not None and np.ndim(time) == 0 for time in timestamps):
+        timestamps = [timestamps]
+    if len(timestamps) != count:
+        raise ValueError(f"timestamps has entries for {len(timestamps)} videos, but {count} videos came")
+    return timestamps

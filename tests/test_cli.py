@@ -1,0 +1,142 @@
+"""`cli.py` as a user runs it: subprocesses on the bundled checkpoint and clip; and the clip's story."""
+
+import json
+import os
+import subprocess
+import sys
+
+import av
+import pytest
+
+CLIP = os.path.join("assets", "demo.mp4")
+
+
+@pytest.fixture(scope="module")
+def cli(root):
+    def run(*arguments: str, cwd=root, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(root / "cli.py"), *map(str, arguments)]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def one_line_error(done: subprocess.CompletedProcess) -> str:
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def test_answers_are_shown(cli):
+    done = cli(CLIP, "What happens?", "--stats", "--max-new-tokens", "6", "--max-num-frames", "9", "--uniform")
+    assert done.returncode == 0, done.stderr
+    for shown in (
+        "frames           9",
+        "visual tokens    48",
+        "decode + encode",
+        "16.0 s",
+        "Q  What happens?",
+        "\nA  ",
+    ):
+        assert shown in done.stdout
+    for shown in ("cpu, float32", "key-values", "6 tokens"):
+        assert shown in done.stdout
+    assert all(sign.isprintable() or sign == "\n" for sign in done.stdout)
+
+
+def test_json_with_several_questions(cli, root, tmp_path):
+    questions = ["What happens?", "Which colour is the circle?", "What happens?"]
+    # From another folder, and where the hub could not be reached: the default model is the folder of cli.py.
+    video = root / CLIP
+    options = ["--json", "--max-new-tokens", "6", "--max-num-frames", "12", "--dtype", "bfloat16"]
+    done = cli(video, *questions, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert result["video"] == str(video)
+    assert result["num_frames"] == 12
+    assert result["visual_tokens"] == 3 * 16
+    assert result["duration"] == pytest.approx(16.0)
+    assert (result["device"], result["dtype"]) == ("cpu", "bfloat16")
+    assert [entry["question"] for entry in result["answers"]] == questions
+    assert result["answers"][0]["answer"] == result["answers"][2]["answer"], "a question changed the encoded video"
+    assert all(0 < entry["tokens"] <= 6 and entry["seconds"] > 0 for entry in result["answers"])
+    assert result["encode_seconds"] > 0
+
+
+def test_help_teaches(cli):
+    done = cli("--help")
+    assert done.returncode == 0
+    assert "examples:" in done.stdout and "exit status" in done.stdout and "--max-sample-fps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing.mp4", "What?"], "missing.mp4: no such video file"),
+        (["assets", "What?"], "is a folder"),
+        ([CLIP], "QUESTION"),
+        ([CLIP, " "], "empty"),
+        ([CLIP, "What?", "--frames", "3"], "unrecognized arguments: --frames"),
+        ([CLIP, "What?", "--max-num-frames", "0"], "at least 1, got '0'"),
+        ([CLIP, "What?", "--max-new-tokens", "many"], "at least 1, got 'many'"),
+        ([CLIP, "What?", "--sample-fps", "-1"], "frames a second above 0"),
+        ([CLIP, "What?", "--max-sample-fps", "nan"], "frames a second above 0"),
+        ([CLIP, "What?", "--uniform", "--sample-fps", "2"], "--uniform"),
+        ([CLIP, "What?", "--dtype", "int8"], "--dtype"),
+        ([CLIP, "What?", "--model", "assets"], "no config.json"),
+        ([CLIP, "What?", "--model", "./nowhere"], "neither a model folder nor a Hub id"),
+        ([CLIP, "What?", "--model", "someone/something"], "--trust-remote-code"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(cli, arguments, said):
+    done = cli(*arguments)
+    assert said in one_line_error(done)
+    assert done.returncode == 2
+
+
+def test_unreadable_video_is_bad_input(cli, tmp_path):
+    empty = tmp_path / "empty.mp4"
+    empty.write_bytes(b"")
+    done = cli(empty, "What?", "--json")
+    assert done.returncode == 2
+    assert "empty" in one_line_error(done)
+
+
+def test_unusable_device_is_bad_input(cli):
+    done = cli(CLIP, "What?", "--device", "abacus")
+    assert done.returncode == 2
+    assert "--device abacus" in one_line_error(done)
+
+
+def test_broken_model_is_status_1(cli, root, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    for file in root.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    done = cli(root / CLIP, "What?", "--model", tmp_path, "--json")  # no weights
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: OSError: ")
+
+
+def test_demo_clip_tells_its_story(root):
+    with av.open(str(root / CLIP)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        frames = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+    assert len(frames) == 16 * 24
+    assert frames[-1][0] == pytest.approx(16 - 1 / 24, abs=1e-3)
+
+    def colour(second: float, x: int, y: int) -> str:
+        red, green, blue = map(int, frames[round(second * 24)][1][y, x])
+        table = {(True, True, True): "white", (True, False, False): "red", (False, False, True): "blue"}
+        table |= {(False, True, False): "green", (True, True, False): "yellow"}
+        return table[red > 150, green > 120, blue > 150]
+
+    middle, square, triangle, corner = (160, 120), (264, 120), (64, 130), (310, 10)
+    assert [colour(second, *middle) for second in (0, 4, 7.9, 11)] == ["white", "red", "red", "white"]
+    assert [colour(second, *square) for second in (5.9, 6.1, 15.5)] == ["white", "blue", "blue"]
+    assert [colour(second, *corner) for second in (11.9, 12.1)] == ["white", "green"]
+    assert [colour(second, *triangle) for second in (12.9, 13.1)] == ["green", "yellow"]

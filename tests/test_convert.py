@@ -1,0 +1,484 @@
+"""The converter accounts for every tensor, writes whole folders or nothing, and says what is wrong with a source."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from goldens import FIXTURES
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from videoxl import convert_weights
+from videoxl.configuration_videoxl import VideoXLConfig
+from videoxl.convert_weights import convert, name_table, recognise_family
+
+CHECKPOINT = FIXTURES / "videoxl2" / "checkpoint"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Goldens have no tokenizer.
+pytestmark = pytest.mark.filterwarnings("ignore:.*need the tokenizer")
+
+
+@pytest.fixture
+def tensors():
+    """The tensors of the shipped golden checkpoint, to be changed at will."""
+    return load_file(CHECKPOINT / "model.safetensors")
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    """Writes a published checkpoint: the shipped one or other tensors, in one file or several, with config changes."""
+
+    def make(tensors=None, shards=1, **config):
+        source = tmp_path / "source"
+        source.mkdir()
+        published = json.loads((CHECKPOINT / "config.json").read_text()) | config
+        (source / "config.json").write_text(json.dumps(published))
+        tensors = load_file(CHECKPOINT / "model.safetensors") if tensors is None else tensors
+        if shards == 1:
+            save_file(tensors, source / "model.safetensors")
+            return source
+        place = {name: f"model-{number % shards + 1:05}.safetensors" for number, name in enumerate(tensors)}
+        for file in set(place.values()):
+            save_file({name: tensor for name, tensor in tensors.items() if place[name] == file}, source / file)
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+        return source
+
+    return make
+
+
+def converted_tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_nothing_left(tmp_path):
+    """Neither the output nor a temporary folder is there."""
+    assert not [path.name for path in tmp_path.iterdir() if path.name != "source"]
+
+
+# ------------------------------------------------------------------------------------------------ names and shapes
+
+
+def published_video_xl_2():
+    """Name -> shape of the 805 tensors of BAAI/Video-XL-2, as the public model classes build them."""
+    shapes = {}
+
+    def add(name, *shape, bias=True):
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    add("model.embed_tokens", 152064, 3584, bias=False)
+    add("model.norm", 3584, bias=False)
+    add("lm_head", 152064, 3584, bias=False)
+    for layer in (f"model.layers.{number}" for number in range(28)):
+        add(f"{layer}.self_attn.q_proj", 3584, 3584)
+        add(f"{layer}.self_attn.k_proj", 512, 3584)
+        add(f"{layer}.self_attn.v_proj", 512, 3584)
+        add(f"{layer}.self_attn.o_proj", 3584, 3584, bias=False)
+        add(f"{layer}.mlp.gate_proj", 18944, 3584, bias=False)
+        add(f"{layer}.mlp.up_proj", 18944, 3584, bias=False)
+        add(f"{layer}.mlp.down_proj", 3584, 18944, bias=False)
+        add(f"{layer}.input_layernorm", 3584, bias=False)
+        add(f"{layer}.post_attention_layernorm", 3584, bias=False)
+
+    tower = "model.vision_tower.vision_tower.vision_model"
+    add(f"{tower}.embeddings.patch_embedding", 1152, 3, 14, 14)
+    add(f"{tower}.embeddings.position_embedding", 729, 1152, bias=False)
+    add(f"{tower}.post_layernorm", 1152)
+    for layer in (f"{tower}.encoder.layers.{number}" for number in range(26)):
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            add(f"{layer}.self_attn.{part}", 1152, 1152)
+        add(f"{layer}.layer_norm1", 1152)
+        add(f"{layer}.layer_norm2", 1152)
+        add(f"{layer}.mlp.fc1", 4304, 1152)
+        add(f"{layer}.mlp.fc2", 1152, 4304)
+
+    shapes["model.sae.temporal_encoding"] = (4, 1152)
+    for spatial, temporal, convolution in ((0, 1, 2), (3, 4, 5)):
+        add(f"model.sae.encoder.{spatial}.norm", 1152)
+        for part in ("q", "k", "v", "proj_out"):
+            add(f"model.sae.encoder.{spatial}.{part}", 1152, 1152, 1, 1, 1)
+        add(f"model.sae.encoder.{temporal}.norm", 1152)
+        add(f"model.sae.encoder.{temporal}.qkv", 3456, 1152, 1)
+        add(f"model.sae.encoder.{temporal}.proj_out", 1152, 1152, 1)
+        for table in ("relative_position_k", "relative_position_v"):
+            shapes[f"model.sae.encoder.{temporal}.{table}.embeddings_table"] = (129, 1152)
+        add(f"model.sae.encoder.{convolution}.conv", 1152, 1152, 3, 3, 3)
+    add("model.mm_projector.0", 3584, 1152)
+    add("model.mm_projector.2", 3584, 3584)
+    return shapes
+
+
+def test_video_xl_2_at_true_size_has_exactly_the_published_tensors(root):
+    preset = json.loads((root / "presets" / "video-xl-2-8b.json").read_text())
+    config = VideoXLConfig.from_dict(preset)
+    ours = convert_weights.expected_shapes(config)
+    table = name_table("videoxl2")
+    published = {table.to_published(name): shape for name, shape in ours.items()}
+    assert published == published_video_xl_2()
+    assert len(published) == 805
+    assert sum(torch.Size(shape).numel() for shape in published.values()) == 8_123_871_520
+    assert {name: table.to_ours(table.to_published(name)) for name in ours} == {name: name for name in ours}
+    assert config.compressor_config.tokens_per_group == 144
+    assert config.text_config.rope_parameters["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("videoxl2", ["model.sae.temporal_encoding", "model.text_mlp.0.weight"]),
+        ("videoxlpro", ["model.sae.temporal_encoding", "model.WindowTimeToTokenAttention.q_proj.weight"]),
+        ("videoxl1", ["model.beacon_embed_tokens.weight", "model.mm_projector.0.weight"]),
+        ("videochatflash", ["model.mm_projector.mlp.0.weight"]),
+    ],
+)
+def test_families_are_told_apart(family, names):
+    published = {"model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu"}
+    assert recognise_family(published, [EMBEDDING, *names]) == family
+
+
+@pytest.mark.parametrize(
+    ("published", "names", "message"),
+    [
+        ({"model_type": "llava_qwen", "mm_hidden_size": 64}, [EMBEDDING], "known family .*llava_qwen"),
+        ({"model_type": "qwen2"}, ["model.sae.temporal_encoding"], "no mm_"),
+        ({"model_type": "videoxl"}, ["model.compressor.temporal_encoding"], "already in our format"),
+    ],
+)
+def test_other_checkpoints_are_refused(published, names, message):
+    with pytest.raises(ValueError, match=message):
+        recognise_family(published, names)
+
+
+def test_unknown_and_unsupported_families_are_refused(make_source, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown family"):
+        name_table("videoxl3")
+    unsupported = dataclasses.replace(convert_weights.FAMILIES["videoxl2"], preset=None)
+    monkeypatch.setitem(convert_weights.FAMILIES, "videoxl2", unsupported)
+    with pytest.raises(ValueError, match="Video-XL-2 .*not supported yet"):
+        convert(make_source(), tmp_path / "output")
+    assert_nothing_left(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_a_converted_folder_is_complete(make_source, tensors, tmp_path, root):
+    output = convert(make_source(), tmp_path / "output")
+    assert output == tmp_path / "output"
+    table = name_table("videoxl2")
+    written = converted_tensors(output)
+    assert {table.to_published(name) for name in written} == {name for name in tensors if "text_mlp" not in name}
+    assert all(torch.equal(tensor, tensors[table.to_published(name)]) for name, tensor in written.items())
+
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["VideoXLForConditionalGeneration"]
+    assert set(config["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"}
+    processor = json.loads((output / "processor_config.json").read_text())
+    assert (processor["image_size"], processor["tokens_per_group"], processor["frames_per_group"]) == (56, 144, 4)
+    assert (output / "chat_template.jinja").read_text() == (root / "chat_template.jinja").read_text()
+    code = {path.name for path in output.glob("*.py")}
+    assert {"modeling_videoxl.py", "configuration_videoxl.py", "processing_videoxl.py"} <= code
+    assert not code & {"convert_weights.py", "cli.py"}
+    assert not list(output.glob("README*")) and not list(output.glob("LICENSE*"))
+    assert {path.stat().st_mode for path in output.iterdir()} == {(output / "config.json").stat().st_mode}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_shards_in_and_out(make_source, tensors, tmp_path):
+    source = make_source(shards=3)
+    table = name_table("videoxl2")
+    output = convert(source, tmp_path / "sharded_videoxl2", max_shard_size="500KB")
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    assert all((output / file).stat().st_size < 600_000 for file in files)
+    written = converted_tensors(output)
+    assert index["weight_map"].keys() == written.keys()
+    assert all(torch.equal(tensor, tensors[table.to_published(name)]) for name, tensor in written.items())
+    model = AutoModel.from_pretrained(output, trust_remote_code=True)
+    assert all(torch.equal(parameter, written[name]) for name, parameter in model.named_parameters())
+
+
+def test_dtype(make_source, tmp_path):
+    output = convert(make_source(), tmp_path / "bfloat16_videoxl2", dtype="bfloat16")
+    assert {tensor.dtype for tensor in converted_tensors(output).values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(output, trust_remote_code=True).dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(output, trust_remote_code=True).dtype == torch.bfloat16
+
+
+def test_dtype_of_a_silent_config_is_the_stored_one(make_source, tensors, tmp_path):
+    source = make_source({name: tensor.half() for name, tensor in tensors.items()}, torch_dtype=None)
+    assert json.loads((convert(source, tmp_path / "output") / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_tied_embeddings(make_source, tensors, tmp_path, with_head):
+    del tensors[HEAD]
+    if with_head:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+    output = convert(make_source(tensors, tie_word_embeddings=True), tmp_path / f"tied_{with_head}")
+    assert HEAD not in converted_tensors(output)
+    model = AutoModel.from_pretrained(output, trust_remote_code=True)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, tensors[EMBEDDING])
+
+
+def test_tokenizer_and_generation_config_come_along(make_source, tmp_path, root, recwarn):
+    ids = Tokenizer.from_file(str(root / "tokenizer.json"))
+    source = make_source(
+        video_token_id=ids.token_to_id("<|vision_pad|>"),
+        time_start_token_id=ids.encode("Time 0.0s:").ids[0],
+        time_end_token_id=ids.encode("Time 0.0s:").ids[-1],
+    )
+    shutil.copy(root / "tokenizer.json", source)
+    settings = json.loads((root / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "another family's"}))
+    (source / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05}))
+    (source / "pytorch_model.bin").write_bytes(b"not looked at: there are safetensors")
+    output = convert(source, tmp_path / "with_tokenizer")
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+    assert json.loads((output / "generation_config.json").read_text()) == {"repetition_penalty": 1.05}
+    assert not (output / "pytorch_model.bin").exists()
+
+    tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+    assert tokenizer("Time 4.0s:")["input_ids"] == ids.encode("Time 4.0s:").ids
+    assert "chat_template" not in json.loads((output / "tokenizer_config.json").read_text())
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert (processor.video_token, processor.tokens_per_group, processor.image_size) == ("<|vision_pad|>", 144, 56)
+
+
+def test_the_real_tokenizer_fits_the_preset(make_source, tmp_path, test_data, recwarn):
+    source = make_source(video_token_id=151654, time_start_token_id=1462, time_end_token_id=25)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(test_data / "data" / "tokenizer" / file, source / file)
+    output = convert(source, tmp_path / "real_tokenizer")
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+    assert json.loads((output / "processor_config.json").read_text())["video_token"] == "<|vision_pad|>"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_missing_or_foreign_tokenizer_is_a_warning(make_source, tmp_path, root):
+    source = make_source()
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json .*tokenizer_config\.json"):
+        convert(source, tmp_path / "without")
+    shutil.copy(root / "tokenizer.json", source)
+    shutil.copy(root / "tokenizer_config.json", source)
+    with pytest.warns(UserWarning, match="does not fit its weights"):
+        convert(source, tmp_path / "foreign")
+    assert "video_token" not in json.loads((tmp_path / "foreign" / "processor_config.json").read_text())
+
+
+def test_the_command_line(make_source, tmp_path, root):
+    script = [sys.executable, str(root / "convert_weights.py")]
+    source = make_source()
+    done = subprocess.run([*script, "source", "new/output", "--dtype", "float16"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "output" / "model.safetensors").is_file()
+    failed = subprocess.run([*script, source, tmp_path / "new"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "is not empty" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_a_hub_id_is_fetched_without_pickles(make_source, tmp_path, monkeypatch):
+    source, asked = make_source(), {}
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked[repo_id] = allow_patterns
+        return str(source)
+
+    monkeypatch.setattr(convert_weights, "snapshot_download", snapshot_download)
+    assert (convert("BAAI/Video-XL-2", tmp_path / "output") / "model.safetensors").is_file()
+    assert list(asked) == ["BAAI/Video-XL-2"]
+    assert not [pattern for pattern in asked["BAAI/Video-XL-2"] if pattern.endswith((".bin", ".py", "*"))]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+BAD_TENSORS = {
+    "unknown": (lambda t: t.update(surprise=torch.zeros(3)), r"unknown tensor surprise \(3,\)"),
+    "unknown layer": (
+        lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(96, 64)}),
+        r"unknown tensor model\.layers\.3\.mlp",
+    ),
+    "our name": (
+        lambda t: rename(t, EMBEDDING, "model.language_model.embed_tokens.weight"),
+        "unknown tensor model.lang",
+    ),
+    "missing": (lambda t: t.pop("model.mm_projector.2.bias"), r"lacks model\.mm_projector\.2\.bias \(64,\)"),
+    "missing head": (lambda t: t.pop(HEAD), r"lacks lm_head\.weight"),
+    "shape": (lambda t: t.update({HEAD: torch.zeros(256, 32)}), r"lm_head\.weight has shape \(256, 32\).*\(256, 64\)"),
+    "integers": (lambda t: t.update({HEAD: torch.zeros(256, 64, dtype=torch.int8)}), "stored as I8"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_every_tensor_is_accounted_for(make_source, tensors, tmp_path, change, message):
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        convert(make_source(tensors), tmp_path / "output")
+    assert_nothing_left(tmp_path)
+
+
+def test_tied_embeddings_that_differ(make_source, tmp_path):
+    with pytest.raises(ValueError, match="ties the embeddings, but lm_head.weight"):
+        convert(make_source(tie_word_embeddings=True), tmp_path / "output")
+
+
+def test_values_beyond_the_asked_dtype(make_source, tensors, tmp_path):
+    tensors[HEAD][0, 0] = 1e6
+    with pytest.raises(ValueError, match="lm_head.weight has values beyond the range of float16"):
+        convert(make_source(tensors), tmp_path / "output", dtype="float16")
+    assert_nothing_left(tmp_path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_index(change):
+    def edit(source):
+        path = source / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def only_pickle(source):
+    for path in source.glob("model*"):
+        path.unlink()
+    (source / "pytorch_model.bin").write_bytes(b"")
+
+
+BAD_SOURCES = {
+    "no config": (lambda s: (s / "config.json").unlink(), FileNotFoundError, "config.json is missing"),
+    "torn config": (lambda s: truncate(s / "config.json"), ValueError, "config.json is not valid JSON"),
+    "list config": (lambda s: (s / "config.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
+    "truncated shard": (lambda s: truncate(s / "model-00002.safetensors"), ValueError, "00002.* damaged or truncated"),
+    "garbage shard": (
+        lambda s: (s / "model-00002.safetensors").write_bytes(b"<html>not found</html>"),
+        ValueError,
+        "00002.* damaged or truncated",
+    ),
+    "empty shard": (lambda s: (s / "model-00002.safetensors").write_bytes(b""), ValueError, "00002.* damaged"),
+    "missing shard": (lambda s: (s / "model-00002.safetensors").unlink(), FileNotFoundError, "lacks model-00002"),
+    "no index": (
+        lambda s: (s / "model.safetensors.index.json").unlink(),
+        FileNotFoundError,
+        "neither model.safetensors nor model.safetensors.index.json",
+    ),
+    "index without map": (
+        lambda s: (s / "model.safetensors.index.json").write_text("{}"),
+        ValueError,
+        "has no weight_map",
+    ),
+    "index out of the folder": (
+        edit_index(lambda weight_map: weight_map.update({HEAD: "../other.safetensors"})),
+        ValueError,
+        "outside its folder",
+    ),
+    "index of another tensor": (
+        edit_index(lambda weight_map: rename(weight_map, HEAD, "lm_head.bias")),
+        ValueError,
+        "disagree about lm_head.bias, lm_head.weight",
+    ),
+    "only a pickle": (only_pickle, ValueError, "pytorch_model.bin is a pickle, which can run code"),
+    "no weights": (lambda s: [path.unlink() for path in s.glob("model*")], FileNotFoundError, "has no weights"),
+    "broken tokenizer": (
+        lambda s: [(s / name).write_text("{}") for name in ("tokenizer.json", "tokenizer_config.json")],
+        ValueError,
+        "tokenizer files of .* cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_damaged_sources(make_source, tmp_path, damage, error, message):
+    source = make_source(shards=3)
+    damage(source)
+    with pytest.raises(error, match=message):
+        convert(source, tmp_path / "output")
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("./no_such_folder", FileNotFoundError, "neither an existing folder nor a Hub id"),
+        ("/no/such/folder", FileNotFoundError, "neither an existing folder nor a Hub id"),
+        ("model.safetensors", ValueError, "is a file; give the folder"),
+        ("pytorch_model.bin", ValueError, "is a pickle"),
+    ],
+)
+def test_sources_that_are_no_folder(tmp_path, monkeypatch, source, error, message):
+    monkeypatch.chdir(tmp_path)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(error, match=message):
+        convert(source, tmp_path / "output")
+
+
+def test_a_hub_id_that_cannot_be_fetched(tmp_path, monkeypatch):
+    def snapshot_download(repo_id, allow_patterns):
+        raise convert_weights.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(convert_weights, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match="could not be fetched from the Hub"):
+        convert("no/such", tmp_path / "output")
+
+
+def test_outputs_that_cannot_be_used(make_source, tmp_path):
+    source = make_source()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    (source / "empty").mkdir()
+    for output, message in (
+        (tmp_path / "full", "is not empty"),
+        (tmp_path / "full" / "thesis.txt", "is a file"),
+        (source, "is not empty"),
+        (source / "new" / "output", "lies inside SOURCE"),
+        (source / "empty", "lies inside SOURCE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, output)
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["thesis.txt"]
+    (tmp_path / "there").mkdir()
+    assert (convert(source, tmp_path / "there") / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "../secret"}, "no preset '../secret'; known are .*video-xl-2-8b"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"max_shard_size": "huge"}, "huge"),
+    ],
+)
+def test_bad_options(make_source, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(make_source(), tmp_path / "output", **options)
+    assert_nothing_left(tmp_path)
+
+
+def test_an_interruption_leaves_nothing(make_source, tmp_path, monkeypatch):
+    def save_file(tensors, path: Path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_weights, "save_file", save_file)
+    with pytest.raises(KeyboardInterrupt):
+        convert(make_source(), tmp_path / "output")
+    assert_nothing_left(tmp_path)

@@ -1,0 +1,156 @@
+"""Builds the small checkpoint's tokenizer: tokenizer.json and tokenizer_config.json in a folder.
+
+Same pre-tokenisation, normalisation and special tokens as Qwen2.5's tokenizer, about a hundredth of its vocabulary:
+all 256 bytes, so that any text round-trips, then merges learnt from sentences about clips of moving shapes that
+this file writes itself. No randomness, no outside text: two runs give byte-identical files.
+
+    python training/make_tokenizer.py FOLDER
+"""
+
+import argparse
+import json
+from itertools import chain, product
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel
+
+# 256 bytes + 1,074 merges + 14 special tokens; a multiple of 64.
+VOCAB_SIZE = 1344
+
+# Qwen2's split: contractions, words with at most one leading sign, digits one by one, punctuation, white space.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Qwen2.5's, in its order; they take the last ids.
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+COLORS = "red green blue yellow orange purple pink brown black white gray cyan magenta"
+SHAPES = "circle square triangle star ring cross diamond bar dot rectangle shape object"
+PLACES = "left right top bottom center middle corner edge upper lower"
+MOTIONS = "moves moving bounces jumps rolls grows shrinks spins turns blinks appears disappears enters leaves"
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
+ORDINALS = "first second third fourth fifth last next"
+
+# What answers and general questions need beyond the sentences below; the most useful ones first.
+WORDS = """
+the of and to in is that it for on with as are was this be at by from or an not which have has had but they he she his
+her their its you we what when where who how many much does do did can could will would there here then than them these
+those all any some no yes none both each every more most less few other same different only also very before after
+while during until between again always never once twice about into over under above below behind front near far
+out off up down still now just like so if because Time time times second seconds minute minutes frame frames start
+starts end ends begin begins beginning video clip scene image picture screen background color colors shapes
+number count counted long short small large big tiny little fast slow quickly slowly speed direction toward towards
+away across around along through from side sides position place places move moved stop stops stopped stay stays appear
+disappear visible hidden shown seen see show shows look looks happen happens happened change changes changed become
+becomes turn grow shrink bounce jump roll spin blink flash flashes flashing enter leave answer question option options
+choose correct best letter word words sentence describe briefly detail explain tell name give list summarize order
+following true false only single line letter code secret text message read reads written says digit digits
+person people man woman child dog cat bird ball car cup mug coffee table book box bottle flower tree house street
+road sky water sun light dark night day hand face room door window wall floor food game music clock phone
+walk walking run running stand standing sit sitting play playing talk talking hold holding open opens close closes
+pick puts put take takes make makes made use used using bright steady empty full new old good another together first
+system user assistant helpful You are a please Please thank What Which When Where Who How Is Does Are Describe Count
+The A It At In There Yes No They This Then After Before Both None I hello Hello sure Sorry know think maybe
+A B C D E horizontally vertically upwards downwards leftwards rightwards clockwise
+half whole part total exactly quarter least most between later earlier early late finally immediately
+"""
+
+
+def corpus():
+    """Yields the lines that the merges are learnt from."""
+    colors, shapes, places, motions, numbers, ordinals = lists = [
+        words.split() for words in (COLORS, SHAPES, PLACES, MOTIONS, NUMBERS, ORDINALS)
+    ]
+    # Lower-case words mostly follow a space, capitalised ones mostly open a line; short answers are bare words.
+    for word in WORDS.split():
+        yield from (word if word[0].isupper() else f" {word}",) * 40
+    for word in chain(*lists):
+        yield from (f" {word}", word, word.capitalize()) * 40
+    for color, shape in product(colors, shapes):
+        yield f"What color is the {shape}? The {shape} is {color}.\nWhen does the {color} {shape} appear?"
+        yield f"A {color} {shape}.\nHow many {color} {shape}s are there in the video?"
+    for shape, motion, place in product(shapes, motions, places):
+        yield f"The {shape} {motion} to the {place}, then it {motion} from the {place}."
+    for ordinal, number in product(ordinals, numbers):
+        yield f"There are {number} shapes; the {ordinal} one appears at Time 12.0s: after {number} seconds."
+    for _ in range(40):
+        yield "system\nYou are a helpful assistant.\nuser\nassistant\nTime 0.0s:Describe the video.\n\n"
+
+
+def build():
+    """Learns the merges.
+
+    Returns:
+        The `tokenizers.Tokenizer`, special tokens included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = ByteLevel(trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE, "the corpus has too few distinct words for this vocabulary"
+    return tokenizer
+
+
+def write(folder):
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    Args:
+        folder: Where to; made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The chat template is no part of these files: chat_template.jinja holds it, for the tokenizer and the processor.
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "padding_side": "left",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+    }
+    texts = {
+        "tokenizer.json": build().to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build the small checkpoint's tokenizer.")
+    parser.add_argument("folder", help="where to write tokenizer.json and tokenizer_config.json")
+    write(parser.parse_args().folder)
