@@ -362,9 +362,10 @@ def _remote_code(module):
 
 
 def _build_config(published, preset, tensors, dtype):
+    config_class = _remote_code("configuration_videoxl").VideoXLConfig
     try:
-        config = _remote_code("configuration_videoxl").VideoXLConfig.from_published(published, preset)
-    except (KeyError, TypeError, AttributeError) as error:
+        config = config_class.from_published(published, preset)
+    except Exception as error:  # wrong types and values surface as the library's own kinds
         raise ValueError(f"config.json cannot be read as a published config: {error!r}") from error
     if dtype is None and config.dtype is None:
         stored = next(iter(tensors.values())).dtype
@@ -377,9 +378,17 @@ def _build_config(published, preset, tensors, dtype):
 
 
 def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of our model with this config; costs no memory."""
-    with torch.device("meta"):
-        model = getattr(_remote_code("modeling_videoxl"), ARCHITECTURE)(config)
+    """Name and shape of every tensor of our model with this config; costs no memory.
+
+    Raises:
+        ValueError: If the config's sizes do not go together.
+    """
+    model_class = getattr(_remote_code("modeling_videoxl"), ARCHITECTURE)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # as above: sizes that do not go together
+        raise ValueError(f"no model can be built from the sizes in config.json: {error!r}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -534,7 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         convert(**vars(options), log=print)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

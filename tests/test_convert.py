@@ -343,6 +343,24 @@ def test_values_beyond_the_asked_dtype(make_source, tensors, tmp_path):
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": "64"}, "config.json cannot be read .*hidden_size"),
+        ({"vision_config": [64]}, "config.json cannot be read"),
+        ({"torch_dtype": "float31"}, "config.json cannot be read .*float31"),
+        ({"num_attention_heads": 0}, "no model can be built"),
+        ({"mm_hidden_size": 48}, "no model can be built .*48"),
+        ({"num_hidden_layers": 2}, "unknown tensor model.layers.2"),
+        ({"num_hidden_layers": 4}, "lacks model.layers.3"),
+    ],
+)
+def test_configs_that_do_not_fit(make_source, tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        convert(make_source(**config), tmp_path / "output")
+    assert_nothing_left(tmp_path)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 

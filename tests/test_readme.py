@@ -1,8 +1,8 @@
 """The README as users meet it: its Python runs, its metadata is valid, its links lead somewhere.
 
 Blocks fenced as `python` run in order, in one subprocess, in the root: they share names and use the bundled checkpoint
-and clip. Only the length of their answers is cut. A block fenced as `python norun` (it needs a GPU, say) is only compiled;
-renderers highlight both alike.
+and clip. Only the length of their answers is cut. A block fenced as `python norun` (it needs a GPU, say) is just
+compiled; renderers highlight both alike.
 """
 
 import re
