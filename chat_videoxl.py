@@ -2,11 +2,12 @@
 
 What is surprising:
 * A video stands before all text about it and everything is causal, so its key-values do not depend on the question. An
-  `EncodedVideo` is that cache with the token ids it belongs to; a question runs behind a fork of it, and several videos or
-  turns are one growing sequence.
-* `EncodedVideo` is a `str`, the path it was made from. So a history that holds one survives `json.dumps`; what comes back
-  is the path, and the video is encoded anew.
-* Nothing is kept in the model: whether a video can be reused is decided by comparing its token ids with the conversation's.
+  `EncodedVideo` is that cache with the token ids it belongs to; a question runs behind a fork of it, and several
+  videos or turns are one growing sequence.
+* `EncodedVideo` is a `str`, the path it was made from. So a history that holds one survives `json.dumps`; what comes
+  back is the path, and the video is encoded anew.
+* Nothing is kept in the model: whether a video can be reused is decided by comparing its token ids with the
+  conversation's.
 """
 
 import copy
@@ -55,10 +56,10 @@ class EncodedVideo(str):
     def __new__(cls, source, **state):
         return super().__new__(cls, source or "")
 
-    def __init__(self, source, *, processor, model, cache, layout, input_ids, sampling):
+    def __init__(self, source, *, processor, model, cache, input_ids, sampling):
         super().__init__()
         self._processor, self._model = processor, model
-        self.cache, self.layout, self.input_ids = cache, layout, input_ids
+        self.cache, self.input_ids = cache, input_ids
         self.sampling = sampling
         self.timestamps: list[float] = []
         self.duration = 0.0
@@ -70,9 +71,13 @@ class EncodedVideo(str):
         return len(self.timestamps)
 
     @property
+    def layout(self):
+        return self.cache.layout
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the key-values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return sum(layer.nbytes for layer in self.cache.layers)
 
     def is_current(self) -> bool:
         """Whether the file it was made from is still the same (always true for frames from memory)."""
@@ -105,13 +110,12 @@ class EncodedVideo(str):
             kept = len(self._tail)
             frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
             del self.timestamps[-kept:]
-            self.layout = self._model.drop_last_group(self.cache, self.layout)
+            self._model.drop_last_group(self.cache)
             del self.input_ids[self.layout.length :]
         processor = self._processor
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
         time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
-        ids, self.layout = self._model.prefill_frames(self.cache, self.layout, pixels, time_ids, bool(self.timestamps))
-        self.input_ids += ids
+        self.input_ids += self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
         self.timestamps += times
         self.duration = max(self.duration, times[-1])
         partial = len(times) % processor.frames_per_group
@@ -126,7 +130,9 @@ class EncodedVideo(str):
         return other
 
     def __reduce__(self):
-        raise TypeError("an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed")
+        raise TypeError(
+            "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
+        )
 
 
 class VideoXLChatMixin:
@@ -196,17 +202,18 @@ class VideoXLChatMixin:
         """Answers a question about a video, or continues a conversation.
 
         Args:
-            video_path: A path, an `EncodedVideo`, frames (PIL images or uint8 [F, H, W, 3]), or None: text only, or the
-                video of the history.
+            video_path: A path, an `EncodedVideo`, frames (PIL images or uint8 [F, H, W, 3]), or None: text only, or
+                the video of the history.
             tokenizer: The checkpoint's tokenizer.
             user_prompt: The question.
-            chat_history: What an earlier call returned: `{"role", "content"}` messages. Never changed in place. Its videos
-                are reused without decoding, encoding or prefilling them again; a path that it does not hold is a new video.
+            chat_history: What an earlier call returned: `{"role", "content"}` messages. Never changed in place. Its
+                videos are reused without decoding, encoding or prefilling them again; a path that it does not hold is
+                a new video.
             return_history: Also return the history with this turn.
             max_num_frames, sample_fps, max_sample_fps: Sampling, see `encode_video`.
-            generation_config: A dict or `GenerationConfig`; None takes the checkpoint's own, else greedy decoding of at
-                most 1,024 new tokens. Entries that are None, unknown or without meaning for greedy decoding are dropped;
-                `until` is a stop string or a list of them.
+            generation_config: A dict or `GenerationConfig`; None takes the checkpoint's own, else greedy decoding of
+                at most 1,024 new tokens. Entries that are None, unknown or without meaning for greedy decoding are
+                dropped; `until` is a stop string or a list of them.
             streamer: A transformers streamer.
             progress, timestamps, video_backend: See `encode_video`.
 
@@ -278,15 +285,12 @@ class VideoXLChatMixin:
             source, size=processor.image_size, batch_frames=self.config.resolve_vision_chunk_frames(), **options
         )
         with reader:
-            cache = fork_cache(base.cache) if base is not None else None
-            layout = base.layout if base is not None else None
-            cache, layout = self.prefill_text(cache, layout, prefix)
+            cache = self.prefill_text(None if base is None else fork_cache(base.cache), prefix)
             encoded = EncodedVideo(
                 reader.source,
                 processor=processor,
                 model=self,
                 cache=cache,
-                layout=layout,
                 input_ids=(list(base.input_ids) if base is not None else []) + prefix,
                 sampling=reader.sampling,
             )
@@ -322,7 +326,9 @@ class VideoXLChatMixin:
         if settings.eos_token_id is None:
             settings.eos_token_id = tokenizer.eos_token_id
         if settings.pad_token_id is None:
-            settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            settings.pad_token_id = (
+                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            )
         return settings
 
 

@@ -1,10 +1,11 @@
 """From a tower's frame features to visual tokens: dynamic token synthesis (DTS), projector and pooling.
 
-What is surprising, all of it load-bearing because the published weights were trained with it (Video-XL-2, arXiv 2506.19225;
-public reference `sae.py`, `sae_utils.py`, `attention_temporal_videoae.py`):
-* Grouping re-reads memory: four frames stacked as [4, C, h, w] are *viewed* as [C, 4, h, w]. What the module calls "time" is
-  the channel index modulo 4, and a "channel" is (frame in group, channel div 4).
-* The relative-position term of the temporal attention is transposed: logit (i, j) uses the query at j and the offset i - j.
+What is surprising, all of it load-bearing because the published weights were trained with it (Video-XL-2, arXiv
+2506.19225; public reference `sae.py`, `sae_utils.py`, `attention_temporal_videoae.py`):
+* Grouping re-reads memory: four frames stacked as [4, C, h, w] are *viewed* as [C, 4, h, w]. What the module calls
+  "time" is the channel index modulo 4, and a "channel" is (frame in group, channel div 4).
+* The relative-position term of the temporal attention is transposed: logit (i, j) uses the query at j and the offset
+  i - j.
 * The 3-D convolutions pad time in front only (replicating), and nothing non-linear stands between the layers.
 * The projector runs on every cell, pooling comes after it; the two do not commute because of the GELU.
 
@@ -167,7 +168,11 @@ class VideoXLDynamicTokenSynthesis(nn.Module):
         self.temporal_encoding = nn.Parameter(torch.empty(config.frames_per_group, config.hidden_size))
         layers = []
         for _ in range(config.frames_per_group.bit_length() - 1):
-            layers += [VideoXLSpatialAttention(config), VideoXLTemporalAttention(config), VideoXLTimeHalvingConv(config)]
+            layers += [
+                VideoXLSpatialAttention(config),
+                VideoXLTemporalAttention(config),
+                VideoXLTimeHalvingConv(config),
+            ]
         self.encoder = nn.ModuleList(layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

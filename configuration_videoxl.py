@@ -1,10 +1,11 @@
 """Configuration of the Video-XL family: one config, with slots for tower x compressor x attention plan.
 
 What is surprising:
-* `vision_feature_layer` counts like `hidden_states` of transformers, so -2 means "the last of `num_hidden_layers` is not
-  used": that layer is not built, and the checkpoint does not hold it.
-* `sparse_attention` may be assigned as a dict at any time; it becomes a typed sub-config at that moment. It is read at call
-  time, and the switches of the published code (`enable_sparse`, `enable_chunk_prefill`) win over its prefill fields while
+* `vision_feature_layer` counts like `hidden_states` of transformers, so -2 means "the last of `num_hidden_layers` is
+  not used": that layer is not built, and the checkpoint does not hold it.
+* `sparse_attention` may be assigned as a dict at any time; it becomes a typed sub-config at that moment. It is read
+  at call time, and the switches of the published code (`enable_sparse`, `enable_chunk_prefill`) win over its prefill
+  fields while
   they are on: `resolve_sparse_attention` is the one place that knows.
 * A published `config.json` is flat (`model_type: llava_qwen`, `mm_*` keys, the language model's sizes at top level);
   `VideoXLConfig.from_published` reads it, and `from_dict` sends flat dicts there.
@@ -34,6 +35,7 @@ _PUBLISHED_TEXT_KEYS = (
     "use_cache",
     "rope_theta",
     "rope_scaling",
+    "rope_parameters",
     "attention_dropout",
     "use_sliding_window",
     "sliding_window",
@@ -42,6 +44,9 @@ _PUBLISHED_TEXT_KEYS = (
     "eos_token_id",
     "pad_token_id",
 )
+
+# Rotary base of Qwen2.5, where a published file does not state it.
+_QWEN2_5_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 
 # SigLIP so400m/14 at 384 pixels, the tower of Video-XL-2 (google/siglip-so400m-patch14-384).
 _SIGLIP_SO400M = {
@@ -175,8 +180,8 @@ class VideoXLConfig(PreTrainedConfig):
         compressor_config: See `VideoXLCompressorConfig`.
         text_config: The language model's config (`qwen2`).
         sparse_attention: See `VideoXLSparseAttentionConfig`; also accepted as a dict, also when assigned later.
-        vision_feature_layer: Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it are
-            not built.
+        vision_feature_layer: Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it
+            are not built.
         vision_chunk_frames: Frames that go through tower and compressor at once. Bounds memory, never changes results.
         video_token_id: The placeholder that stands for one visual token.
         time_start_token_id, time_end_token_id: First and last token of a timestamp; None for families without
@@ -243,7 +248,8 @@ class VideoXLConfig(PreTrainedConfig):
     def resolve_sparse_attention(self) -> VideoXLSparseAttentionConfig:
         """The sparse-attention settings in force now: `sparse_attention`, overridden by the published switches.
 
-        `prefill_config["step_size"]` is read as the window in chunks: our reading, the published code does not define it.
+        `prefill_config["step_size"]` is read as the window in chunks: our reading, the published code does not define
+        it.
 
         Raises:
             ValueError: On a value outside its range.
@@ -289,6 +295,8 @@ class VideoXLConfig(PreTrainedConfig):
         """
         config = dict(preset) if preset else cls().to_dict()
         text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
+        if not {"rope_theta", "rope_parameters"} & set(text):
+            text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
         config["text_config"] = {"model_type": "qwen2", **text}
         vision = {key: value for key, value in config["vision_config"].items() if key != "transformers_version"}
         config["vision_config"] = {**vision, **published.get("vision_config", {})}

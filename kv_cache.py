@@ -1,13 +1,20 @@
-"""What is kept: key-value layers that grow in place and can be shared between questions.
+"""What is kept: key-value layers that grow in place, are shared between questions, and may hold pooled keys and
+values.
 
 What is surprising:
 * A layer appends into a buffer with spare room, so a long prefill does not copy the whole cache for every chunk, as
-  `torch.cat` does.
-* `fork` shares the tensors of a finished layer with any number of followers; a follower copies them at its first write. So
-  one encoded video serves many questions, and none of them can change it.
+  `torch.cat` does. `fork` shares the tensors with any number of followers; a follower copies them at its first write.
+* A layer may hold fewer keys than tokens went by (pooled or dropped ones). `get_seq_length` is then the logical
+  length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
+* Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
+  angles are first rounded to float32, as the language model rounds them. Pooling needs un-rotated keys: the mean of
+  rotated ones is no key at all.
 
-B batch, K key-value heads, L tokens in the layer, D head size.
+B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
+group.
 """
+
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -15,16 +22,39 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 # Spare room when a buffer has to grow: a share of what it holds, and at least this many tokens.
 GROWTH = 0.25
 MIN_SPARE_TOKENS = 256
+# Tokens that are rotated at once in float32: bounds the temporary copies.
+ROTATED_AT_ONCE = 65536
 
 
 class VideoXLCacheLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values [B, K, L, D] are views of buffers with spare room."""
+    """A `DynamicLayer` whose keys and values [B, K, M, D] are views of buffers with spare room.
+
+    Attributes:
+        hidden: Tokens that went by but have no key of their own here: logical length minus held keys.
+        row_padding: [B] keys at the start of each row that are padding, or None.
+        row_shift: [B] by how much the positions of what follows are smaller than counted, or None.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        self.hidden = 0
+        self.row_padding: torch.Tensor | None = None
+        self.row_shift: torch.Tensor | None = None
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._reserved = 0
         self._shared = 0  # tokens that a fork may be looking at: never overwritten in place
+        self._pooled: dict = {}  # pool size -> pooled groups, shared with forks
+
+    @property
+    def held(self) -> int:
+        """Keys in the layer."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def get_seq_length(self) -> int:
+        return self.held + self.hidden
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.hidden
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         # override: append in place instead of concatenating
@@ -33,7 +63,7 @@ class VideoXLCacheLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length, added = self.get_seq_length(), key_states.shape[-2]
+        length, added = self.held, key_states.shape[-2]
         if length < self._shared or not self._has_room(length + added):
             self._grow(key_states, value_states, length, added)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -50,38 +80,193 @@ class VideoXLCacheLayer(DynamicLayer):
         tokens = int(tokens_to_remove)
         removed = self.get_seq_length() - tokens if tokens > 0 else -tokens
         if removed > 0 and self.is_initialized:
-            keep = max(self.get_seq_length() - removed, 0)
+            keep = max(self.held - removed, 0)
             self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
+            self._pooled = {}
+
+    def reset(self) -> None:
+        super().reset()
+        self.hidden, self.row_padding, self.row_shift = 0, None, None
+        self._buffers, self._shared, self._pooled = None, 0, {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _map_rows(self, function) -> None:
+        self.row_padding = None if self.row_padding is None else function(self.row_padding)
+        self.row_shift = None if self.row_shift is None else function(self.row_shift)
 
     def fork(self) -> "VideoXLCacheLayer":
         """A layer with the same content that copies it at its first write."""
-        self._shared = max(self._shared, self.get_seq_length())
+        self._shared = max(self._shared, self.held)
         other = VideoXLCacheLayer()
-        other.dtype, other.device = getattr(self, "dtype", None), getattr(self, "device", None)
-        other.keys, other.values, other.is_initialized = self.keys, self.values, self.is_initialized
+        other.set_content(self.keys, self.values)
+        other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
+        other._pooled = self._pooled
         return other
+
+    def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Takes over keys and values [B, K, L, D] as they are."""
+        self.keys, self.values, self._buffers = keys, values, None
+        self.is_initialized = keys is not None
+        if self.is_initialized:
+            self.dtype, self.device = keys.dtype, keys.device
+
+    def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video.
+
+        Args:
+            groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
+                token.
+            pool_size: Kernel and stride of the pooling; a remainder of N is dropped.
+            inv_freq: [D / 2] rotary frequencies.
+
+        Returns:
+            Keys (float32) and values, each [1, K, G, N // pool_size, D].
+        """
+        if pool_size not in self._pooled or self._pooled[pool_size][0] != len(groups):
+            pooled = ([], [])
+            size = groups[0][1] - groups[0][0]
+            used = size // pool_size * pool_size
+            at_once = max(ROTATED_AT_ONCE // size, 1)
+            for first in range(0, len(groups), at_once):
+                starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
+                positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
+                keys = rotate(self.keys.index_select(2, positions), positions, None, inv_freq)
+                for target, states in zip(pooled, (keys, self.values.index_select(2, positions)), strict=True):
+                    target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
+            keys, values = (torch.cat(parts, dim=2) for parts in pooled)
+            self._pooled[pool_size] = (len(groups), keys, values.to(self.values.dtype))
+        return self._pooled[pool_size][1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values and of what was pooled from them."""
+        pooled = sum(keys.nbytes + values.nbytes for _, keys, values in self._pooled.values())
+        return self.keys.nbytes + self.values.nbytes + pooled if self.is_initialized else 0
 
     def _has_room(self, tokens: int) -> bool:
         # Any method of the base class that replaces `keys` (reordering, repeating, moving) leaves the buffer behind.
-        if self._buffers is None or self.keys.numel() == 0:
-            return self._buffers is not None and self._buffers[0].shape[2] >= tokens
+        if self._buffers is None or self._buffers[0].shape[2] < tokens:
+            return False
         same = self.keys.data_ptr() == self._buffers[0].data_ptr() and self.keys.shape[0] == self._buffers[0].shape[0]
-        return same and self._buffers[0].shape[2] >= tokens
+        return same or self.held == 0
 
     def _grow(self, key_states, value_states, length, added) -> None:
         spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
         capacity = max(length + added + spare, self._reserved)
-        old = (self.keys, self.values)
         buffers = []
         # Buffers must stay writable outside inference mode, where a later question may be asked.
         with torch.inference_mode(False), torch.no_grad():
-            for states, previous in zip((key_states, value_states), old, strict=True):
+            for states, previous in ((key_states, self.keys), (value_states, self.values)):
                 shape = (states.shape[0], states.shape[1], capacity, states.shape[3])
                 buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
                 if length:
                     buffer[:, :, :length] = previous
                 buffers.append(buffer)
         self._buffers, self._shared = tuple(buffers), 0
+
+
+class KeptSpan(NamedTuple):
+    """A run of tokens in a mixed cache: [start, stop) of the dense one, as it is or (`group`) that group pooled."""
+
+    start: int
+    stop: int
+    group: int | None = None
+
+
+def rotate(keys, old, new, inv_freq) -> torch.Tensor:
+    """Moves rotated keys from positions `old` to `new`; None stands for not rotated.
+
+    Args:
+        keys: [B, K, L, D].
+        old, new: [L] positions, any number type.
+        inv_freq: [D / 2].
+
+    Returns:
+        [B, K, L, D] in float32.
+    """
+    inv_freq = inv_freq.to(keys.device, torch.float32)
+    angle = 0.0
+    for positions, sign in ((new, 1.0), (old, -1.0)):
+        if positions is not None:
+            angle = angle + sign * (positions.to(keys.device, torch.float32)[:, None] * inv_freq).double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    first, second = keys.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_positions=False) -> DynamicCache:
+    """Builds a cache of dense and pooled key-values from a dense one (bi-level decoding).
+
+    Args:
+        cache: One row that holds all its tokens at their positions.
+        spans: `KeptSpan`s in order; what they leave out is dropped.
+        groups: (start, stop) of every group's visual tokens.
+        pool_size: Kernel and stride of the pooling.
+        inv_freq: [D / 2] rotary frequencies of the language model.
+        true_positions: Keep positions (a pooled key stands in the middle of its tokens) instead of counting the kept
+            keys from 0, which is what the reference does.
+
+    Returns:
+        A new cache; the given one is unchanged.
+    """
+    length = cache.get_seq_length()
+    size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
+    dense_from, dense_to, pooled_from, pooled_to, cursor = [], [], [], [], 0
+    for span in spans:
+        kept = span.stop - span.start if span.group is None else size
+        target = torch.arange(cursor, cursor + kept)
+        if span.group is None:
+            dense_from.append(torch.arange(span.start, span.stop))
+            dense_to.append(target)
+        else:
+            pooled_from.append(span.group)
+            pooled_to.append(target)
+        cursor += kept
+    device = cache.layers[0].keys.device
+    dense_from, dense_to = (torch.cat(parts).to(device) for parts in (dense_from, dense_to))
+    pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
+    pooled_to = torch.cat(pooled_to).to(device) if pooled_to else None
+    mixed = DynamicCache()
+    mixed.layers = []
+    for layer in cache.layers:
+        shape = (*layer.keys.shape[:2], cursor, layer.keys.shape[3])
+        keys, values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
+        for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
+            part = slice(begin, begin + ROTATED_AT_ONCE)
+            source, target = dense_from[part], dense_to[part]
+            moved = layer.keys.index_select(2, source)
+            if not true_positions and not torch.equal(source, target):
+                moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
+            keys.index_copy_(2, target, moved)
+            values.index_copy_(2, target, layer.values.index_select(2, source))
+        if pooled_to is not None:
+            pooled_keys, pooled_values = layer.pooled_groups(groups, pool_size, inv_freq)
+            positions = pooled_to
+            if true_positions:
+                starts = torch.tensor([start for start, _ in groups], device=device)[pooled_from]
+                middles = torch.arange(size, device=device) * pool_size + (pool_size - 1) / 2
+                positions = (starts[:, None] + middles).flatten()
+            picked = pooled_keys.index_select(2, pooled_from).flatten(2, 3)
+            keys.index_copy_(2, pooled_to, rotate(picked, None, positions, inv_freq).to(keys.dtype))
+            values.index_copy_(2, pooled_to, pooled_values.index_select(2, pooled_from).flatten(2, 3))
+        new_layer = VideoXLCacheLayer()
+        new_layer.set_content(keys, values)
+        new_layer.hidden = length - cursor
+        new_layer.row_shift = None if true_positions else torch.tensor([length - cursor], device=device)
+        mixed.layers.append(new_layer)
+    mixed.layer_class_to_replicate = None
+    return mixed
 
 
 def own_layers(cache: DynamicCache, num_layers: int) -> bool:
@@ -93,19 +278,17 @@ def own_layers(cache: DynamicCache, num_layers: int) -> bool:
     """
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return False
-    if any(type(layer) not in (DynamicLayer, VideoXLCacheLayer) for layer in cache.layers):
+    if any(type(layer) is not DynamicLayer and not hasattr(layer, "row_shift") for layer in cache.layers):
         return False
     layers = []
     for index in range(num_layers):
         old = cache.layers[index] if index < len(cache.layers) else None
-        if isinstance(old, VideoXLCacheLayer):
-            layers.append(old)
-            continue
-        layer = VideoXLCacheLayer()
-        if old is not None and old.get_seq_length():
-            layer.dtype, layer.device = old.dtype, old.device
-            layer.keys, layer.values, layer.is_initialized = old.keys, old.values, True
-        layers.append(layer)
+        if not hasattr(old, "row_shift"):
+            layer = VideoXLCacheLayer()
+            if old is not None and old.get_seq_length():
+                layer.set_content(old.keys, old.values)
+            old = layer
+        layers.append(old)
     cache.layers = layers
     cache.layer_class_to_replicate = None
     return True
@@ -121,26 +304,32 @@ def new_cache(num_layers: int) -> DynamicCache:
 def fork_cache(cache: DynamicCache) -> DynamicCache:
     """A cache with the same content that may be extended without changing the original."""
     other = DynamicCache()
+    other.__dict__.update(cache.__dict__)
     other.layers = [layer.fork() for layer in cache.layers]
-    other.layer_class_to_replicate = None
     return other
 
 
-def stack_caches(caches: list[DynamicCache]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Stacks single-row caches of any lengths into one batch, padded on the left with zeros.
-
-    Returns:
-        Per layer, keys and values [B, K, max L, D].
-    """
-    length = max(cache.get_seq_length() for cache in caches)
-    stacked = []
-    for layers in zip(*(cache.layers for cache in caches), strict=True):
+def stack_caches(cache: DynamicCache, rows: list[DynamicCache]) -> None:
+    """Stacks single-row caches of any lengths into `cache`, in place, padded on the left with zeros."""
+    held = [row.layers[0].held for row in rows]
+    logical = max(row.get_seq_length() for row in rows)
+    cache.layers = []
+    for layers in zip(*(row.layers for row in rows), strict=True):
+        stacked = VideoXLCacheLayer()
         pair = []
         for name in ("keys", "values"):
-            rows = [getattr(layer, name) for layer in layers]
-            batch = rows[0].new_zeros((len(rows), rows[0].shape[1], length, rows[0].shape[3]))
-            for row, states in enumerate(rows):
-                batch[row, :, length - states.shape[2] :] = states[0]
+            states = [getattr(layer, name) for layer in layers]
+            batch = states[0].new_zeros((len(rows), states[0].shape[1], max(held), states[0].shape[3]))
+            for row, content in enumerate(states):
+                batch[row, :, max(held) - content.shape[2] :] = content[0]
             pair.append(batch)
-        stacked.append(tuple(pair))
-    return stacked
+        stacked.set_content(*pair)
+        stacked.hidden = logical - max(held)
+        device = pair[0].device
+        stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
+        shifts = [layer.row_shift for layer in layers]
+        stacked.row_shift = torch.cat(
+            [torch.zeros(1, dtype=torch.long, device=device) if s is None else s for s in shifts]
+        )
+        cache.layers.append(stacked)
+    cache.layer_class_to_replicate = None

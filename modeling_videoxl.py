@@ -1,11 +1,14 @@
 """The Video-XL model: composes vision tower, compressor, projector and language model; forward and generation hooks.
 
 What is surprising:
-* A prompt with videos is prefilled inside `forward`, segment by segment, into the cache that `generate` made: its layers are
-  replaced by ours in place. Whole-sequence calls without a cache (training, `use_cache=False`) run at once instead.
-* `generate` expands prompts for beams, never videos: every prompt is encoded and prefilled once, and its cache is repeated.
+* A prompt with videos is prefilled inside `forward`, segment by segment, into the cache that `generate` made: its
+  layers are replaced by ours in place. Whole-sequence calls without a cache (training, `use_cache=False`) run at once
+  instead.
+* `generate` expands prompts for beams, never videos: every prompt is encoded and prefilled once, and its cache is
+  repeated.
 * Placeholders count in the prompt only. A later token may have any id, so decode steps look for none.
-* The model object holds no session. Whatever outlives a call is in the cache or in the `EncodedVideo` that the caller holds.
+* The model object holds no session. Whatever outlives a call is in the cache or in the `EncodedVideo` that the caller
+  holds.
 
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
@@ -16,20 +19,22 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from .bilevel_videoxl import pending_choice
 from .chat_videoxl import VideoXLChatMixin
-from .compressor_videoxl import VideoXLDynamicTokenSynthesis, VideoXLMultiModalProjector, VideoXLRelativePosition
-from .compressor_videoxl import build_compressor
+from .compressor_videoxl import (
+    VideoXLDynamicTokenSynthesis,
+    VideoXLMultiModalProjector,
+    VideoXLRelativePosition,
+    build_compressor,
+)
 from .configuration_videoxl import VideoXLConfig
-from .kv_cache import VideoXLCacheLayer, new_cache, own_layers, stack_caches
-from .sparse_attention import GroupSpan, VisualLayout, plan_prefill, register_attention
-
-# Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the widest
-# is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
-SEGMENT_TOKENS = 4096
+from .generation_videoxl import VideoXLGenerationMixin
+from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
+from .prefill_videoxl import VideoXLPrefillMixin
+from .sparse_attention import VisualLayout, register_attention
 
 
 @dataclass
@@ -67,14 +72,16 @@ class VideoXLPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.embeddings_table)
 
 
-class VideoXLModel(VideoXLPreTrainedModel):
+class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
     """Vision tower, compressor, projector and language model without its head."""
 
     def __init__(self, config: VideoXLConfig):
         super().__init__(config)
         self.vision_tower = build_vision_tower(config)
         self.compressor = build_compressor(config.compressor_config)
-        self.multi_modal_projector = VideoXLMultiModalProjector(config.compressor_config, config.text_config.hidden_size)
+        self.multi_modal_projector = VideoXLMultiModalProjector(
+            config.compressor_config, config.text_config.hidden_size
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         if "sliding_attention" in getattr(self.language_model.config, "layer_types", ()):
             raise ValueError("text_config.use_sliding_window is not supported: visibility is the chunk plan's")
@@ -151,36 +158,80 @@ class VideoXLModel(VideoXLPreTrainedModel):
         prompt_length=None,
         num_expanded=1,
         keep_hidden=0,
+        dense_chunks=None,
+        required_chunks=(),
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See `VideoXLForConditionalGeneration.forward`. `keep_hidden` > 0 lets a prefill return only its last positions."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        settings = self.config.resolve_sparse_attention()
+        if dense_chunks is not None and settings.decode != "bilevel":
+            raise ValueError("dense_chunks needs bi-level decoding: set config.sparse_attention with decode='bilevel'")
         use_cache = use_cache if use_cache is not None else self.config.text_config.use_cache
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if pixel_values_videos is not None and len(pixel_values_videos) == 0:
-            pixel_values_videos = None
-        if pixel_values_videos is None:
-            if input_ids is not None and past_length == 0:
-                self._require_no_placeholders(input_ids[:, :prompt_length])
-            if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = _positions(attention_mask)[:, past_length:]
-            return self.language_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        if input_ids is None:
-            raise ValueError("pixel_values_videos needs input_ids: their placeholders say where the visual tokens go")
+        if pixel_values_videos is not None and len(pixel_values_videos) > 0:
+            if input_ids is None:
+                raise ValueError(
+                    "pixel_values_videos needs input_ids: their placeholders say where the visual tokens go"
+                )
+            return self._forward_videos(
+                input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
+                prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
+            )  # fmt: skip
+        if input_ids is not None and past_length == 0:
+            self._require_no_placeholders(input_ids[:, :prompt_length])
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if past_length and isinstance(past_key_values.layers[0], VideoXLCacheLayer):
+            rows, new_tokens = past_key_values.layers[0].keys.shape[0], inputs_embeds.shape[1]
+            if (
+                rows < inputs_embeds.shape[0]
+                or pending_choice(past_key_values, settings)
+                or (rows == 1 and new_tokens > 1)
+            ):
+                question = None if prompt_length is None else prompt_length - past_length
+                options = (settings, question, dense_chunks, required_chunks)
+                return self._continue_rows(inputs_embeds, attention_mask, past_key_values, num_expanded, options)
+        return self._continue_plain(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
+
+    def _continue_plain(self, embeds, attention_mask, position_ids, cache, use_cache, kwargs):
+        """The library's way: text, and decode steps of any cache."""
+        past_length = cache.get_seq_length() if cache is not None else 0
+        layer = cache.layers[0] if past_length else None
+        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+            position_ids = _positions(attention_mask)[:, past_length:]
+        if isinstance(layer, VideoXLCacheLayer) and layer.row_shift is not None:
+            if position_ids is None:
+                counted = torch.arange(past_length, past_length + embeds.shape[1], device=embeds.device)
+                position_ids = counted.expand(embeds.shape[0], -1)
+            position_ids = position_ids - layer.row_shift.to(position_ids.device)[:, None]
+        if isinstance(layer, VideoXLCacheLayer) and (layer.hidden or layer.row_padding is not None):
+            # The keys that are held stand at the end of the logical past: say which of them are padding.
+            mask = torch.ones(embeds.shape[0], past_length + embeds.shape[1], dtype=torch.long, device=embeds.device)
+            if layer.row_padding is not None:
+                columns = torch.arange(mask.shape[1], device=embeds.device)
+                mask[columns < layer.hidden + layer.row_padding.to(embeds.device)[:, None]] = 0
+            if attention_mask is not None:
+                mask[:, past_length:] = attention_mask[:, past_length:]
+            attention_mask = mask
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _forward_videos(
+        self, input_ids, attention_mask, position_ids, cache, pixels, use_cache, prompt_length, num_expanded,
+        keep_hidden, settings, chunks, kwargs,
+    ):  # fmt: skip
+        past_length = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
-            attention_mask = torch.ones(
-                input_ids.shape[0], past_length + input_ids.shape[1], dtype=torch.long, device=input_ids.device
-            )
-        features = self.get_video_features(pixel_values_videos).pooler_output
+            attention_mask = torch.ones(input_ids.shape[0], past_length + input_ids.shape[1], device=input_ids.device)
+        features = self.get_video_features(pixels).pooler_output
         prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
         rows = self._rows(prompts, masks, features, past_length, prompt_length)
         if num_expanded > 1 and not use_cache:
@@ -189,19 +240,22 @@ class VideoXLModel(VideoXLPreTrainedModel):
             prompts, masks, num_expanded = input_ids, attention_mask, 1
             rows = self._rows(prompts, masks, features, past_length, prompt_length)
         embeds = self._merge(prompts, rows, features)
-        if use_cache:
-            if past_key_values is None:
-                past_key_values = new_cache(self.config.text_config.num_hidden_layers)
-            cached = own_layers(past_key_values, self.config.text_config.num_hidden_layers)
-            if cached and not kwargs.get("output_hidden_states") and not kwargs.get("output_attentions"):
-                return self._prefill_rows(embeds, rows, past_key_values, num_expanded, keep_hidden)
-        settings = self.config.resolve_sparse_attention()
+        layers = self.config.text_config.num_hidden_layers
+        detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        if (use_cache or settings.decode == "bilevel") and not detailed:
+            # Bi-level decoding assembles key-values, so it has a cache inside even where the caller wants none.
+            cache = new_cache(layers) if cache is None or not use_cache else cache
+            if own_layers(cache, layers):
+                output = self._prefill_rows(
+                    embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, *chunks
+                )  # fmt: skip
+                return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
+        if settings.decode == "bilevel" or (use_cache and settings.prefill != "full"):
+            raise ValueError(
+                f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r} needs a dynamic cache and "
+                "no output_hidden_states or output_attentions; leave cache_implementation unset, or set both to 'full'"
+            )
         if settings.prefill != "full":
-            if use_cache:
-                raise ValueError(
-                    f"sparse_attention.prefill={settings.prefill!r} needs a dynamic cache and no output_hidden_states or "
-                    "output_attentions; leave cache_implementation unset, or set prefill to 'full'"
-                )
             return self._run_rows_without_cache(embeds, rows, settings)
         if num_expanded > 1:
             embeds = embeds.repeat_interleave(num_expanded, dim=0)
@@ -209,7 +263,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=_positions(attention_mask)[:, past_length:] if position_ids is None else position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -266,82 +320,10 @@ class VideoXLModel(VideoXLPreTrainedModel):
         visual = torch.cat([tokens.flatten(0, 1) for tokens in features]).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(is_visual[..., None].expand_as(embeds), visual)
 
-    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0) -> torch.Tensor:
-        """Runs further positions of one sequence through the language model, segment by segment, into its cache.
 
-        Args:
-            inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
-            layout: `VisualLayout` of the whole sequence.
-            cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
-            keep_hidden: How many of the last positions' hidden states to return; 0 for all.
-
-        Returns:
-            [1, keep_hidden or n, hidden], after the final norm.
-        """
-        begin = layout.length - inputs_embeds.shape[1]
-        assert cache.get_seq_length() == begin, "the cache must hold exactly the positions before these"
-        settings = self.config.resolve_sparse_attention()
-        steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks, start=begin)
-        for layer in cache.layers:
-            layer.reserve(layout.length)
-        keep_from = layout.length - keep_hidden if keep_hidden else begin
-        kept = []
-        while steps:
-            count = 1
-            while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
-                count += 1
-            segment, steps = steps[:count], steps[count:]
-            start, stop = segment[0].start, segment[-1].stop
-            hidden = self._run_segment(inputs_embeds[:, start - begin : stop - begin], segment, cache)
-            if stop > keep_from:
-                kept.append(hidden[:, max(keep_from - start, 0) :])
-        return torch.cat(kept, dim=1)
-
-    def _run_segment(self, inputs_embeds, steps, cache=None):
-        positions = torch.arange(steps[0].start, steps[-1].stop, device=inputs_embeds.device)[None]
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=positions,
-            attention_mask={"full_attention": None},
-            past_key_values=cache,
-            use_cache=cache is not None,
-            attention_steps=steps,
-        ).last_hidden_state
-
-    def _prefill_rows(self, embeds, rows, cache, num_expanded, keep_hidden):
-        """Prefills each prompt by itself, then stacks their caches, padded on the left, into the caller's."""
-        batch, length = embeds.shape[:2]
-        if batch == 1 and len(rows[0][0]) == length:
-            hidden = self.extend_cache(embeds, rows[0][1], cache, keep_hidden)
-        else:
-            if cache.get_seq_length():
-                raise ValueError("a cache that already holds tokens can be continued with videos one prompt at a time only")
-            row_caches, hidden = [], embeds.new_zeros(batch, keep_hidden or length, embeds.shape[2])
-            for row, (columns, layout, _) in enumerate(rows):
-                row_cache = new_cache(len(cache.layers))
-                states = self.extend_cache(embeds[row : row + 1, columns], layout, row_cache)
-                kept = columns - (length - hidden.shape[1])
-                hidden[row, kept[kept >= 0]] = states[0, kept >= 0]
-                row_caches.append(row_cache)
-            for layer, (keys, values) in zip(cache.layers, stack_caches(row_caches), strict=True):
-                layer.update(keys, values)
-        if num_expanded > 1:
-            cache.batch_repeat_interleave(num_expanded)
-            hidden = hidden.repeat_interleave(num_expanded, dim=0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
-
-    def _run_rows_without_cache(self, embeds, rows, settings):
-        """Sparse prefill of whole prompts at once, without a cache: differentiable, for training."""
-        outputs = []
-        for row, (columns, layout, _) in enumerate(rows):
-            steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks)
-            hidden = embeds.new_zeros(embeds.shape[1:])
-            states = self._run_segment(embeds[row : row + 1, columns], steps)
-            outputs.append(hidden.index_copy(0, columns, states[0]))
-        return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
-
-
-class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, GenerationMixin):
+class VideoXLForConditionalGeneration(
+    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLGenerationMixin, GenerationMixin
+):
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -389,6 +371,8 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         logits_to_keep=0,
         prompt_length=None,
         num_expanded=1,
+        dense_chunks=None,
+        required_chunks=(),
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Language-model outputs of prompts that may hold videos.
@@ -406,15 +390,25 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
             prompt_length: Positions from here on are generated tokens; set by `generate`.
             num_expanded: How many times `generate` repeated each prompt; set by `generate`.
+            dense_chunks: Bi-level decoding: the chunks to keep dense, instead of choosing by the question. 0-based
+                chunks of `decode_chunk_groups` groups, one list per video (or a plain list for one video); `[]` keeps
+                only the first and the last, which always are dense.
+            required_chunks: Bi-level decoding: chunks, numbered over all videos, that the automatic choice must
+                include.
 
         Returns:
-            `CausalLMOutputWithPast` with logits [B, kept, vocabulary].
+            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; in bi-level mode those of the tokens after the
+            last video.
 
         Raises:
             ValueError: If the number of placeholders differs from the number of visual tokens.
         """
-        if labels is not None and use_cache is None:
-            use_cache = False
+        if labels is not None:
+            if self.config.resolve_sparse_attention().decode == "bilevel":
+                raise ValueError(
+                    "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
+                )
+            use_cache = False if use_cache is None else use_cache
         keep_hidden = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         outputs = self.model(
             input_ids=input_ids,
@@ -427,6 +421,8 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
             prompt_length=prompt_length,
             num_expanded=num_expanded,
             keep_hidden=keep_hidden,
+            dense_chunks=dense_chunks,
+            required_chunks=required_chunks,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -443,105 +439,6 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @torch.no_grad()
-    def prefill_text(self, cache, layout, ids):
-        """Runs text behind a cached sequence, without logits.
-
-        Args:
-            cache: Dynamic cache with our layers, extended in place; None starts a sequence.
-            layout: `VisualLayout` of what it holds, or None.
-            ids: Token ids.
-
-        Returns:
-            `(cache, layout)`, both including the text.
-        """
-        cache = new_cache(self.config.text_config.num_hidden_layers) if cache is None else cache
-        layout = layout if layout is not None else VisualLayout()
-        if ids:
-            embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
-            layout = VisualLayout(layout.videos, layout.length + len(ids))
-            self.model.extend_cache(embeds, layout, cache, keep_hidden=1)
-        return cache, layout
-
-    @torch.no_grad()
-    def prefill_frames(self, cache, layout, pixels, time_ids, continues):
-        """Encodes further frames of a video and runs them behind a cached sequence.
-
-        Args:
-            cache, layout: See `prefill_text`; the cache is extended in place.
-            pixels: [F, 3, H, W]; a partial group is filled by repeating the last frame.
-            time_ids: Per group, the token ids of its timestamp.
-            continues: Whether the groups belong to the sequence's last video; else they start a new one.
-
-        Returns:
-            `(ids, layout)`: the token ids that were appended, and the layout including them.
-        """
-        tokens = self.get_video_features([pixels]).pooler_output[0]
-        ids, groups, position = [], [], layout.length
-        for group_ids in time_ids:
-            visual_start = position + len(group_ids)
-            groups.append(GroupSpan(position, visual_start, visual_start + tokens.shape[1]))
-            ids += [*group_ids, *[self.config.video_token_id] * tokens.shape[1]]
-            position = groups[-1].end
-        earlier = (*layout.videos[:-1], layout.videos[-1] + tuple(groups)) if continues else (*layout.videos, tuple(groups))
-        layout = VisualLayout(earlier, position)
-        embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
-        is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
-        embeds = embeds.masked_scatter(is_visual[None, :, None].expand_as(embeds), tokens.to(embeds.device, embeds.dtype))
-        self.model.extend_cache(embeds, layout, cache, keep_hidden=1)
-        return ids, layout
-
-    def drop_last_group(self, cache, layout):
-        """Takes the last group of the sequence's last video out of the cache, in place; returns the layout without it."""
-        *videos, last = layout.videos
-        cache.crop(last[-1].start - last[-1].end)
-        kept = (*videos, last[:-1]) if len(last) > 1 else tuple(videos)
-        return VisualLayout(kept, last[-1].start)
-
-    def generate(self, inputs=None, generation_config=None, **kwargs):
-        """The library's `generate`, with clear errors where it would go wrong over a video.
-
-        Raises:
-            ValueError: For `prefill_chunk_size` with a video (the prefill is chunked anyway), and for assisted decoding or
-                prompt lookup over a cache that already holds tokens.
-        """
-
-        def setting(name):
-            from_config = getattr(generation_config or self.generation_config, name, None)
-            return kwargs[name] if kwargs.get(name) is not None else from_config
-
-        past = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values_videos") is not None and setting("prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size cannot be used with a video: its prefill runs in bounded segments already")
-        assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
-        if assisted and isinstance(past, Cache) and past.get_seq_length():
-            raise ValueError(
-                "assisted decoding and prompt lookup over a prefilled cache give wrong answers in transformers; pass the "
-                "video itself (pixel_values_videos) instead of an encoded one, or decode without assistance"
-            )
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
-            kwargs["prompt_length"] = input_ids.shape[1]
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
-        """Keeps the 2-D mask, also for static caches: a prefill with videos needs to know what is padding."""
-        return attention_mask
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # override: the library would repeat the tensors of videos as if their first axis were the batch
-        videos = model_kwargs.pop("pixel_values_videos", None)
-        past = model_kwargs.get("past_key_values")
-        if expand_size > 1 and isinstance(past, Cache) and past.get_seq_length():
-            past.batch_repeat_interleave(expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if videos is not None:
-            model_kwargs.update(pixel_values_videos=videos, num_expanded=expand_size)
-        return input_ids, model_kwargs
 
 
 def build_vision_tower(config: VideoXLConfig) -> PreTrainedModel:

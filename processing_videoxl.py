@@ -15,16 +15,21 @@ Shapes: V videos, F frames, S image side, L sequence, B batch; G = ceil(F / fram
 import re
 from collections.abc import Sequence
 from inspect import signature
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .processor_inputs_videoxl import (
+    assign_timestamps,
+    assign_videos,
+    read_messages,
+    refuse_unsupported,
+    video_request,
+)
 from .video_processing_videoxl import normalize_frames, open_video
 
 # chat_template.jinja holds the same text, for the tokenizer.
@@ -49,31 +54,8 @@ DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' 
 {%- endif -%}
 """
 
-ROLES = ("system", "user", "assistant")
-
 # "What the processor was built with": None has a meaning of its own for the sampling rates.
 DEFAULT = "default"
-
-# Where a video given as a dict (as a message's video item is) names its source and its sampling.
-SOURCE_KEYS = ("video", "video_path", "path", "url")
-SAMPLING_KEYS = {name: name for name in ("max_num_frames", "sample_fps", "max_sample_fps", "num_frames", "fps")}
-SAMPLING_KEYS |= {"max_frames": "max_num_frames", "nframes": "num_frames"}
-# Pixel budgets are other models' settings: here every frame has the tower's size.
-IGNORED_KEYS = {*SOURCE_KEYS, "type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
-
-# What pipelines and evaluation clients pass: without effect here whatever the value, or as long as it is empty.
-HARMLESS = {"add_special_tokens", "do_sample_frames", "load_audio_from_video", "return_attention_mask", "verbose"}
-HARMLESS_IF_EMPTY = {
-    *("images", "audios", "audio", "tools", "documents", "video_metadata", "max_length", "pad_to_multiple_of"),
-    *("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs", "sanitize_control_tokens"),
-    *(
-        "return_metadata",
-        "reasoning_effort",
-        "return_assistant_tokens_mask",
-        "return_token_type_ids",
-        "return_mm_token_type_ids",
-    ),
-}
 
 
 class VideoXLProcessor(ProcessorMixin):
@@ -258,8 +240,8 @@ class VideoXLProcessor(ProcessorMixin):
         Args:
             text: A prompt or a list of prompts, with one marker per video (`apply_chat_template` writes them).
             videos: One video, a list in order of appearance over all texts, or one list per text. A video is a path,
-                a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `SOURCE_KEYS` and, for
-                this video alone, `timestamps` and sampling settings.
+                a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `video`, `video_path`,
+                `path`, `url` and, for this video alone, `timestamps` and sampling settings.
             images, audios: Nothing yet (None or empty).
             timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
             padding: Whether prompts are padded to the longest.
@@ -282,7 +264,7 @@ class VideoXLProcessor(ProcessorMixin):
             ValueError: On input that does not fit, with what to do.
             VideoDecodeError: If a video cannot be read.
         """
-        self._refuse_unsupported({**kwargs, "images": images, "audios": audios}, truncation)
+        refuse_unsupported({**kwargs, "images": images, "audios": audios}, self._argument_names, truncation)
         texts = [text] if isinstance(text, str) else text
         if not texts or not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -292,9 +274,10 @@ class VideoXLProcessor(ProcessorMixin):
         given |= {} if max_sample_fps == DEFAULT else {"max_sample_fps": max_sample_fps}
 
         # Everything is checked before the first video is opened.
-        groups = self._assign_videos(videos, [prompt.count(self.video_token) for prompt in texts])
-        times = iter(_per_video(timestamps, sum(map(len, groups))))
-        requests = [[self._video_request(video, next(times), given) for video in group] for group in groups]
+        groups = assign_videos(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
+        times = iter(assign_timestamps(timestamps, sum(map(len, groups))))
+        defaults = {name: getattr(self, name) for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
+        requests = [[video_request(video, next(times), given, defaults) for video in group] for group in groups]
         rows, pixels = [], []
         for prompt, group in zip(texts, requests, strict=True):
             loaded = [self._load_video(**request) for request in group]
@@ -345,19 +328,22 @@ class VideoXLProcessor(ProcessorMixin):
         template = self._select_template(chat_template)
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
-        call_names = set(signature(self.__call__).parameters) - {"text", "videos", "kwargs"}
+        call_names = set(self._argument_names) - {"text", "videos"}
         variables = {
             name: kwargs.pop(name)
             for name in list(kwargs)
             if name not in call_names and re.search(rf"\b{re.escape(name)}\b", template)
         }
         kwargs = {**(processor_kwargs or {}), **kwargs}
-        self._refuse_unsupported({name: value for name, value in kwargs.items() if name not in call_names})
+        refuse_unsupported(
+            {name: value for name, value in kwargs.items() if name not in call_names}, self._argument_names
+        )
 
-        if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages") or not conversation:
+        is_list = isinstance(conversation, (list, tuple))
+        if not (is_list or hasattr(conversation, "messages")) or not conversation:
             raise ValueError("a conversation is a non-empty list of {'role': ..., 'content': ...}")
-        batched = isinstance(conversation, (list, tuple)) and not isinstance(conversation[0], dict)
-        read = [self._read_messages(chat) for chat in (conversation if batched else [conversation])]
+        batched = is_list and not isinstance(conversation[0], dict)
+        read = [read_messages(chat, self.video_token) for chat in (conversation if batched else [conversation])]
         texts, _ = render_jinja_template(
             [messages for messages, _ in read],
             chat_template=template,
@@ -398,6 +384,11 @@ class VideoXLProcessor(ProcessorMixin):
         """Keys that `__call__` can return."""
         return ["input_ids", "attention_mask", "pixel_values_videos"]
 
+    @property
+    def _argument_names(self):
+        """What `__call__` takes by name."""
+        return [name for name in signature(self.__call__).parameters if name != "kwargs"]
+
     def _select_template(self, name_or_text):
         """The template's text: the argument, the one it names, or the processor's."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -405,123 +396,6 @@ class VideoXLProcessor(ProcessorMixin):
         if template is None:
             raise ValueError(f"name one of the processor's chat templates: {', '.join(named)}")
         return template
-
-    def _read_messages(self, conversation):
-        """Checks a conversation; returns its messages with bare video items, and the full video items in order."""
-        messages, videos = [], []
-        for number, message in enumerate(getattr(conversation, "messages", conversation)):
-            if not isinstance(message, dict) or message.get("role") not in ROLES:
-                raise ValueError(
-                    f"message {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}"
-                )
-            content = message.get("content")
-            if not isinstance(content, (str, list, tuple)):
-                raise ValueError(
-                    f"message {number}: content must be a string or a list of items, got {content!r:.200}"
-                )
-            items = []
-            for item in [content] if isinstance(content, str) else content:
-                item = {"type": "text", "text": item} if isinstance(item, str) else item
-                kind = item.get("type") if isinstance(item, dict) else type(item).__name__
-                if kind == "video":
-                    videos.append(item)
-                    items.append({"type": "video"})
-                elif kind == "text" and isinstance(item.get("text"), str):
-                    if self.video_token in item["text"]:
-                        raise ValueError(
-                            f"message {number} has {self.video_token} in its text, where only video items put it; "
-                            "remove it and pass {'type': 'video', 'video': ...} in its place"
-                        )
-                    items.append({"type": "text", "text": item["text"]})
-                else:
-                    hint = (
-                        "images come later; pass a list of PIL images as a video"
-                        if "image" in str(kind).lower()
-                        else ""
-                    )
-                    raise ValueError(
-                        f"message {number}: an item must be {{'type': 'text', 'text': ...}} or "
-                        f"{{'type': 'video', 'video': ...}}, got type {kind!r}. {hint}"
-                    )
-            messages.append({**message, "content": content if isinstance(content, str) else items})
-        return messages, videos
-
-    def _refuse_unsupported(self, kwargs, truncation=False):
-        """Raises on what would otherwise be ignored silently; see `HARMLESS`."""
-        if truncation not in (None, False, "do_not_truncate"):
-            raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
-        unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
-        if unknown:
-            known = [name for name in signature(self.__call__).parameters if name != "kwargs"]
-            raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
-        unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
-        if unsupported:
-            hint = "; images come later, pass a list of PIL images as a video" if "images" in unsupported else ""
-            raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out{hint}")
-
-    def _assign_videos(self, videos, counts):
-        """Distributes the videos over the texts; `counts` are the texts' markers."""
-        if videos is None or _is_one_video(videos):
-            videos = [] if videos is None else [videos]
-        nested = [video is None or not _is_one_video(video) for video in videos]
-        if any(nested) and (not all(nested) or len(nested) != len(counts)):
-            raise ValueError(
-                f"videos must be a flat list, or a list of lists with one list per text; got {len(nested)} entries, "
-                f"{sum(nested)} of them lists, for {len(counts)} texts"
-            )
-        if any(nested):
-            groups = [[] if group is None else list(group) for group in videos]
-        elif len(counts) == 1:
-            groups = [list(videos)]
-        else:
-            rest = iter(videos)
-            groups = [list(islice(rest, count)) for count in counts]
-            groups[-1] += rest
-        for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
-            if len(group) != count:
-                raise ValueError(
-                    f"text {number} has {count} video markers ({self.video_token}), but there are {len(group)} videos "
-                    "for it; write the text with apply_chat_template from messages with one video item per video"
-                )
-        return groups
-
-    def _video_request(self, video, timestamps, given):
-        """One entry of `videos` as arguments of `open_video`; a dict's own settings win over the call's."""
-        while isinstance(video, dict):
-            sources = [name for name in SOURCE_KEYS if video.get(name) is not None]
-            unknown = sorted(set(video) - IGNORED_KEYS - set(SAMPLING_KEYS) - {"timestamps"})
-            if len(sources) != 1 or unknown:
-                raise ValueError(
-                    f"a video item takes one of {', '.join(SOURCE_KEYS)}, and timestamps, {', '.join(SAMPLING_KEYS)}; "
-                    f"got {', '.join(map(str, video))}"
-                )
-            timestamps = video.get("timestamps", timestamps)
-            own = {SAMPLING_KEYS[name]: value for name, value in video.items() if name in SAMPLING_KEYS}
-            given = given | {name: value for name, value in own.items() if value is not None or "sample_fps" in name}
-            video = video[sources[0]]
-
-        rivals = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
-        for name, others in rivals.items():
-            clash = [other for other in others if given.get(other) is not None]
-            if given.get(name) is not None and clash:
-                raise ValueError(f"{name} conflicts with {', '.join(clash)}; pass one of them")
-        request = {name: given.get(name, getattr(self, name)) for name in ("max_num_frames", *rivals["fps"])}
-        if given.get("num_frames") is not None:
-            request = {"max_num_frames": given["num_frames"], "sample_fps": None, "max_sample_fps": None}
-            video, timestamps = self._choose_in_memory(video, timestamps, given["num_frames"])
-        if given.get("fps") is not None:
-            request |= {"sample_fps": given["fps"], "max_sample_fps": None}
-        return {"source": video, "timestamps": timestamps, **request}
-
-    def _choose_in_memory(self, video, timestamps, count):
-        """Spreads `count` frames over those in memory, all of which `open_video` would use; a file is left alone."""
-        if isinstance(video, (list, tuple, np.ndarray, torch.Tensor)) and len(video) > count > 0:
-            if timestamps is None:
-                timestamps = [index / (self.sample_fps or 1) for index in range(len(video))]
-            if len(timestamps) == len(video):
-                chosen = np.linspace(0, len(video) - 1, count, dtype=int).tolist()
-                return [video[index] for index in chosen], [timestamps[index] for index in chosen]
-        return video, timestamps
 
     def _load_video(self, source, **request):
         """Pixels [F, 3, S, S] and times of a video's sampled frames."""
@@ -551,27 +425,3 @@ class VideoXLProcessor(ProcessorMixin):
             mask.append(ones + zeros if padding_side == "right" else zeros + ones)
         convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
         return {"input_ids": convert(ids), "attention_mask": convert(mask)}
-
-
-def _is_one_video(value):
-    """Whether this is a single video: frames, a path, a dict, anything but a list of videos."""
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and (isinstance(value[0], Image.Image) or np.ndim(value[0]) == 3)
-    return getattr(value, "ndim", 4) != 5
-
-
-def _is_empty(value):
-    """Whether an argument asks for nothing: None, False, or nothing inside, however deep."""
-    if isinstance(value, (list, tuple, dict)):
-        return all(map(_is_empty, value))
-    return value is None or value is False
-
-
-def _per_video(timestamps, count):
-    """One entry (a list of seconds or None) per video."""
-    timestamps = [None] * count if timestamps is None else list(timestamps)
-    if timestamps and all(time is not None and np.ndim(time) == 0 for time in timestamps):
-        timestamps = [timestamps]
-    if len(timestamps) != count:
-        raise ValueError(f"timestamps has entries for {len(timestamps)} videos, but {count} videos came")
-    return timestamps

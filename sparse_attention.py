@@ -66,7 +66,14 @@ class VisualLayout:
 
     @classmethod
     def from_ids(
-        cls, input_ids, groups_per_video, tokens_per_group, video_token_id, time_start_token_id, time_end_token_id, offset=0
+        cls,
+        input_ids,
+        groups_per_video,
+        tokens_per_group,
+        video_token_id,
+        time_start_token_id,
+        time_end_token_id,
+        offset=0,
     ) -> "VisualLayout":
         """Finds the groups of one unpadded sequence.
 
@@ -99,13 +106,21 @@ class VisualLayout:
                 visual_start = is_placeholder.index(True, cursor)
                 end = visual_start + tokens_per_group
                 if not all(is_placeholder[visual_start:end]):
-                    raise ValueError(f"the {tokens_per_group} placeholders of a group must be adjacent (at {visual_start})")
+                    raise ValueError(
+                        f"the {tokens_per_group} placeholders of a group must be adjacent (at {visual_start})"
+                    )
                 start = visual_start
-                if time_start_token_id is not None and visual_start > cursor and ids[visual_start - 1] == time_end_token_id:
+                if (
+                    time_start_token_id is not None
+                    and visual_start > cursor
+                    and ids[visual_start - 1] == time_end_token_id
+                ):
                     before = range(visual_start - 1, cursor - 1, -1)
                     start = next((i for i in before if ids[i] == time_start_token_id), visual_start)
                 if index and start != cursor:
-                    raise ValueError(f"the groups of one video must be adjacent; there is text in front of position {start}")
+                    raise ValueError(
+                        f"the groups of one video must be adjacent; there is text in front of position {start}"
+                    )
                 groups.append(GroupSpan(start + offset, visual_start + offset, end + offset))
                 cursor = end
             videos.append(tuple(groups))
@@ -152,7 +167,9 @@ class AttentionStep:
     wide: torch.Tensor | None = None
 
 
-def plan_prefill(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int, start=0) -> list[AttentionStep]:
+def plan_prefill(
+    layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int, start=0
+) -> list[AttentionStep]:
     """Steps for the positions [start, layout.length) of a sequence whose earlier positions are cached.
 
     Args:
@@ -242,7 +259,9 @@ def register_attention(base: str) -> str:
     name = base if base.startswith("videoxl_") else f"videoxl_{base}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def forward(module, query, key, value, attention_mask, attention_steps=None, **kwargs):
+        def forward(module, query, key, value, attention_mask, attention_steps=None, attention_probe=None, **kwargs):
+            if attention_probe is not None:
+                attention_probe.record(module.layer_idx, query, key, kwargs.get("scaling"))
             if attention_steps is None:
                 return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
             dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
@@ -307,7 +326,9 @@ def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if query.is_cuda:
         # A bias object, not a tensor: the flash kernel aligns at the lower right itself.
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(queries, keys), **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=causal_lower_right(queries, keys), **options
+        )
     rows = torch.arange(keys - queries, keys, device=query.device)
     visible = torch.arange(keys, device=query.device) <= rows[:, None]
     return _masked_attention(query, key, value, visible, dropout, scaling)

@@ -49,7 +49,9 @@ def test_published_quick_start(model, tokenizer, clips):
 
 def test_chat_is_generate_on_the_processors_prompt(model, tokenizer, processor, clips):
     answer = model.chat(clips[0], tokenizer, "What moves?", return_history=False, generation_config=SHORT)
-    messages = [{"role": "user", "content": [{"type": "video", "path": clips[0]}, {"type": "text", "text": "What moves?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "video", "path": clips[0]}, {"type": "text", "text": "What moves?"}]}
+    ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -81,7 +83,9 @@ def test_history_through_json_encodes_anew(model, tokenizer, clips):
     restored = json.loads(json.dumps(history))
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
-        answers = [model.chat(p, tokenizer, "And then?", restored, False, generation_config=SHORT) for p in (clips[0], None)]
+        answers = [
+            model.chat(p, tokenizer, "And then?", restored, False, generation_config=SHORT) for p in (clips[0], None)
+        ]
     assert answers == [expected] * 2
     assert calls.count("get_video_features") > 0
     published = [
@@ -95,7 +99,9 @@ def test_encode_once_equals_chat_on_the_path(model, tokenizer, clips):
     questions = ("What moves?", "How many are there?", "What moves?")
     expected = [model.chat(clips[0], tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
     video = model.encode_video(clips[0], tokenizer)
-    assert [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions] == expected
+    assert [
+        model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions
+    ] == expected
     assert video.num_frames == len(video.timestamps) > 0
     assert video.duration == pytest.approx(9.0, abs=0.2)
     assert video.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in video.cache.layers) > 0
@@ -128,7 +134,12 @@ def test_another_path_adds_a_video_to_the_conversation(model, tokenizer, process
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
         answer, longer = model.chat(clips[1], tokenizer, "And here?", chat_history=history, generation_config=SHORT)
-        videos = [item["video"] for message in longer for item in message["content"] if isinstance(item, dict) and "video" in item]
+        videos = [
+            item["video"]
+            for message in longer
+            for item in message["content"]
+            if isinstance(item, dict) and "video" in item
+        ]
         frames_encoded = calls.count("prefill_frames")
         follow_up, _ = model.chat(clips[0], tokenizer, "Compare.", chat_history=longer, generation_config=SHORT)
         assert calls.count("prefill_frames") == frames_encoded
@@ -205,7 +216,11 @@ def test_streamer_until_and_half_precision(model, tokenizer, clips):
     assert "".join(streamer).strip() == answer
     word = answer[2:6]
     cut = model.chat(
-        clips[0], tokenizer, "What?", return_history=False, generation_config={"max_new_tokens": 6, "until": [word], "x": 1}
+        clips[0],
+        tokenizer,
+        "What?",
+        return_history=False,
+        generation_config={"max_new_tokens": 6, "until": [word], "x": 1},
     )
     assert word in cut and len(cut) <= len(answer)
     for dtype in (torch.float16, torch.bfloat16):

@@ -6,7 +6,11 @@ from videoxl.compressor_videoxl import VideoXLDynamicTokenSynthesis, group_frame
 from videoxl.configuration_videoxl import VideoXLCompressorConfig
 
 QUESTION = [20, 21, 22, 23]
-PREFILLS = ({}, {"prefill": "mask", "chunk_groups": 1, "window_chunks": 1}, {"prefill": "streaming", "chunk_groups": 2})
+PREFILLS = (
+    {},
+    {"prefill": "mask", "chunk_groups": 1, "window_chunks": 1},
+    {"prefill": "streaming", "chunk_groups": 2},
+)
 
 
 def prompt(model, groups_per_video, question=QUESTION, between=(30, 31), prefix=(10, 11, 12)):
@@ -69,13 +73,17 @@ def test_generate_forms_agree_with_greedy(model):
     ids, videos = torch.tensor([prompt(model, [2, 1])]), [pixels(model, 8), pixels(model, 3, 1)]
     greedy = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6)
     for form in ({"use_cache": False}, {"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}):
-        assert torch.equal(model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6, **form), greedy), form
+        assert torch.equal(
+            model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6, **form), greedy
+        ), form
     beams = [
         model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6, num_beams=3, use_cache=use_cache)
         for use_cache in (True, False)
     ]
     assert torch.equal(*beams)
-    samples = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    samples = model.generate(
+        input_ids=ids, pixel_values_videos=videos, max_new_tokens=3, do_sample=True, num_return_sequences=3
+    )
     assert samples.shape[0] == 3
 
 

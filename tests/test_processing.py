@@ -25,7 +25,8 @@ PROMPT = (
 )
 # What the loader needs of the root, without model and weights.
 FOLDER = (
-    *("processing_videoxl.py", "video_processing_videoxl.py", "processor_config.json", "chat_template.jinja"),
+    *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
+    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "processor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
 

@@ -1,4 +1,4 @@
-"""Frames, times and failures of `video_processing_videoxl`.
+"""Which frames, times and failures `open_video` gives: sampling, decoding and the door.
 
 Generated clips carry their frame number in ten black or white blocks, so that a test can prove which frame came.
 """
@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -19,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from videoxl import video_decoding_videoxl as vd
 from videoxl import video_processing_videoxl as vp
 
 # Opens a program in a process of its own; its arguments are the repository root and a video.
@@ -30,7 +32,8 @@ sys.modules["videoxl"] = package
 from videoxl import video_processing_videoxl as vp
 """
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
-THIRTIETHS = [round(number * 1000 / 30) for number in range(90)]
+LONG = [round(number * 1000 / 30) for number in range(400)]
+THIRTIETHS = LONG[:90]
 
 
 def numbered_picture(number: int, width: int = 160, height: int = 96) -> np.ndarray:
@@ -82,17 +85,15 @@ def read(source, size=96, **settings_):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(vp.logger, "warning", lambda text, *_: said.append(text))
-    monkeypatch.setattr(vp.logger, "warning_once", lambda text, *_: said.append(text))
+    for logger in (vp.logger, vd.logger):
+        monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
+        monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
     return said
 
 
 @pytest.fixture
 def videos(test_data):
     return test_data / "data" / "videos"
-
-
-# ------------------------------------------------------------------------------------------------ sampling
 
 
 def test_sampling_equals_the_reference(test_data):
@@ -188,9 +189,6 @@ def test_times_that_do_not_increase():
         vp.sample_frame_times([0.0, 0.5, 0.5], max_num_frames=4)
 
 
-# ------------------------------------------------------------------------------------------------ pixels
-
-
 def test_resize_is_pil_or_two_levels_from_it():
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 90, 130, 3), dtype=np.uint8))
     frames = pixels.permute(0, 3, 1, 2)
@@ -220,9 +218,6 @@ def test_pixels_of_another_kind(frames):
             act()
 
 
-# ------------------------------------------------------------------------------------------------ generated files
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -247,7 +242,7 @@ def test_every_frame_of_every_container(tmp_path, warnings, name, how):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 @pytest.mark.parametrize("settings_", [{}, {"max_sample_fps": None}, {"max_num_frames": 7, "sample_fps": None}])
 def test_sampled_frames_are_those_of_the_sampler(tmp_path, name, settings_):
-    path = write_clip(tmp_path / name, [round(number * 1000 / 30) for number in range(400)], keyframes=40)
+    path = write_clip(tmp_path / name, LONG, keyframes=40)
     chosen = {"max_num_frames": 60, **settings_}
     _, numbers, seconds = read(path, **chosen)
     assert numbers == vp.sample_frame_indices(400, 30.0, **chosen)
@@ -255,10 +250,10 @@ def test_sampled_frames_are_those_of_the_sampler(tmp_path, name, settings_):
 
 
 def test_a_seek_that_misses_is_made_good_by_reading_on(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "a.mp4", [round(number * 1000 / 30) for number in range(400)], keyframes=40)
+    path = write_clip(tmp_path / "a.mp4", LONG, keyframes=40)
     calls = []
-    seek = vp._seek
-    monkeypatch.setattr(vp, "_seek", lambda *args: calls.append(1) or (seek(*args) if len(calls) < 3 else None))
+    seek = vd._seek
+    monkeypatch.setattr(vd, "_seek", lambda *args: calls.append(1) or (seek(*args) if len(calls) < 3 else None))
     _, numbers, _ = read(path, max_num_frames=7, sample_fps=None)
     assert len(calls) == 3
     assert numbers == vp.sample_frame_indices(400, 30.0, max_num_frames=7, sample_fps=None)
@@ -266,19 +261,19 @@ def test_a_seek_that_misses_is_made_good_by_reading_on(tmp_path, monkeypatch):
 
 def test_a_seek_past_the_keyframe_is_noticed(tmp_path):
     path = str(write_clip(tmp_path / "a.mp4", keyframes=30))
-    index = vp._read_index(path)
-    shifted = vp.replace(index, keys=[*index.keys[:30], index.keys[30] - 1, *index.keys[31:]])
-    with vp._open(path) as container:
+    index = vd.read_index(path)
+    shifted = replace(index, keys=[*index.keys[:30], index.keys[30] - 1, *index.keys[31:]])
+    with vd._open(path) as container:
         stream = container.streams.video[0]
-        assert next(vp._seek(container, stream, index, 60))[0] == 60
-        assert vp._seek(container, stream, shifted, 30) is None
+        assert next(vd._seek(container, stream, index, 60))[0] == 60
+        assert vd._seek(container, stream, shifted, 30) is None
 
 
 def test_a_packet_without_a_picture_shows_the_picture_before():
     decoded = [(place, f"picture {place}") for place in (0, 1, 4, 5, 6)]
-    assert list(vp._pick(iter(decoded), [0, 2, 3, 5])) == [(0, "picture 0"), (1, "picture 1"), (5, "picture 5")]
+    assert list(vd._pick(iter(decoded), [0, 2, 3, 5])) == [(0, "picture 0"), (1, "picture 1"), (5, "picture 5")]
     left = iter(decoded)
-    list(vp._pick(left, [1]))
+    list(vd._pick(left, [1]))
     assert next(left)[0] == 4  # nothing beyond the last wanted frame is decoded
 
 
@@ -386,8 +381,8 @@ def test_display_matrix(matrix, turn):
     frame = Turned()
     a, b, c, d = (value << 16 for value in matrix)
     frame.side_data = [Data(struct.pack("=9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))]
-    assert vp._display_matrix(frame) == (a, b, c, d)
-    assert np.array_equal(vp._upright_rgb(frame, (a, b, c, d)), np.array(turn(Image.fromarray(corners()))))
+    assert vd._display_matrix(frame) == (a, b, c, d)
+    assert np.array_equal(vd._upright_rgb(frame, (a, b, c, d)), np.array(turn(Image.fromarray(corners()))))
 
 
 @pytest.mark.parametrize(("space", "red"), [(1, (0.2126, 0.0722)), (6, (0.299, 0.114)), (9, (0.2627, 0.0593))])
@@ -406,17 +401,14 @@ def test_colour_matrix_and_range(space, red, full):
     kr, kb = red
     r, b = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
     expected = np.clip([r, (y - kr * r - kb * b) / (1 - kr - kb), b], 0, 255)
-    assert np.abs(vp._upright_rgb(frame, UPRIGHT)[20, 20] - expected).max() <= 3
+    assert np.abs(vd._upright_rgb(frame, UPRIGHT)[20, 20] - expected).max() <= 3
 
 
 def test_colour_matrix_that_ffmpeg_cannot_convert_is_said(warnings):
     frame = av.VideoFrame(64, 48, "yuv420p")
     frame.colorspace = 14  # ICtCp
-    assert vp._upright_rgb(frame, UPRIGHT).shape == (48, 64, 3)
+    assert vd._upright_rgb(frame, UPRIGHT).shape == (48, 64, 3)
     assert "BT.601" in warnings[0]
-
-
-# ------------------------------------------------------------------------------------------------ the iterator
 
 
 def test_batch_size_changes_no_frame(tmp_path):
@@ -468,8 +460,9 @@ def test_leaving_early_stops_the_thread_and_closes_the_file(tmp_path):
             raise KeyError("the consumer's own mistake")
     assert nothing_left()
 
-    assert nothing_left() or vp.open_video(path, size=48)  # opened, never read: nothing to stop
-    video.close()
+    with vp.open_video(path, size=48):
+        assert nothing_left(), "nothing starts before the first frame is asked for"
+    assert nothing_left()
 
 
 def test_a_program_may_end_in_the_middle_of_a_video(tmp_path, root):
@@ -497,9 +490,6 @@ def test_facts_known_before_decoding(tmp_path):
     assert (video.num_frames, len(video.timestamps)) == (6, 6)
     assert json.loads(json.dumps(video.sampling)) == video.sampling
     assert video.sampling["max_num_frames"] == 6
-
-
-# ------------------------------------------------------------------------------------------------ frames in memory
 
 
 def test_frames_in_memory_are_used_as_they_are(warnings):
@@ -567,9 +557,6 @@ def test_frames_of_another_kind(source):
         vp.open_video(source, size=8)
 
 
-# ------------------------------------------------------------------------------------------------ bad files
-
-
 def test_files_that_are_no_video(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("This is not a video. " * 50)
@@ -629,20 +616,19 @@ def test_animated_image(tmp_path):
 
 def test_arguments_that_do_not_go_together(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", THIRTIETHS[:4])
-    with pytest.raises(ValueError, match="timestamps belong"):
-        vp.open_video(path, size=8, timestamps=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match="Unknown backend"):
-        vp.open_video(path, size=8, backend="opencv")
-    with pytest.raises(ValueError, match="size"):
-        vp.open_video(path, size=0)
-    with pytest.raises(ValueError, match="batch_frames"):
-        vp.open_video(path, size=8, batch_frames=0)
-    monkeypatch.setattr(vp, "decord", None)
-    with pytest.raises(ValueError, match="not installed"):
-        vp.open_video(path, size=8, backend="decord")
+    monkeypatch.setattr(vd, "decord", None)
+    for wrong, found in (
+        ({"timestamps": [0, 1, 2, 3]}, "timestamps belong"),
+        ({"backend": "opencv"}, "Unknown backend"),
+        ({"backend": "decord"}, "not installed"),
+        ({"size": 0}, "size"),
+        ({"batch_frames": 0}, "batch_frames"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            vp.open_video(path, **{"size": 8, **wrong})
 
 
-@pytest.mark.skipif(vp.decord is None, reason="decord is optional and not installed")
+@pytest.mark.skipif(vd.decord is None, reason="decord is optional and not installed")
 def test_decord_gives_the_same_frames_or_refuses(tmp_path):
     path = write_clip(tmp_path / "a.mp4")
     expected = read(path, max_num_frames=20)[1:]
@@ -651,8 +637,6 @@ def test_decord_gives_the_same_frames_or_refuses(tmp_path):
         with pytest.raises(ValueError, match="decord"):
             vp.open_video(write_clip(tmp_path / name, ticks), size=8, backend="decord")
 
-
-# ------------------------------------------------------------------------------------------------ real files
 
 # The clock's border: light grey, red, green, blue, 15 seconds each.
 BORDERS = np.array([(218, 218, 218), (255, 0, 0), (0, 128, 0), (0, 0, 255)])
@@ -691,7 +675,7 @@ def test_real_file_gives_the_frames_of_a_plain_decode(videos, warnings, name):
             start = frame.pts if start is None else start
             second = float((frame.pts - start) * frame.time_base)
             if second in wanted:
-                pixels = torch.from_numpy(vp._upright_rgb(frame, vp._display_matrix(frame)))
+                pixels = torch.from_numpy(vd._upright_rgb(frame, vd._display_matrix(frame)))
                 plain[second] = vp.resize_frames(pixels.permute(2, 0, 1)[None], 32)
     assert plain.keys() == wanted.keys()
     assert all(torch.equal(plain[second][0], wanted[second]) for second in wanted)
@@ -721,7 +705,7 @@ def test_phone_clips_stand_upright(videos, degrees, shape):
     with av.open(str(videos / f"rotation_{degrees}_3frames.mov")) as container:
         frame = next(container.decode(video=0))
     stored = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    upright = vp._upright_rgb(frame, vp._display_matrix(frame))
+    upright = vd._upright_rgb(frame, vd._display_matrix(frame))
     assert upright.shape == (*shape, 3)
     assert np.array_equal(upright, np.array(stored.rotate(-degrees, expand=True)))
 
@@ -744,8 +728,6 @@ def test_damaged_real_files(videos, warnings):
     with pytest.raises(vp.VideoDecodeError, match="cut off"):
         vp.open_video(videos / "derived/truncated_no_moov.mp4", size=32)
 
-
-# ------------------------------------------------------------------------------------------------ memory
 
 MEMORY = """
 import resource

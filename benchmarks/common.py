@@ -1,0 +1,262 @@
+"""What the benchmarks share: flags of the model, a model with random weights, layouts, clocks, memory and result files.
+
+What is surprising:
+* The flat root is imported as a package named `videoxl`, as the tests do; import this module before `videoxl.*`.
+* The small model of the CPU runs has the language model of issue 3 and a toy vision tower, so that a prefill benchmark
+  measures the language model. `--preset` takes a published model's sizes instead.
+* Memory on a CPU is resident memory, which only grows usefully in a fresh process: `in_fresh_process` gives one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import types
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MIB = 2**20
+# Ids of the small model's prompt header, video placeholder and end; it has no tokenizer.
+SMALL_VOCABULARY = 2048
+# Tokens of the prompt header in front of a video (the published template, spec of Video-XL-2).
+HEADER_TOKENS = 14
+
+_package = types.ModuleType("videoxl")
+_package.__path__ = [str(ROOT)]
+sys.modules.setdefault("videoxl", _package)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description and the examples as they are written."""
+
+
+def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every benchmark has."""
+    result = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=HelpFormatter)
+    result.add_argument("--device", help="cpu or cuda; without it cuda with --preset, else cpu")
+    result.add_argument("--dtype", help="float32 or bfloat16; without it bfloat16 with --preset, else float32")
+    result.add_argument("--preset", help="sizes of a published model, a name in presets/ (random weights)")
+    result.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    result.add_argument("--repeats", type=int, default=3, help="runs of each measurement; the median counts")
+    result.add_argument("--out", metavar="NAME", help="also write the JSON to benchmarks/results/NAME.json")
+    return result
+
+
+def add_llm_flags(arguments: argparse.ArgumentParser) -> None:
+    """Sizes of the language model and of the prompt."""
+    model = arguments.add_argument_group("language model (without --preset)")
+    for flag, default, text in (
+        ("--hidden", 512, "width"),
+        ("--layers", 4, "layers"),
+        ("--heads", 8, "query heads"),
+        ("--kv-heads", 2, "key-value heads"),
+        ("--mlp", 1376, "width of the MLP"),
+    ):
+        model.add_argument(flag, type=int, default=default, help=text)
+    video = arguments.add_argument_group("video")
+    video.add_argument("--group-tokens", type=int, default=153, help="tokens of a group of 4 frames, with its timestamp")
+    video.add_argument("--timestamp-tokens", type=int, default=9, help="how many of them are the timestamp")
+    video.add_argument("--chunk-groups", type=int, default=4, help="groups in a prefill chunk")
+    video.add_argument("--window-chunks", type=int, default=3, help="earlier chunks that a chunk sees in full")
+
+
+def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line and fills in what depends on --preset."""
+    args = arguments.parse_args()
+    args.device = args.device or ("cuda" if args.preset else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.preset else "float32")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        arguments.error("there is no CUDA device here; --device cpu measures the model on the CPU")
+    if args.preset and not (ROOT / "presets" / f"{args.preset}.json").is_file():
+        arguments.error(f"presets/ has no {args.preset}.json")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def load_config(args):
+    """The `VideoXLConfig` that the flags describe."""
+    config_class = import_module("videoxl.configuration_videoxl").VideoXLConfig
+    if args.preset:
+        return config_class(**json.loads((ROOT / "presets" / f"{args.preset}.json").read_text()))
+    side = {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return config_class(
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, **side},
+        compressor_config={"hidden_size": 32, "grid_size": 4, "projector_pool_size": 2},
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": SMALL_VOCABULARY,
+            "hidden_size": args.hidden,
+            "intermediate_size": args.mlp,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": args.heads,
+            "num_key_value_heads": args.kv_heads,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        video_token_id=SMALL_VOCABULARY - 1,
+        time_start_token_id=SMALL_VOCABULARY - 2,
+        time_end_token_id=SMALL_VOCABULARY - 3,
+    )
+
+
+def build_model(config, args):
+    """A model with random weights (seed 0) through the Auto classes; `config` is ours, or its `text_config` for stock Qwen2."""
+    if config.model_type == "videoxl":
+        model_class = import_module("videoxl.modeling_videoxl").VideoXLForConditionalGeneration
+        AutoConfig.register("videoxl", type(config), exist_ok=True)
+        AutoModel.register(type(config), model_class, exist_ok=True)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = AutoModel.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+    return model.to(args.device).eval()
+
+
+def video_layout(length: int, args):
+    """The layout of a prompt of `length` tokens: header, one video of as many groups as fit, the rest text."""
+    module = import_module("videoxl.sparse_attention")
+    starts = range(HEADER_TOKENS, length - args.group_tokens + 1, args.group_tokens)
+    groups = (module.GroupSpan(at, at + args.timestamp_tokens, at + args.group_tokens) for at in starts)
+    return module.VisualLayout((tuple(groups),), length)
+
+
+def set_sparse_attention(model, args, **fields) -> None:
+    """Sets the model's sparse attention to the flags' plan, with further fields."""
+    model.config.sparse_attention = {"chunk_groups": args.chunk_groups, "window_chunks": args.window_chunks, **fields}
+
+
+def clock(device: str) -> float:
+    """Seconds, when everything asked of the device so far is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """Growth of memory from now on: of resident memory on a CPU, of allocated memory on CUDA."""
+
+    def __init__(self, device: str):
+        self.device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+            self.before = _resident("VmRSS")
+
+    def growth(self) -> int:
+        """Bytes between the peak since then and what was held then."""
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _resident("VmHWM")
+        return max(peak - self.before, 0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_fresh_process(function, *arguments):
+    """Runs a module-level function in a new process; its result, or `"out of memory"`.
+
+    Raises:
+        Exception: Whatever else the function raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_run_in_fresh_process, function, arguments).result()
+        except BrokenProcessPool:
+            return "out of memory"  # the kernel ends a process that takes too much
+
+
+def _run_in_fresh_process(function, arguments):
+    args = next(argument for argument in arguments if isinstance(argument, argparse.Namespace))
+    torch.set_num_threads(args.threads)
+    try:
+        with torch.no_grad():
+            return function(*arguments)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            return "out of memory"
+        raise
+
+
+def median(values) -> float:
+    """The median, rounded to microseconds."""
+    return round(statistics.median(values), 6)
+
+
+def table(header: list[str], rows: list[list]) -> None:
+    """Prints a table, numbers to the right."""
+    texts = [header] + [[cell if isinstance(cell, str) else f"{cell:,.3g}" for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
+    for row in texts:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+
+
+def report(name: str, args, results) -> None:
+    """Ends a benchmark: one line of JSON with results, configuration, versions and hardware; also a file with --out."""
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    line = {
+        "benchmark": name,
+        "results": results,
+        "configuration": settings,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "hardware": _hardware(args.device),
+        "git_revision": _git_revision(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+    }
+    print(json.dumps(line))
+    if args.out:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{Path(args.out).stem}.json"
+        path.write_text(json.dumps(line, indent=1) + "\n")
+        print(f"written to {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def _hardware(device: str) -> dict:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    result = {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        result |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30)}
+    return result
+
+
+def _git_revision() -> str:
+    def git(*command):
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py").strip()
+        return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,189 @@
+"""Filling caches: how the language model runs over prompts with videos and over text behind them.
+
+What is surprising:
+* Every prompt is prefilled by itself, at its own positions, and the caches are stacked afterwards, padded on the
+  left. So a batch gives what single calls give, also where each prompt keeps another part of its key-values.
+* Positions in the plan of attention are places in the cache; positions given to the language model are the rotary
+  ones. They are the same until bi-level decoding thins a cache.
+
+B batch, L sequence, n new tokens; "hidden" is the language model's width.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
+from .kv_cache import fork_cache, new_cache, stack_caches
+from .sparse_attention import VisualLayout, plan_prefill
+
+# Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
+# widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
+SEGMENT_TOKENS = 4096
+
+
+class VideoXLPrefillMixin:
+    """Prefill for a model with a `language_model`, whose attention follows plans, and a `config`."""
+
+    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0) -> torch.Tensor:
+        """Runs further positions of one sequence through the language model, segment by segment, into its dense cache.
+
+        Args:
+            inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
+            layout: `VisualLayout` of the whole sequence; it becomes the cache's.
+            cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
+            keep_hidden: How many of the last positions' hidden states to return; 0 for all.
+
+        Returns:
+            [1, keep_hidden or n, hidden], after the final norm.
+        """
+        begin = layout.length - inputs_embeds.shape[1]
+        if cache.layers[0].hidden:
+            raise ValueError(
+                "a video cannot follow a cache that bi-level decoding has thinned; start from the dense one"
+            )
+        assert cache.get_seq_length() == begin, "the cache must hold exactly the positions before these"
+        settings = self.config.resolve_sparse_attention()
+        steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks, start=begin)
+        for layer in cache.layers:
+            layer.reserve(layout.length)
+        cache.layout = layout
+        positions = torch.arange(begin, layout.length, device=inputs_embeds.device)[None]
+        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden)
+
+    def run_text(self, inputs_embeds, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
+        """Runs text behind a cache of one row, dense or mixed; every token sees all that is held.
+
+        Args:
+            inputs_embeds: [1, n, hidden].
+            cache: Dynamic cache with our layers; it grows by n.
+            keep_hidden: See `extend_cache`.
+            attention_probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
+
+        Returns:
+            [1, keep_hidden or n, hidden], after the final norm.
+        """
+        held, count = cache.layers[0].held, inputs_embeds.shape[1]
+        steps = plan_prefill(VisualLayout(length=held + count), "full", 1, 1, start=held)
+        positions = self.positions_after(cache, count)
+        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden, attention_probe)
+
+    def positions_after(self, cache, count) -> torch.Tensor:
+        """[1, count] positions of the next tokens behind a cache of one row."""
+        layer = cache.layers[0]
+        first = layer.get_seq_length() - (0 if layer.row_shift is None else int(layer.row_shift))
+        return torch.arange(first, first + count, device=self.device)[None]
+
+    def _run_steps(self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
+        begin, end = steps[0].start, steps[-1].stop
+        keep_from = end - keep_hidden if keep_hidden else begin
+        kept = []
+        while steps:
+            count = 1
+            while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
+                count += 1
+            segment, steps = steps[:count], steps[count:]
+            start, stop = segment[0].start, segment[-1].stop
+            hidden = self.language_model(
+                inputs_embeds=inputs_embeds[:, start - begin : stop - begin],
+                position_ids=positions[:, start - begin : stop - begin],
+                attention_mask={"full_attention": None},
+                past_key_values=cache,
+                use_cache=cache is not None,
+                attention_steps=segment,
+                attention_probe=attention_probe,
+            ).last_hidden_state
+            if stop > keep_from:
+                kept.append(hidden[:, max(keep_from - start, 0) :])
+        return torch.cat(kept, dim=1)
+
+    def _prefill_rows(
+        self, embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, dense_chunks, required_chunks
+    ):
+        """Prefills each prompt by itself, then stacks their caches, padded on the left, into the caller's."""
+        single = len(rows) == 1
+        if not single and cache.get_seq_length():
+            raise ValueError(
+                "a cache that already holds tokens can be continued with videos one prompt at a time only"
+            )
+        per_row = split_per_row(dense_chunks, [len(layout.videos) for _, layout, _ in rows])
+        states, caches = [], []
+        for row, ((columns, layout, _), wanted) in enumerate(zip(rows, per_row, strict=True)):
+            row_cache = cache if single else new_cache(len(cache.layers))
+            row_embeds = embeds[row : row + 1, columns]
+            if settings.decode == "full" or not layout.videos:
+                states.append(self.extend_cache(row_embeds, layout, row_cache, keep_hidden if single else 0))
+            else:
+                begin = layout.length - len(columns)
+                if layout.end == layout.length:
+                    raise ValueError("bi-level decoding needs a question: the prompt ends with the video")
+                dense = VisualLayout(layout.videos, layout.end)
+                self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=1)
+                asked = None if prompt_length is None else int((columns < prompt_length).sum()) + begin - layout.end
+                question = row_embeds[:, layout.end - begin :]
+                self._mix(row_cache, question[:, :asked], settings, wanted, required_chunks)
+                states.append(self.run_text(question, row_cache))
+            caches.append(row_cache)
+        if not single:
+            stack_caches(cache, caches)
+        hidden = pad_left(states, embeds.shape[1] if settings.decode == "full" and not keep_hidden else None)
+        if num_expanded > 1:
+            cache.batch_repeat_interleave(num_expanded)
+            hidden = hidden.repeat_interleave(num_expanded, dim=0)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _mix(self, cache, question, settings, dense_chunks, required_chunks):
+        """Replaces a dense cache of one row by the mixed one for a question, in place."""
+        mixed, choices = choose_for_question(self, cache, question, settings, dense_chunks, required_chunks)
+        cache.layers, cache.choices = mixed.layers, choices
+
+    def _continue_rows(self, embeds, attention_mask, cache, num_expanded, options):
+        """Text behind a cache of one row, or several texts behind copies of it."""
+        settings, asked, dense_chunks, required_chunks = options
+        batch, count = embeds.shape[:2]
+        held_rows = cache.layers[0].keys.shape[0]
+        repeats = num_expanded  # `generate` has repeated the prompts, not yet the cache
+        if held_rows != 1:
+            raise ValueError(
+                f"{batch} prompts cannot follow a cache of {held_rows} rows; pass one prompt per row, or a cache of one row"
+            )
+        embeds, batch = embeds[::repeats], batch // repeats
+        valid = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
+        if attention_mask is not None:
+            valid = attention_mask[::repeats, -count:].bool()
+        pending = pending_choice(cache, settings)
+        states, caches = [], []
+        for row in range(batch):
+            row_cache = cache if batch == 1 else fork_cache(cache)
+            columns = valid[row].nonzero().flatten()
+            text = embeds[row : row + 1, columns]
+            if pending:
+                self._mix(row_cache, text[:, : None if asked is None else int((columns < asked).sum())], settings,
+                          dense_chunks, required_chunks)  # fmt: skip
+            states.append(self.run_text(text, row_cache))
+            caches.append(row_cache)
+        if batch > 1:
+            stack_caches(cache, caches)
+            cache.choices = [getattr(row, "choices", None) for row in caches]
+        hidden = pad_left(states, count)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+            hidden = hidden.repeat_interleave(repeats, dim=0)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _run_rows_without_cache(self, embeds, rows, settings):
+        """Sparse prefill of whole prompts at once, without a cache: differentiable, for training."""
+        outputs = []
+        for row, (columns, layout, _) in enumerate(rows):
+            steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks)
+            hidden = embeds.new_zeros(embeds.shape[1:])
+            positions = torch.arange(layout.length, device=embeds.device)[None]
+            states = self._run_steps(embeds[row : row + 1, columns], positions, steps, None)
+            outputs.append(hidden.index_copy(0, columns, states[0]))
+        return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
+
+
+def pad_left(states, length=None) -> torch.Tensor:
+    """Stacks hidden states [1, n_i, hidden] of several rows, padded on the left with zeros to `length` or the longest."""
+    length = max(part.shape[1] for part in states) if length is None else length
+    return torch.cat([F.pad(part, (0, 0, length - part.shape[1], 0)) for part in states])

@@ -1,0 +1,208 @@
+"""What callers hand to the processor, checked and brought into one form: messages, videos, sampling, other arguments.
+
+Surprising here: nothing is ignored silently. Transformers' pipelines and evaluation clients pass a lot that has no
+effect on this model; that is listed below, and whatever is not listed is refused with what to do instead.
+
+Each function takes plain values and gives plain values, so the processor stays the only place that knows the tokenizer
+and opens videos.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROLES = ("system", "user", "assistant")
+
+# Where a video given as a dict (as a message's video item is) names its source and its sampling.
+SOURCE_KEYS = ("video", "video_path", "path", "url")
+SAMPLING_KEYS = {name: name for name in ("max_num_frames", "sample_fps", "max_sample_fps", "num_frames", "fps")}
+SAMPLING_KEYS |= {"max_frames": "max_num_frames", "nframes": "num_frames"}
+# Pixel budgets are other models' settings: here every frame has the tower's size.
+IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
+VIDEO_KEYS = {*SOURCE_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS, "timestamps"}
+# What two names for one thing exclude.
+RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
+
+# What pipelines and evaluation clients pass: without effect here whatever the value, or as long as it is empty.
+HARMLESS = {"add_special_tokens", "do_sample_frames", "load_audio_from_video", "return_attention_mask", "verbose"}
+HARMLESS_IF_EMPTY = {
+    *("images", "audios", "audio", "tools", "documents", "video_metadata", "max_length", "pad_to_multiple_of"),
+    *("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs", "sanitize_control_tokens"),
+    *("return_metadata", "return_assistant_tokens_mask", "return_token_type_ids", "return_mm_token_type_ids"),
+    "reasoning_effort",
+}
+_NO_IMAGES = "; images come later, pass a list of PIL images as a video"
+
+
+def read_messages(conversation, video_token):
+    """Checks a conversation.
+
+    Args:
+        conversation: A list of messages, or an object with `messages` (the pipelines' `Chat`).
+        video_token: The marker, which no text may contain.
+
+    Returns:
+        Its messages with bare video items, and the full video items in order.
+
+    Raises:
+        ValueError: On a malformed message.
+    """
+    messages, videos = [], []
+    for number, message in enumerate(getattr(conversation, "messages", conversation)):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"message {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"message {number}: content must be a string or a list of items, got {content!r:.200}")
+        items = []
+        for item in [content] if isinstance(content, str) else content:
+            item = {"type": "text", "text": item} if isinstance(item, str) else item
+            kind = item.get("type") if isinstance(item, dict) else type(item).__name__
+            if kind == "video":
+                videos.append(item)
+                items.append({"type": "video"})
+            elif kind == "text" and isinstance(item.get("text"), str):
+                if video_token in item["text"]:
+                    raise ValueError(
+                        f"message {number} has {video_token} in its text, where only video items put it; "
+                        "remove it and pass {'type': 'video', 'video': ...} in its place"
+                    )
+                items.append({"type": "text", "text": item["text"]})
+            else:
+                hint = _NO_IMAGES if "image" in str(kind).lower() else ""
+                raise ValueError(
+                    f"message {number}: an item must be {{'type': 'text', 'text': ...}} or "
+                    f"{{'type': 'video', 'video': ...}}, got type {kind!r}{hint}"
+                )
+        messages.append({**message, "content": content if isinstance(content, str) else items})
+    return messages, videos
+
+
+def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> None:
+    """Raises on what would otherwise be ignored silently; see `HARMLESS`. `known` are the arguments that are taken."""
+    if truncation not in (None, False, "do_not_truncate"):
+        raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
+    unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
+    if unknown:
+        raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
+    unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
+    if unsupported:
+        hint = _NO_IMAGES if "images" in unsupported else ""
+        raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out{hint}")
+
+
+def assign_videos(videos, counts, video_token):
+    """Distributes the videos over the texts.
+
+    Args:
+        videos: None, one video, a flat list, or a list (or None) per text.
+        counts: The markers of each text.
+        video_token: The marker, for the message.
+
+    Returns:
+        A list of videos per text, as many as its markers.
+
+    Raises:
+        ValueError: If videos and markers do not fit.
+    """
+    if videos is None:
+        videos = []
+    elif _is_one_video(videos):
+        videos = [videos]
+    nested = [video is None or not _is_one_video(video) for video in videos]
+    if any(nested):
+        if not all(nested) or len(nested) != len(counts):
+            raise ValueError(
+                f"videos must be a flat list, or a list of lists with one list per text; got {len(nested)} entries, "
+                f"{sum(nested)} of them lists, for {len(counts)} texts"
+            )
+        groups = [[] if group is None else list(group) for group in videos]
+    else:
+        rest = iter(videos)
+        groups = [list(islice(rest, count)) for count in counts]
+        groups[-1] += rest
+    for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+        if len(group) != count:
+            raise ValueError(
+                f"text {number} has {count} video markers ({video_token}), but there are {len(group)} videos "
+                "for it; write the text with apply_chat_template from messages with one video item per video"
+            )
+    return groups
+
+
+def assign_timestamps(timestamps, count):
+    """One entry (a list of seconds or None) per video."""
+    timestamps = [None] * count if timestamps is None else list(timestamps)
+    if timestamps and all(time is not None and np.ndim(time) == 0 for time in timestamps):
+        timestamps = [timestamps]
+    if len(timestamps) != count:
+        raise ValueError(f"timestamps has entries for {len(timestamps)} videos, but {count} videos came")
+    return timestamps
+
+
+def video_request(video, timestamps, given, defaults):
+    """One video as arguments of `open_video`.
+
+    Args:
+        video: A source, or a dict that names it; a dict's own settings win over the call's.
+        timestamps: Seconds of frames in memory, or None.
+        given: The sampling settings that the call names; of these only the two `sample_fps` may be None.
+        defaults: `max_num_frames`, `sample_fps` and `max_sample_fps` of the processor.
+
+    Returns:
+        The arguments, `source` among them.
+
+    Raises:
+        ValueError: On unknown keys, no source, or settings that exclude each other.
+    """
+    while isinstance(video, dict):
+        sources = [name for name in SOURCE_KEYS if video.get(name) is not None]
+        if len(sources) != 1 or not set(video) <= VIDEO_KEYS:
+            raise ValueError(
+                f"a video item takes one of {', '.join(SOURCE_KEYS)}, and timestamps, {', '.join(SAMPLING_KEYS)}; "
+                f"got {', '.join(map(str, video))}"
+            )
+        timestamps = video.get("timestamps", timestamps)
+        own = {SAMPLING_KEYS[name]: value for name, value in video.items() if name in SAMPLING_KEYS}
+        given = given | {name: value for name, value in own.items() if value is not None or "sample_fps" in name}
+        video = video[sources[0]]
+
+    for name, others in RIVALS.items():
+        clash = [other for other in others if given.get(other) is not None]
+        if name in given and clash:
+            raise ValueError(f"{name} conflicts with {', '.join(clash)}; pass one of them")
+    request = {name: given.get(name, default) for name, default in defaults.items()}
+    if "num_frames" in given:
+        request = {"max_num_frames": given["num_frames"], "sample_fps": None, "max_sample_fps": None}
+        video, timestamps = _choose_in_memory(video, timestamps, given["num_frames"], defaults["sample_fps"])
+    elif "fps" in given:
+        request |= {"sample_fps": given["fps"], "max_sample_fps": None}
+    return {"source": video, "timestamps": timestamps, **request}
+
+
+def _choose_in_memory(video, timestamps, count, sample_fps):
+    """Spreads `count` frames over those in memory, all of which `open_video` would use; a file is left alone."""
+    if isinstance(video, (list, tuple, np.ndarray, torch.Tensor)) and len(video) > count > 0:
+        if timestamps is None:
+            timestamps = [index / (sample_fps or 1) for index in range(len(video))]
+        if len(timestamps) == len(video):
+            chosen = np.linspace(0, len(video) - 1, count, dtype=int).tolist()
+            return [video[index] for index in chosen], [timestamps[index] for index in chosen]
+    return video, timestamps
+
+
+def _is_one_video(value):
+    """Whether this is a single video: frames, a path, a dict, anything but a list of videos."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and (isinstance(value[0], Image.Image) or np.ndim(value[0]) == 3)
+    return getattr(value, "ndim", 4) != 5
+
+
+def _is_empty(value):
+    """Whether an argument asks for nothing: None, False, or nothing inside, however deep."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_empty, value))
+    return value is None or value is False

@@ -1,0 +1,352 @@
+"""Video files to upright RGB frames with the seconds at which they are shown: the index of times and the decoders.
+
+Surprising here: every frame is found by its presentation time, never by counting, because edit lists, variable rates
+and reordered frames make the n-th decoded picture another one than expected. The times of all frames come from reading
+the packets without decoding them (some 200,000 a second): the index inside an MP4 holds decoding times, that inside a
+Matroska file only keyframes, so neither replaces it. Nothing is ever fetched from a network.
+
+A new decoder is one function with the signature of `open_pyav` and one line in `BACKENDS`.
+
+Shapes: F frames of the source, H x W its size.
+"""
+
+import os
+import struct
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import av
+import numpy as np
+from transformers.utils import logging
+
+try:
+    import decord
+except (ImportError, OSError):  # OSError: a wheel whose shared libraries this system lacks
+    decord = None
+
+logger = logging.get_logger(__name__)
+
+# Frames. A seek empties the decoder's pipeline (up to 16 frames in flight), so it must skip more than that to pay.
+_SEEK_SAVES_FRAMES = 16
+# Seconds. Decoding times that fall back further than muxer noise are a second recording glued to the first.
+_TIME_JUMP = 1.0
+# Seconds. decord rounds its times to float32 (0.25 ms at one hour); another frame is further away than this.
+_DECORD_SECONDS = 5e-3
+# Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
+_TIME_SLACK = 0.5
+# Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
+_SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm"}
+
+
+# Reads the chosen frames, once a call: uint8 [H, W, 3] and the second of each.
+FrameReader = Callable[[], Iterator[tuple[np.ndarray, float]]]
+
+
+class VideoDecodeError(ValueError):
+    """A video that cannot be read; the message names the file, what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """What the packets of a file tell about its F displayed frames, in display order."""
+
+    keys: list[int]  # presentation time in ticks; the running number where the container stores none
+    times: list[float]  # seconds from the first displayed frame
+    keyframes: list[int]  # positions in `keys` to which a seek leads; none where the file is to be read in order
+    duration: float  # seconds until the last frame ends
+    rate: float | None
+    numbered: bool
+    damage: str | None  # what is wrong with the file, if the packets show it
+
+    def place_of(self, key: int | None) -> int | None:
+        """The position of a decoded frame; None for one that is not displayed."""
+        place = -1 if key is None else bisect_right(self.keys, key) - 1
+        return place if place >= 0 and self.keys[place] == key else None
+
+    def runs(self, wanted: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Splits increasing positions into runs to decode in one go, each with the keyframe to seek to, if any."""
+        runs: list[tuple[int | None, list[int]]] = [(None, [])]
+        last = -1
+        for place in wanted:
+            before = bisect_right(self.keyframes, place) - 1
+            if before >= 0 and self.keyframes[before] - last > _SEEK_SAVES_FRAMES:
+                runs.append((self.keyframes[before], []))
+            runs[-1][1].append(place)
+            last = place
+        return runs
+
+
+def _open(path: str) -> Any:
+    # `file:` keeps FFmpeg from reading "a:b.mp4" as a protocol and the whitelist keeps playlists from reaching for a
+    # network; "none" keeps a still image called "x%03d.png" from meaning a numbered series. Metadata of old phones is
+    # not always UTF-8.
+    options = {"protocol_whitelist": "file", "pattern_type": "none"}
+    return av.open(f"file:{os.path.abspath(path)}", metadata_errors="ignore", options=options)
+
+
+def _video_stream(container: Any, path: str) -> Any:
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise VideoDecodeError(f"{path}: expected a video stream, found only other streams. Is this an audio file?")
+    if stream.codec_context is None:
+        raise VideoDecodeError(
+            f"{path}: this FFmpeg has no decoder for its video stream. Re-encode it, e.g. to H.264."
+        )
+    return stream
+
+
+def read_index(path: str) -> VideoIndex:
+    """Reads the packets of the video stream, decoding none.
+
+    Raises:
+        VideoDecodeError: A file that is no video, or of which nothing can be shown.
+    """
+    try:
+        container = _open(path)
+    except av.FFmpegError as error:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, but FFmpeg cannot open it ({error.strerror}). It may be no video, or cut "
+            "off before its index was written: record or copy it again."
+        ) from error
+    with container:
+        stream = _video_stream(container, path)
+        packets: list[Any] = []
+        keyframes: list[int | None] = []
+        intact, damage, latest = 0, None, None
+        jump = round(_TIME_JUMP / stream.time_base)
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0:
+                    continue
+                if packet.is_corrupt:
+                    damage = "a packet is cut off"
+                    continue
+                intact += 1
+                if packet.dts is not None:
+                    if latest is not None and packet.dts < latest - jump:
+                        damage = "its clock jumps back (recordings glued together?), only the part before is read"
+                        break
+                    latest = packet.dts
+                if packet.is_keyframe:
+                    if not keyframes:
+                        packets.clear()  # nothing before the first keyframe can be decoded
+                    keyframes.append(packet.pts)
+                if not packet.is_discard:  # an edit list has them decoded but not displayed
+                    packets.append((packet.pts, packet.dts, packet.duration or 0))
+        except av.FFmpegError as error:
+            damage = error.strerror
+        formats = container.format.name
+        if "mp4" in formats and intact < len(stream.index_entries):
+            damage = f"only {intact} of its {len(stream.index_entries)} frames are in the file"
+        index = _build_index(path, packets, keyframes, stream, formats, damage)
+        if "matroska" in formats and damage is None:
+            # A cut Matroska file just ends.
+            announced = _announced_seconds(container, stream)
+            end = float((stream.start_time or 0) * stream.time_base) + index.duration
+            if end < announced - _TIME_SLACK:
+                index = replace(index, damage=f"it ends at second {end:.2f} of {announced:.2f}")
+        return index
+
+
+def _announced_seconds(container: Any, stream: Any) -> float:
+    """When a Matroska stream ends by its header, which knows the length of the stream, or of the longest stream."""
+    clock = stream.metadata.get("DURATION", "").split(":")
+    if clock[1:]:
+        return sum(float(part) * unit for part, unit in zip(clock, (3600, 60, 1), strict=True))
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
+
+
+def _build_index(
+    path: str, packets: list, keyframes: list, stream: Any, formats: str, damage: str | None
+) -> VideoIndex:
+    tick, rate = stream.time_base, float(stream.average_rate or 0) or None
+    # AVI stores no presentation times (FFmpeg guesses, wrongly for reordered frames), raw streams no times at all.
+    numbered = formats == "avi" or all(pts is None for pts, _, _ in packets)
+    if numbered:
+        ticks = sorted({dts for _, dts, _ in packets if dts is not None})
+        if len(ticks) < len(packets):
+            tick, ticks = 1 / (stream.average_rate or stream.guessed_rate or 25), list(range(len(packets)))
+            if packets:
+                logger.warning(f"{path}: the file stores no times; {float(1 / tick):g} frames per second are assumed.")
+        durations = {}
+    else:
+        durations = {pts: duration for pts, _, duration in packets if pts is not None}
+        # Frames shown before the first keyframe depend on pictures that are not in the file.
+        start = keyframes[0] if keyframes and keyframes[0] is not None else min(durations)
+        ticks = sorted(pts for pts in durations if pts >= start)
+    if not ticks:
+        raise VideoDecodeError(f"{path}: expected video frames, the file has none that can be displayed.")
+    times = [float((value - ticks[0]) * tick) for value in ticks]
+    last = durations.get(ticks[-1], 0) * tick or (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / (rate or 1))
+    seekable = not numbered and not _SEEKABLE_FORMATS.isdisjoint(formats.split(","))
+    places = {value: place for place, value in enumerate(ticks)} if seekable else {}
+    return VideoIndex(
+        keys=list(range(len(ticks))) if numbered else ticks,
+        times=times,
+        keyframes=sorted({places[pts] for pts in keyframes if pts in places}),
+        duration=times[-1] + float(last),
+        rate=rate,
+        numbered=numbered,
+        damage=damage,
+    )
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d): the stored point (p, q) is shown at (a p + c q, b p + d q).
+
+    One for the whole file: asking a PyAV frame for its side data ties it into a reference cycle, and a hundred large
+    frames would wait for the garbage collector.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
+            return a, b, c, d
+    return 1, 0, 0, 1
+
+
+def _upright_rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """A decoded frame as uint8 [H, W, 3], turned and mirrored as the display matrix says."""
+    try:
+        pixels = frame.reformat(format="rgb24").to_ndarray()
+    except OSError:
+        logger.warning_once(f"FFmpeg cannot convert the colour matrix {frame.colorspace}; BT.601 is used instead.")
+        frame.colorspace = 2  # AVCOL_SPC_UNSPECIFIED
+        pixels = frame.reformat(format="rgb24").to_ndarray()
+    a, b, c, d = matrix
+    # The larger of |a| and |b| tells whether the axes swap, the signs which of them run backwards.
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _decode(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields the displayed frames with their positions, from wherever the container stands."""
+    seen = 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            if seen:
+                raise
+            continue  # a recording that starts between keyframes
+        for frame in frames:
+            place = index.place_of(seen if index.numbered else frame.pts)
+            seen += 1
+            if place is not None:
+                yield place, frame
+
+
+def _seek(container: Any, stream: Any, index: VideoIndex, start: int) -> Iterator[tuple[int, av.VideoFrame]] | None:
+    """Yields from the keyframe at `start` on; None if the seek led past it."""
+    try:
+        container.seek(index.keys[start], stream=stream)
+        decoded = _decode(container, stream, index)
+        for place, frame in decoded:
+            # Earlier ones: the seek landed earlier, or they refer to pictures before the keyframe and are broken.
+            if place >= start:
+                return chain([(place, frame)], decoded) if place == start else None
+    except av.FFmpegError:
+        pass
+    return None
+
+
+def _pick(decoded: Iterator[tuple[int, av.VideoFrame]], places: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Takes the frames at increasing `places`, and reads no further than the last."""
+    targets = deque(places)
+    passed: tuple[int, av.VideoFrame] | None = None
+    while targets:
+        place, frame = next(decoded, (None, None))
+        if place is None:
+            return
+        while targets and targets[0] < place:
+            # A packet without a picture (second field, invisible reference): the picture before is on display then.
+            targets.popleft()
+            if passed is not None:
+                yield passed
+                passed = None
+        if targets and targets[0] == place:
+            targets.popleft()
+            yield place, frame
+            passed = None
+        else:
+            passed = place, frame
+
+
+def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
+    """Yields uint8 [H, W, 3] and seconds of the wanted positions; ends early where the file does.
+
+    Raises:
+        av.FFmpegError: The decoder gave up.
+    """
+    runs = index.runs(wanted)
+    rest: list[int] = []
+    matrix: tuple[int, int, int, int] | None = None
+    with _open(path) as container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"
+        decoded: Iterator[tuple[int, av.VideoFrame]] | None = _decode(container, stream, index)
+        for number, (start, places) in enumerate(runs):
+            if start is not None:
+                decoded = _seek(container, stream, index, start)
+            if decoded is None:
+                rest = [place for _, later in runs[number:] for place in later]
+                break
+            for place, frame in _pick(decoded, places):
+                matrix = matrix or _display_matrix(frame)
+                yield _upright_rgb(frame, matrix), index.times[place]
+    if rest:  # the index of the container misled the seek: they are read in order, from the start
+        yield from _read_pyav(path, replace(index, keyframes=[]), rest)
+
+
+def open_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
+    """The reader of the frames at increasing positions `wanted`; the file is opened when reading starts."""
+    return partial(_read_pyav, path, index, wanted)
+
+
+def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
+    """As `open_pyav`, but opened at once and only for files whose frames decord provably finds.
+
+    decord ignores display matrices and edit lists, and hangs on MPEG-TS.
+
+    Raises:
+        VideoDecodeError: A file that decord cannot read.
+        ValueError: decord is not installed, or would not give the frames that the file displays.
+    """
+    if decord is None:
+        raise ValueError('backend="decord" needs the package decord, which is not installed; use backend="pyav".')
+    with _open(path) as container:
+        mpegts = "mpegts" in container.format.name
+        _, frame = next(_decode(container, _video_stream(container, path), index), (0, None))
+    if index.numbered or mpegts or (frame is not None and _display_matrix(frame)[0] <= 0):
+        raise ValueError(f'{path}: decord hangs on, misplaces or does not turn such files; use backend="pyav".')
+    failure = f'{path}: decord cannot read this file; use backend="pyav".'
+    try:
+        reader = decord.VideoReader(path, ctx=decord.cpu(0))
+        starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
+    except (RuntimeError, decord.DECORDError) as error:
+        raise VideoDecodeError(failure) from error
+    if len(starts) != len(index.times) or np.abs(starts - starts[0] - index.times).max() > _DECORD_SECONDS:
+        raise ValueError(
+            f"{path}: decord sees {len(starts)} frames at other times than the {len(index.times)} that the file "
+            'displays; use backend="pyav".'
+        )
+
+    def read() -> Iterator[tuple[np.ndarray, float]]:
+        try:
+            for place in wanted:
+                yield reader[place].asnumpy(), index.times[place]
+        except decord.DECORDError as error:
+            raise VideoDecodeError(failure) from error
+
+    return read
+
+
+BACKENDS: dict[str, Callable[[str, VideoIndex, Sequence[int]], FrameReader]] = {
+    "pyav": open_pyav,
+    "decord": open_decord,
+}
