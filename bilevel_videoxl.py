@@ -26,8 +26,10 @@ from .selection_videoxl import (
     Levels,
     ReloadPolicy,
     choose_levels,
-    mean_key_scores,
 )
+
+# Last tokens of the question that choose chunks; no more than run through the language model at once.
+SCORED_TOKENS = 1024
 
 
 class Chunk(NamedTuple):
@@ -73,10 +75,8 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
         return None
     videos = chunks[-1].video + 1
     nested = [list(entry) if isinstance(entry, (list, tuple, range)) else entry for entry in dense_chunks]
-    if all(isinstance(entry, list) for entry in nested) and (nested or videos > 1):
-        per_video = nested
-    else:
-        per_video = [nested]
+    listed = all(isinstance(entry, list) for entry in nested) and (nested or videos > 1)
+    per_video = nested if listed else [nested]
     if len(per_video) != videos:
         raise ValueError(f"dense_chunks must be a list of {videos} lists, one per video, got {dense_chunks!r}")
     named = []
@@ -85,8 +85,8 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
         for index in wanted:
             if not isinstance(index, int) or not 0 <= index < len(numbers):
                 raise ValueError(
-                    f"dense_chunks names chunk {index!r} of video {video}, which has chunks 0 to {len(numbers) - 1} of "
-                    "decode_chunk_groups groups"
+                    f"dense_chunks names chunk {index!r} of video {video}, which has chunks 0 to "
+                    f"{len(numbers) - 1} of decode_chunk_groups groups"
                 )
             named.append(numbers[index])
     return sorted(set(named))
@@ -135,19 +135,6 @@ def kept_spans(layout, chunks, levels: Levels, length: int) -> list[KeptSpan]:
     return spans
 
 
-class QueryRecorder:
-    """Collects, per layer, the mean un-rotated query of the question."""
-
-    def __init__(self, layers, positions, inv_freq):
-        self.layers, self.positions, self.inv_freq = layers, positions, inv_freq
-        self.queries: dict[int, torch.Tensor] = {}
-
-    def record(self, layer_idx, query, key, scaling) -> None:
-        """Takes a layer's rotated queries [1, H, n, D]."""
-        if layer_idx in self.layers:
-            self.queries[layer_idx] = rotate(query, self.positions, None, self.inv_freq)[0].mean(dim=1)
-
-
 def choose_for_question(model, cache, question, settings, dense_chunks=None, required_chunks=()):
     """Puts together the mixed cache for a question.
 
@@ -172,7 +159,6 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
     groups = layout.groups
     visual = [(group.visual_start, group.end) for group in groups]
     tokens_per_group = groups[0].end - groups[0].visual_start
-    pooled_per_group = tokens_per_group // settings.pool_size
     stamps = [sum(groups[g].visual_start - groups[g].start for g in chunk.groups) for chunk in chunks]
     sizes = [len(chunk.groups) for chunk in chunks]
     keys = cache.layers[0].keys
@@ -180,7 +166,7 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
         text=length - sum(group.end - group.start for group in groups),
         timestamps=tuple(stamps),
         dense=tuple(size * tokens_per_group for size in sizes),
-        pooled=tuple(size * pooled_per_group for size in sizes),
+        pooled=tuple(size * (tokens_per_group // settings.pool_size) for size in sizes),
         bytes_per_token=2 * keys.shape[1] * keys.shape[3] * keys.element_size() * len(cache.layers),
     )
     inv_freq = model.language_model.rotary_emb.inv_freq
@@ -191,13 +177,15 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
 
     scores = None
     if explicit is None and len(chunks) > 2 and policy.method in ("probe", "mean_key"):
+        # Scored over the cache in which everything is pooled, at compact positions whatever the answer's are.
         everything = Levels((POOLED,) * len(chunks), (True,) * len(chunks), 0)
-        # Scored at compact positions, whatever the answer's are: the question then stands close to all chunks.
-        if policy.method == "probe":
-            scores = _probe_scores(model, *mixed(everything), chunks, question, policy, pooled_per_group)
-        else:
-            pooled = [layer.pooled_groups(visual, settings.pool_size, inv_freq)[0] for layer in cache.layers]
-            scores = _mean_key_scores(model, mixed(everything)[0], pooled, chunks, question, policy)
+        pooled_cache, spans = mixed(everything)
+        question = question[:, -SCORED_TOKENS:]
+        probe = _probe(
+            model, cache, pooled_cache, spans, chunks, visual, settings.pool_size, policy, question.shape[1]
+        )
+        model.run_text(question, pooled_cache, attention_probe=probe)
+        scores = probe.scores()
     video_of_chunk = [chunk.video for chunk in chunks]
     levels = choose_levels(policy, scores, cost, video_of_chunk, tuple(required_chunks), explicit)
     choices = [
@@ -207,38 +195,34 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
     return mixed(levels, policy.positions == "true")[0], choices
 
 
-def _scored_layers(policy, count) -> range:
+def _probe(model, cache, pooled_cache, spans, chunks, visual, pool_size, policy, tokens) -> AttentionProbe:
+    """The scorer for one run of a question of `tokens` tokens over the pooled cache."""
+    count = len(cache.layers)
     first = int(policy.layers[0] * count)
-    return range(first, max(int(policy.layers[1] * count), first + 1))
-
-
-def _probe_scores(model, cache, spans, chunks, question, policy, pooled_per_group) -> list[float]:
-    """Relevance of every chunk: what the question looks at in the cache in which everything is pooled."""
+    layers = range(first, max(int(policy.layers[1] * count), first + 1))
     chunk_of_group = {group: number for number, chunk in enumerate(chunks) for group in chunk.groups}
+    pooled_per_group = (visual[0][1] - visual[0][0]) // pool_size
     key_chunk = []
     for span in spans:
         if span.group is None:
             key_chunk += [-1] * (span.stop - span.start)
         else:
             key_chunk += [chunk_of_group[span.group]] * pooled_per_group
-    layers = _scored_layers(policy, len(cache.layers))
-    probe = AttentionProbe(torch.tensor(key_chunk, device=question.device), len(chunks), layers, policy.method)
-    model.run_text(question, cache, attention_probe=probe)
-    return probe.scores()
-
-
-def _mean_key_scores(model, cache, pooled, chunks, question, policy) -> list[float]:
-    """Relevance of every chunk: its mean un-rotated key against the question's mean un-rotated query."""
-    layers = _scored_layers(policy, len(cache.layers))
-    positions = model.positions_after(cache, question.shape[1])[0]
-    recorder = QueryRecorder(layers, positions, model.language_model.rotary_emb.inv_freq)
-    model.run_text(question, cache, attention_probe=recorder)
-    per_group = [pooled[layer][0].mean(dim=2) for layer in layers]
-    means = [
-        torch.stack([keys[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in chunks])
-        for keys in per_group
-    ]
-    return mean_key_scores([recorder.queries[layer] for layer in layers], means)
+    inv_freq = model.language_model.rotary_emb.inv_freq
+    positions, means = model.positions_after(pooled_cache, tokens)[0], {}
+    if policy.method == "mean_key":
+        for layer in layers:
+            per_group = cache.layers[layer].pooled_groups(visual, pool_size, inv_freq)[0][0].float().mean(dim=2)
+            parts = [per_group[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in chunks]
+            means[layer] = torch.stack(parts)
+    return AttentionProbe(
+        torch.tensor(key_chunk),
+        len(chunks),
+        layers,
+        policy.method,
+        unrotate=lambda query: rotate(query, positions, None, inv_freq),
+        mean_keys=means,
+    )
 
 
 __all__ = ["DENSE", "DROPPED", "POOLED", "Chunk", "ChunkChoice", "choose_for_question", "chunks_of", "explicit_chunks"]

@@ -1,11 +1,8 @@
-"""`chat`, `encode_video` and `EncodedVideo`: from a file and a question to an answer, encoding each video once.
+"""`chat` and `encode_video`: from a file and a question to an answer, encoding each video once.
 
 What is surprising:
-* A video stands before all text about it and everything is causal, so its key-values do not depend on the question. An
-  `EncodedVideo` is that cache with the token ids it belongs to; a question runs behind a fork of it, and several
-  videos or turns are one growing sequence.
-* `EncodedVideo` is a `str`, the path it was made from. So a history that holds one survives `json.dumps`; what comes
-  back is the path, and the video is encoded anew.
+* A video stands before all text about it and everything is causal, so its key-values do not depend on the question. A
+  question runs behind a fork of an `EncodedVideo`'s cache; several videos or turns are one growing sequence.
 * Nothing is kept in the model: whether a video can be reused is decided by comparing its token ids with the
   conversation's.
 """
@@ -19,9 +16,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .kv_cache import fork_cache
+from .encoded_video_videoxl import SAMPLING, EncodedVideo
+from .kv_cache import fork_cache, move_cache
 from .processing_videoxl import VideoXLProcessor
-from .video_processing_videoxl import normalize_frames, open_video
+from .selection_videoxl import chunks_at, times_in_text
+from .video_processing_videoxl import open_video
 
 logger = logging.get_logger(__name__)
 
@@ -29,110 +28,9 @@ logger = logging.get_logger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 1024
 # From this many frames on, encoding shows a progress bar on a terminal.
 PROGRESS_MIN_FRAMES = 256
-# What of an `EncodedVideo`'s sampling settings is needed to sample the same frames again.
-SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps")
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
-
-
-class EncodedVideo(str):
-    """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
-
-    As a string it is the path of its file, or empty for frames from memory.
-
-    Attributes:
-        num_frames: Sampled frames.
-        timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
-        duration: Seconds of the whole video.
-        sampling: The sampling settings.
-        input_ids: Token ids of everything up to the end of the video: prompt header, timestamps and placeholders.
-        layout: Where the visual tokens are among them.
-        cache: Their key-values. Never extend it; `fork_cache` it.
-    """
-
-    is_encoded_video = True
-
-    def __new__(cls, source, **state):
-        return super().__new__(cls, source or "")
-
-    def __init__(self, source, *, processor, model, cache, input_ids, sampling):
-        super().__init__()
-        self._processor, self._model = processor, model
-        self.cache, self.input_ids = cache, input_ids
-        self.sampling = sampling
-        self.timestamps: list[float] = []
-        self.duration = 0.0
-        self._tail = None  # frames of a last, partial group: they are encoded again when more frames come
-        self._stamp = _file_stamp(source)
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.timestamps)
-
-    @property
-    def layout(self):
-        return self.cache.layout
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the key-values."""
-        return sum(layer.nbytes for layer in self.cache.layers)
-
-    def is_current(self) -> bool:
-        """Whether the file it was made from is still the same (always true for frames from memory)."""
-        return _file_stamp(str(self)) == self._stamp
-
-    def append(self, frames, timestamps) -> None:
-        """Adds frames to the end of the video; afterwards it equals one that was encoded from all frames at once.
-
-        Args:
-            frames: PIL images or uint8 [F, H, W, 3].
-            timestamps: Their seconds, increasing, later than the last frame so far.
-
-        Raises:
-            ValueError: On frames or timestamps of another form, or times that do not follow.
-        """
-        reader = open_video(frames, size=self._processor.image_size, timestamps=timestamps, sample_fps=None)
-        with reader:
-            if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
-                raise ValueError(
-                    f"appended frames must be later than the last one at {self.timestamps[-1]} s, the first new one is at "
-                    f"{reader.timestamps[0]} s"
-                )
-            for batch in reader:
-                self._extend(batch)
-
-    @torch.no_grad()
-    def _extend(self, batch) -> None:
-        frames, times = batch.frames, list(batch.timestamps)
-        if self._tail is not None:
-            kept = len(self._tail)
-            frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
-            del self.timestamps[-kept:]
-            self._model.drop_last_group(self.cache)
-            del self.input_ids[self.layout.length :]
-        processor = self._processor
-        pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
-        time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
-        self.input_ids += self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
-        self.timestamps += times
-        self.duration = max(self.duration, times[-1])
-        partial = len(times) % processor.frames_per_group
-        self._tail = frames[-partial:] if partial else None
-
-    def __deepcopy__(self, memo):
-        # Histories are copied freely: share the tensors, never copy the model.
-        other = EncodedVideo.__new__(EncodedVideo, str(self))
-        other.__dict__.update(self.__dict__)
-        other.cache = fork_cache(self.cache)
-        other.input_ids, other.timestamps = list(self.input_ids), list(self.timestamps)
-        return other
-
-    def __reduce__(self):
-        raise TypeError(
-            "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
-        )
 
 
 class VideoXLChatMixin:
@@ -198,6 +96,9 @@ class VideoXLChatMixin:
         progress=None,
         timestamps=None,
         video_backend="pyav",
+        dense_chunks=None,
+        selector=None,
+        return_chunks=False,
     ):
         """Answers a question about a video, or continues a conversation.
 
@@ -216,9 +117,16 @@ class VideoXLChatMixin:
                 dropped; `until` is a stop string or a list of them.
             streamer: A transformers streamer.
             progress, timestamps, video_backend: See `encode_video`.
+            dense_chunks: Bi-level decoding: the chunks that stay dense, 0-based, instead of the automatic choice; one
+                list per video of the conversation, or a plain list for one video.
+            selector: Bi-level decoding: a callable `selector(question, chunks)` that returns `dense_chunks`; the
+                chunks come as in `return_chunks`, without levels and scores.
+            return_chunks: Also return the chunks of the conversation's videos: dicts with `video`, `index`, `start`
+                and `end` in seconds, `level` (`"dense"`, `"pooled"`, `"dropped"`) and `score` (None where nothing was
+                scored).
 
         Returns:
-            The answer, or `(answer, history)`.
+            The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
 
         Raises:
             FileNotFoundError, ValueError, VideoDecodeError: On bad input, with what to do.
@@ -238,23 +146,141 @@ class VideoXLChatMixin:
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
         encoded, suffix = self._encode_conversation(processor, messages, options, progress)
+        videos = [item["video"] for item in _video_items(messages)]
+        reload = self._reload_options(videos, user_prompt, dense_chunks, selector)
+        cache = self._question_cache(encoded)
+        answer = self._answer(encoded, cache, [suffix], generation_config, tokenizer, streamer, reload)[0]
+        messages.append({"role": "assistant", "content": answer})
+        result = [answer] + [messages] * bool(return_history)
+        if return_chunks:
+            result.append(self._chunk_facts(videos, getattr(cache, "choices", None)))
+        return tuple(result) if len(result) > 1 else answer
+
+    @torch.no_grad()
+    def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
+        """Answers several questions about one encoded video in one call of `generate`.
+
+        Args:
+            video: An `EncodedVideo`.
+            tokenizer: The checkpoint's tokenizer.
+            user_prompts: The questions, each by itself.
+            generation_config, dense_chunks: See `chat`; `dense_chunks` holds for every question.
+
+        Returns:
+            One answer per question, equal to what single calls give.
+
+        Raises:
+            ValueError: On a video that is not encoded, or no questions.
+        """
+        if not getattr(video, "is_encoded_video", False):
+            raise ValueError("chat_batch asks an EncodedVideo: call model.encode_video first")
+        if isinstance(user_prompts, str) or not list(user_prompts):
+            raise ValueError(f"user_prompts must be a list of questions, got {user_prompts!r}")
+        processor = VideoXLProcessor.from_config(self.config, tokenizer)
+        suffixes = []
+        for prompt in user_prompts:
+            content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
+            pieces = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]))
+            encoded, suffix = self._encode_conversation(processor, [{"role": "user", "content": content}], {}, False)
+            assert len(pieces) == 2, "one video has text on two sides"
+            suffixes.append(suffix)
+        reload = self._reload_options([video], None, dense_chunks, None)
+        cache = self._question_cache(encoded)
+        return self._answer(encoded, cache, suffixes, generation_config, tokenizer, None, reload)
+
+    @torch.no_grad()
+    def load_video(self, path, tokenizer=None, *, verify=True, source=None, **sampling) -> EncodedVideo:
+        """Loads what `EncodedVideo.save` wrote.
+
+        Args:
+            path: The file.
+            tokenizer: Only needed to `append` frames later.
+            verify: Check every byte. False maps the file without reading it: instant at any size, and unchecked.
+            source: Where the video file is now, if it has moved.
+            sampling: `max_num_frames`, `sample_fps`, `max_sample_fps` that it must have been made with.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or was made by another model, from another video file, or with another
+                sampling.
+        """
+        if unknown := sorted(set(sampling) - set(SAMPLING)):
+            raise ValueError(f"load_video knows no {', '.join(unknown)}; sampling settings are {', '.join(SAMPLING)}")
+        processor = None if tokenizer is None else VideoXLProcessor.from_config(self.config, tokenizer)
+        return EncodedVideo.load(path, self, processor, verify, source, **sampling)
+
+    def _question_cache(self, encoded):
+        """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
+        if encoded is None:
+            return None
+        cache = fork_cache(encoded.cache)
+        if self.config.resolve_sparse_attention().decode == "full":
+            move_cache(cache, self.device)
+        return cache
+
+    def _answer(self, encoded, cache, suffixes, generation_config, tokenizer, streamer, reload) -> list[str]:
         settings = self._generation_settings(generation_config, tokenizer)
-        ids = (encoded.input_ids if encoded is not None else []) + suffix
-        input_ids = torch.tensor([ids], device=self.device)
+        shared = list(encoded.input_ids) if encoded is not None else []
+        width = max(map(len, suffixes))
+        # Padding goes between video and question: the video's key-values are one row that all questions share.
+        ids = [shared + [settings.pad_token_id or 0] * (width - len(suffix)) + suffix for suffix in suffixes]
+        mask = [[1] * len(shared) + [0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes]
         output = self.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=fork_cache(encoded.cache) if encoded is not None else None,
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            past_key_values=cache,
             generation_config=settings,
             streamer=streamer,
             tokenizer=tokenizer,
+            **reload,
         )
-        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-        messages.append({"role": "assistant", "content": answer})
-        return (answer, messages) if return_history else answer
+        returned = settings.num_return_sequences or 1
+        texts = tokenizer.batch_decode(output[::returned, len(shared) + width :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _reload_options(self, videos, question, dense_chunks, selector) -> dict:
+        """What bi-level decoding is told beside the question: named chunks, or those at times that it names."""
+        if self.config.resolve_sparse_attention().decode == "full":
+            if dense_chunks is not None or selector is not None:
+                raise ValueError(
+                    "dense_chunks and selector need bi-level decoding: set sparse_attention's decode='bilevel'"
+                )
+            return {}
+        if not videos:
+            if dense_chunks is not None or selector is not None:
+                raise ValueError("dense_chunks and selector need a video; this conversation has none")
+            return {}
+        if selector is not None:
+            if dense_chunks is not None:
+                raise ValueError("give dense_chunks or a selector, not both")
+            facts = [
+                {key: fact[key] for key in ("video", "index", "start", "end")} for fact in self._chunk_facts(videos)
+            ]
+            dense_chunks = selector(question, facts)
+        if dense_chunks is not None:
+            return {"dense_chunks": dense_chunks}
+        required, first = [], 0
+        chunk_groups = self.config.resolve_sparse_attention().decode_chunk_groups
+        times = times_in_text(question) if question else []
+        for video in videos:
+            spans = video.chunks(chunk_groups)
+            required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.duration)]
+            first += len(spans)
+        return {"required_chunks": tuple(required)} if required else {}
+
+    def _chunk_facts(self, videos, choices=None) -> list[dict]:
+        chunk_groups = self.config.resolve_sparse_attention().decode_chunk_groups
+        facts = [
+            {"video": number, "index": index, "start": start, "end": end, "level": "dense", "score": None}
+            for number, video in enumerate(videos)
+            for index, (start, end) in enumerate(video.chunks(chunk_groups))
+        ]
+        for fact, choice in zip(facts, choices or (), strict=False):
+            fact.update(level=choice.level, score=choice.score)
+        return facts
 
     def _encode_conversation(self, processor, messages, options, progress):
-        """The conversation's last video, encoded behind everything before it (None without one), and the ids that follow."""
+        """The conversation's last video, encoded behind all before it (None without one), and the ids that follow."""
         items = _video_items(messages)
         pieces = processor.prompt_pieces(processor.render(messages))
         encoded = None
@@ -263,13 +289,14 @@ class VideoXLChatMixin:
             before = encoded.input_ids if encoded is not None else []
             if getattr(video, "is_encoded_video", False):
                 own = processor.expand([before + prefix, []], [video.timestamps])
-                if own == video.input_ids and video.is_current():
+                if video.belongs_to(self) and own == video.input_ids and video.is_current():
                     encoded = video
+                    video.adopt(processor)
                     continue
                 if not str(video):
                     raise ValueError(
-                        "this EncodedVideo was made behind another prompt (system message, earlier turns or videos) or by "
-                        "another model, and has no file to be encoded from again; pass its frames"
+                        "this EncodedVideo was made behind another prompt (system message, earlier turns or videos) "
+                        "or by another model, and has no file to be encoded from again; pass its frames"
                     )
                 logger.warning_once("a video is encoded again: the conversation before it, or its file, has changed")
                 sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
@@ -298,7 +325,7 @@ class VideoXLChatMixin:
                 progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
             with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not progress) as bar:
                 for batch in reader:
-                    encoded._extend(batch)
+                    encoded.extend(batch)
                     bar.update(len(batch.timestamps))
         encoded.duration = max(encoded.duration, reader.duration)
         return encoded
@@ -356,7 +383,7 @@ def _normalise_item(item) -> dict:
         source = next((item[key] for key in ("video", "path") if item.get(key) is not None), None)
         if source is None or (isinstance(source, str) and not source and not hasattr(source, "is_encoded_video")):
             raise ValueError(
-                "a video in chat_history has no path: frames from memory do not survive JSON. Start again with the frames"
+                "a video in chat_history has no path: frames from memory do not survive JSON. Pass the frames again"
             )
         item = {"type": "video", "video": source}
     return item
@@ -375,12 +402,3 @@ def _same_video(given, known) -> bool:
     if getattr(given, "is_encoded_video", False) and getattr(known, "is_encoded_video", False):
         return given.cache is known.cache
     return bool(str(known)) and os.path.realpath(given) == os.path.realpath(known)
-
-
-def _file_stamp(path):
-    """Size and modification time of a file, None where there is no file."""
-    try:
-        status = os.stat(path) if path else None
-    except OSError:
-        return None
-    return status and (status.st_size, status.st_mtime_ns)

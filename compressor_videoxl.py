@@ -11,8 +11,8 @@ What is surprising, all of it load-bearing because the published weights were tr
 
 Groups never see each other, so any split into whole groups gives the same tokens.
 
-B batch of groups (= G in a chunk), F frames, G groups of `frames_per_group` frames, P patches of the tower, C channels,
-T time steps left in a group, S side of the resized grid, N = (S / pool)^2 tokens per group.
+B batch of groups (= G in a chunk), F frames, G groups of `frames_per_group` frames, P patches of the tower, C
+channels, T time steps left in a group, S side of the resized grid, N = (S / pool)^2 tokens per group.
 """
 
 import torch
@@ -140,7 +140,7 @@ class VideoXLTemporalAttention(nn.Module):
 
 
 class VideoXLTimeHalvingConv(nn.Module):
-    """3-D convolution that keeps height and width and halves time, with replicate padding. [B, C, T, S, S] -> T / 2."""
+    """3-D convolution that halves time and keeps height and width. [B, C, T, S, S] -> [B, C, T / 2, S, S]."""
 
     def __init__(self, config):
         super().__init__()
@@ -158,8 +158,8 @@ class VideoXLTimeHalvingConv(nn.Module):
 class VideoXLDynamicTokenSynthesis(nn.Module):
     """DTS: merges each group of frames into one grid of features.
 
-    Frame features [F, P, C] -> [G, S * S, C], G = ceil(F / frames_per_group); the last group is filled by repeating the last
-    frame, so a single image is a group of equal frames.
+    Frame features [F, P, C] -> [G, S * S, C], G = ceil(F / frames_per_group); the last group is filled by repeating
+    the last frame, so a single image is a group of equal frames.
     """
 
     def __init__(self, config):

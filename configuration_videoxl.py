@@ -217,8 +217,8 @@ class VideoXLConfig(PreTrainedConfig):
     ):
         if text_config is None and "hidden_size" in kwargs:
             raise ValueError(
-                "This looks like a published, flat config.json (hidden_size at top level, no text_config). Read it with "
-                "VideoXLConfig.from_published, or convert the checkpoint with convert_weights.py."
+                "This looks like a published, flat config.json (hidden_size at top level, no text_config). Read it "
+                "with VideoXLConfig.from_published, or convert the checkpoint with convert_weights.py."
             )
         self.vision_config = _sub_config(vision_config, _SIGLIP_SO400M)
         self.compressor_config = _sub_config(compressor_config, {}, VideoXLCompressorConfig)

@@ -94,8 +94,8 @@ class VideoXLGenerationMixin(GenerationMixin):
         assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
         if assisted and isinstance(past, Cache) and past.get_seq_length():
             raise ValueError(
-                "assisted decoding and prompt lookup over a prefilled cache give wrong answers in transformers; pass the "
-                "video itself (pixel_values_videos) instead of an encoded one, or decode without assistance"
+                "assisted decoding and prompt lookup over a prefilled cache give wrong answers in transformers; pass "
+                "the video itself (pixel_values_videos) instead of an encoded one, or decode without assistance"
             )
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:

@@ -3,7 +3,8 @@ values.
 
 What is surprising:
 * A layer appends into a buffer with spare room, so a long prefill does not copy the whole cache for every chunk, as
-  `torch.cat` does. `fork` shares the tensors with any number of followers; a follower copies them at its first write.
+  `torch.cat` does. `fork` shares the tensors with any number of followers. One follower at a time also borrows the
+  spare room behind them, so a question usually copies nothing; any other copies at its first write.
 * A layer may hold fewer keys than tokens went by (pooled or dropped ones). `get_seq_length` is then the logical
   length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
 * Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
@@ -14,6 +15,7 @@ B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head
 group.
 """
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,7 @@ class VideoXLCacheLayer(DynamicLayer):
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._reserved = 0
         self._shared = 0  # tokens that a fork may be looking at: never overwritten in place
+        self._borrower = None  # weak reference to the fork that writes into the spare room
         self._pooled: dict = {}  # pool size -> pooled groups, shared with forks
 
     @property
@@ -64,7 +67,8 @@ class VideoXLCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, added = self.held, key_states.shape[-2]
-        if length < self._shared or not self._has_room(length + added):
+        lent = self._borrower is not None and self._borrower() is not None
+        if lent or length < self._shared or not self._has_room(length + added):
             self._grow(key_states, value_states, length, added)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, length : length + added] = states
@@ -87,7 +91,7 @@ class VideoXLCacheLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.hidden, self.row_padding, self.row_shift = 0, None, None
-        self._buffers, self._shared, self._pooled = None, 0, {}
+        self._buffers, self._shared, self._borrower, self._pooled = None, 0, None, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -106,10 +110,13 @@ class VideoXLCacheLayer(DynamicLayer):
         self.row_shift = None if self.row_shift is None else function(self.row_shift)
 
     def fork(self) -> "VideoXLCacheLayer":
-        """A layer with the same content that copies it at its first write."""
+        """A layer with the same content that may be extended without changing this one."""
         self._shared = max(self._shared, self.held)
         other = VideoXLCacheLayer()
         other.set_content(self.keys, self.values)
+        if (self._borrower is None or self._borrower() is None) and self._has_room(self.held):
+            other._buffers, other._shared = self._buffers, self.held
+            self._borrower = weakref.ref(other)
         other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
         other._pooled = self._pooled
         return other
@@ -131,7 +138,7 @@ class VideoXLCacheLayer(DynamicLayer):
             inv_freq: [D / 2] rotary frequencies.
 
         Returns:
-            Keys (float32) and values, each [1, K, G, N // pool_size, D].
+            Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
         """
         if pool_size not in self._pooled or self._pooled[pool_size][0] != len(groups):
             pooled = ([], [])
@@ -141,11 +148,12 @@ class VideoXLCacheLayer(DynamicLayer):
             for first in range(0, len(groups), at_once):
                 starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
                 positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
-                keys = rotate(self.keys.index_select(2, positions), positions, None, inv_freq)
-                for target, states in zip(pooled, (keys, self.values.index_select(2, positions)), strict=True):
+                taken = (states.index_select(2, positions).to(inv_freq.device) for states in (self.keys, self.values))
+                keys, values = taken
+                for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
                     target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
-            keys, values = (torch.cat(parts, dim=2) for parts in pooled)
-            self._pooled[pool_size] = (len(groups), keys, values.to(self.values.dtype))
+            keys, values = (torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
+            self._pooled[pool_size] = (len(groups), keys, values)
         return self._pooled[pool_size][1:]
 
     @property
@@ -173,7 +181,7 @@ class VideoXLCacheLayer(DynamicLayer):
                 if length:
                     buffer[:, :, :length] = previous
                 buffers.append(buffer)
-        self._buffers, self._shared = tuple(buffers), 0
+        self._buffers, self._shared, self._borrower = tuple(buffers), 0, None
 
 
 class KeptSpan(NamedTuple):
@@ -218,11 +226,11 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
             keys from 0, which is what the reference does.
 
     Returns:
-        A new cache; the given one is unchanged.
+        A new cache on the device of `inv_freq`; the given one is unchanged, and may lie on another device.
     """
     length = cache.get_seq_length()
     size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
-    dense_from, dense_to, pooled_from, pooled_to, cursor = [], [], [], [], 0
+    dense_from, dense_to, pooled_from, pooled_to, cursor = [torch.arange(0)], [torch.arange(0)], [], [], 0
     for span in spans:
         kept = span.stop - span.start if span.group is None else size
         target = torch.arange(cursor, cursor + kept)
@@ -233,23 +241,25 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
             pooled_from.append(span.group)
             pooled_to.append(target)
         cursor += kept
-    device = cache.layers[0].keys.device
-    dense_from, dense_to = (torch.cat(parts).to(device) for parts in (dense_from, dense_to))
+    device, home = inv_freq.device, cache.layers[0].keys.device
+    dense_from, dense_to = torch.cat(dense_from), torch.cat(dense_to)
+    stay = true_positions or torch.equal(dense_from, dense_to)
+    dense_to = dense_to.to(device)
     pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
     pooled_to = torch.cat(pooled_to).to(device) if pooled_to else None
     mixed = DynamicCache()
     mixed.layers = []
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], cursor, layer.keys.shape[3])
-        keys, values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
+        keys, values = (layer.keys.new_empty(shape, device=device) for _ in range(2))
         for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
             part = slice(begin, begin + ROTATED_AT_ONCE)
-            source, target = dense_from[part], dense_to[part]
-            moved = layer.keys.index_select(2, source)
-            if not true_positions and not torch.equal(source, target):
+            source, target = dense_from[part].to(home), dense_to[part]
+            moved = layer.keys.index_select(2, source).to(device)
+            if not stay:
                 moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
             keys.index_copy_(2, target, moved)
-            values.index_copy_(2, target, layer.values.index_select(2, source))
+            values.index_copy_(2, target, layer.values.index_select(2, source).to(device))
         if pooled_to is not None:
             pooled_keys, pooled_values = layer.pooled_groups(groups, pool_size, inv_freq)
             positions = pooled_to
@@ -299,6 +309,13 @@ def new_cache(num_layers: int) -> DynamicCache:
     cache = DynamicCache()
     own_layers(cache, num_layers)
     return cache
+
+
+def move_cache(cache: DynamicCache, device) -> None:
+    """Moves keys and values to a device, in place; a no-op where they are there already."""
+    for layer in cache.layers:
+        if layer.keys is not None and layer.keys.device != torch.device(device):
+            layer.set_content(layer.keys.to(device), layer.values.to(device))
 
 
 def fork_cache(cache: DynamicCache) -> DynamicCache:

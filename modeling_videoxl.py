@@ -126,8 +126,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         for pixels in pixel_values_videos:
             if pixels.ndim != 4 or pixels.shape[0] == 0 or tuple(pixels.shape[1:]) != (channels, side, side):
                 raise ValueError(
-                    f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least one "
-                    f"frame, got {tuple(pixels.shape)}; the processor builds it"
+                    f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
+                    f"one frame, got {tuple(pixels.shape)}; the processor builds it"
                 )
             parts = [self._encode_frames(chunk) for chunk in pixels.split(self.config.resolve_vision_chunk_frames())]
             tokens.append(torch.cat([part[0] for part in parts]))
@@ -138,7 +138,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         return output if return_dict else output.to_tuple()
 
     def _encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [F, 3, H, W] of whole groups (the last may be partial) -> visual tokens [G, N, hidden], tower [F, P, C]."""
+        """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C]."""
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
         pixels = pixels.to(device=patch_embedding.device, dtype=patch_embedding.dtype)
         # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
@@ -162,7 +162,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         required_chunks=(),
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """See `VideoXLForConditionalGeneration.forward`. `keep_hidden` > 0 lets a prefill return only its last positions."""
+        """See `VideoXLForConditionalGeneration.forward`; with `keep_hidden` a prefill returns its last positions."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         settings = self.config.resolve_sparse_attention()
@@ -252,8 +252,9 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
                 return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
         if settings.decode == "bilevel" or (use_cache and settings.prefill != "full"):
             raise ValueError(
-                f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r} needs a dynamic cache and "
-                "no output_hidden_states or output_attentions; leave cache_implementation unset, or set both to 'full'"
+                f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r} needs a dynamic "
+                "cache and no output_hidden_states or output_attentions; leave cache_implementation unset, or set both "
+                "to 'full'"
             )
         if settings.prefill != "full":
             return self._run_rows_without_cache(embeds, rows, settings)
@@ -271,8 +272,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
     def _require_no_placeholders(self, input_ids):
         if found := int((input_ids == self.config.video_token_id).sum()):
             raise ValueError(
-                f"the prompt has {found} video placeholders (id {self.config.video_token_id}), but 0 visual tokens came: "
-                "pass pixel_values_videos, or keep the placeholder out of the text"
+                f"the prompt has {found} video placeholders (id {self.config.video_token_id}), but 0 visual tokens "
+                "came: pass pixel_values_videos, or keep the placeholder out of the text"
             )
 
     def _rows(self, input_ids, attention_mask, features, past_length, prompt_length):
@@ -281,10 +282,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
             past, valid = int(mask[:past_length].sum()), mask[past_length:]
             columns = valid.nonzero().flatten()
-            if prompt_length is not None:
-                prompt = ids[columns[columns < prompt_length]]
-            else:
-                prompt = ids[columns]
+            prompt = ids[columns] if prompt_length is None else ids[columns[columns < prompt_length]]
             wanted = int((prompt == self.config.video_token_id).sum())
             counts, first = [], used
             while used < len(features) and sum(counts) * self.tokens_per_group < wanted:

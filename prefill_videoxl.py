@@ -145,7 +145,7 @@ class VideoXLPrefillMixin:
         repeats = num_expanded  # `generate` has repeated the prompts, not yet the cache
         if held_rows != 1:
             raise ValueError(
-                f"{batch} prompts cannot follow a cache of {held_rows} rows; pass one prompt per row, or a cache of one row"
+                f"{batch} prompts cannot follow a cache of {held_rows} rows; give one prompt a row, or one row"
             )
         embeds, batch = embeds[::repeats], batch // repeats
         valid = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
@@ -184,6 +184,6 @@ class VideoXLPrefillMixin:
 
 
 def pad_left(states, length=None) -> torch.Tensor:
-    """Stacks hidden states [1, n_i, hidden] of several rows, padded on the left with zeros to `length` or the longest."""
+    """Stacks hidden states [1, n_i, hidden] of several rows, zero-padded on the left to `length` or the longest."""
     length = max(part.shape[1] for part in states) if length is None else length
     return torch.cat([F.pad(part, (0, 0, length - part.shape[1], 0)) for part in states])

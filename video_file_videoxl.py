@@ -2,7 +2,7 @@
 
 What is surprising:
 * The file is written here, not by `safetensors.save_file`, which wants contiguous tensors on the CPU: keys that are a
-  view of a longer buffer, or on a GPU, would be copied whole. Here they pass in small pieces. The library reads the file.
+  view of a longer buffer, or on a GPU, would be copied whole. Here they pass in pieces. The library reads the file.
 * The digest is the sha256 of the whole file with its own 64 digits set to "0". They stand at a fixed offset, so one
   pass over the data writes and hashes. A file that another program has written anew counts as damaged.
 * A file has its name only once it is complete and on the disk. On Linux it has no name at all before that, so a killed
@@ -23,16 +23,11 @@ from safetensors import SafetensorError, safe_open
 
 FORMAT = "videoxl.encoded_video"
 LAYOUT_VERSION = 1
-# Bytes that are copied, hashed and written at once: little beside any video, enough for full speed.
-PIECE_BYTES = 8 * 2**20
-# Bytes at each end of a video that its fingerprint reads.
-SOURCE_END_BYTES = 2**20
-# Values of each parameter that the model's fingerprint reads.
-SAMPLED_VALUES = 64
-# How often a load starts anew because the file was replaced under it.
-LOAD_TRIES = 10
-# The safetensors library reads no longer header.
-MAX_HEADER_BYTES = 100_000_000
+PIECE_BYTES = 8 * 2**20  # copied, hashed and written at once: little beside a video, enough for full speed
+SOURCE_END_BYTES = 2**20  # read at each end of a video for its fingerprint
+SAMPLED_VALUES = 64  # read of each weight for the model's fingerprint
+LOAD_TRIES = 10  # a load starts anew if the file is replaced under it
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header
 
 _HEADER_START = b'{"__metadata__":{"digest":"'
 _NO_DIGEST = b"0" * 64
@@ -88,8 +83,10 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
         file.write(header)
         for name in names:
             for piece in _pieces(tensors[name].detach()):
-                # Contiguous before it moves: a strided copy between devices goes through a second one.
-                data = memoryview(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+                # Contiguous before it moves: a strided copy between devices goes through a second one. `as_strided`, as a
+                # single value counts as contiguous with any stride, but only stride 1 can be viewed as bytes.
+                piece = piece.contiguous().cpu()
+                data = memoryview(piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy())
                 digest.update(data)
                 file.write(data)
         file.seek(8 + _DIGEST_FROM)
@@ -163,8 +160,7 @@ def model_fingerprint(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:
             raise ValueError(
-                f"the weight {name} is offloaded (meta device), so the model cannot be told from another one: load it "
-                "without offload to save or load encoded videos"
+                f"the weight {name} is on the meta device: load the model without offload for saved videos"
             )
         digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
         values = tensor.detach().reshape(-1)
@@ -185,11 +181,9 @@ def require_match(facts: dict, expected: dict, what: str) -> None:
     Raises:
         ValueError: Naming every entry that differs, with both values.
     """
-    if differing := list(_mismatches(facts, expected, "")):
-        raise ValueError(
-            f"{what} does not fit: {'; '.join(differing)}. Load it with the model, settings and video it was made "
-            "with, or encode the video again and save it"
-        )
+    if differing := "; ".join(_mismatches(facts, expected, "")):
+        remedy = "Load it with the model, settings and video it was made with, or encode the video again and save it"
+        raise ValueError(f"{what} does not fit: {differing}. {remedy}")
 
 
 def _mismatches(facts, expected, prefix):
@@ -236,13 +230,9 @@ def _header(names, tensors, facts) -> bytes:
         start, end = end, end + tensors[name].nbytes
         dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    metadata = {
-        "digest": _NO_DIGEST.decode(),
-        "format": FORMAT,
-        "layout_version": str(LAYOUT_VERSION),
-        "data_bytes": str(end),
-    }
-    header = json.dumps({"__metadata__": {**metadata, "facts": text}, **entries}, separators=(",", ":")).encode()
+    metadata = {"digest": _NO_DIGEST.decode(), "format": FORMAT, "layout_version": str(LAYOUT_VERSION)}
+    metadata |= {"data_bytes": str(end), "facts": text}
+    header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER_BYTES:
         raise ValueError(f"facts of {len(header)} bytes, at most {MAX_HEADER_BYTES} fit: store long lists as tensors")
@@ -274,7 +264,7 @@ def _complete_file(path):
             file.flush()
             os.fsync(file.fileno())
             if unnamed:
-                # A name for the complete file; only with a folder's number does Python follow the link in /proc.
+                # A name for the complete file; Python follows the link in /proc only if a folder is given.
                 os.link(f"/proc/self/fd/{file.fileno()}", part, src_dir_fd=file.fileno(), follow_symlinks=True)
         os.replace(part, path)
     except BaseException:
@@ -309,7 +299,7 @@ def _read_facts(file, path, verify) -> dict:
         raise _refusal(path, f"a safetensors file of format {found!r} instead of {FORMAT!r}")
     if version != str(LAYOUT_VERSION):
         raise _refusal(
-            path, f"layout version {version} (this code reads {LAYOUT_VERSION}; a newer one needs newer code)"
+            path, f"layout version {version} (this code reads {LAYOUT_VERSION}; newer ones need newer code)"
         )
     if (held := str(size - 8 - length)) != stored:
         raise _refusal(path, f"{held} bytes of data instead of {stored} (cut short?)")
@@ -324,7 +314,5 @@ def _read_facts(file, path, verify) -> dict:
 
 
 def _refusal(path, found) -> ValueError:
-    return ValueError(
-        f"{path} is damaged or of another kind: expected a video saved by EncodedVideo.save, found {found}. Encode "
-        "the video again and save it"
-    )
+    expected, remedy = "expected a video saved by EncodedVideo.save", "Encode the video again and save it"
+    return ValueError(f"{path} is damaged or of another kind: {expected}, found {found}. {remedy}")

@@ -10,6 +10,7 @@ What is surprising:
   arithmetic, so `dense-mask` counts L x L pairs; the others count the pairs that are visible, from the layout.
 """
 
+import torch
 from common import (
     MIB,
     PeakMemory,
@@ -26,7 +27,6 @@ from common import (
     table,
     video_layout,
 )
-import torch
 from torch import nn
 from transformers import DynamicCache
 

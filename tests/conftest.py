@@ -1,7 +1,7 @@
 """Fixtures shared by all tests.
 
-The flat root is imported as a package `videoxl`, so that `from videoxl import sparse_attention` and the relative imports
-between the remote files work without installing anything.
+The flat root is imported as a package `videoxl`, so that `from videoxl import sparse_attention` and the relative
+imports between the remote files work without installing anything.
 """
 
 import os

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 from unittest.mock import patch
 
 import numpy as np
@@ -40,8 +41,8 @@ def test_published_quick_start(model, tokenizer, clips):
     video_path, question1 = clips[0], "Please describe this video."
     with torch.inference_mode():
         answer = model.chat(
-            video_path, tokenizer, question1, chat_history=None, return_history=False, max_num_frames=100, sample_fps=1,
-            max_sample_fps=4, generation_config=gen_kwargs,
+            video_path, tokenizer, question1, chat_history=None, return_history=False, max_num_frames=100,
+            sample_fps=1, max_sample_fps=4, generation_config=gen_kwargs,
         )  # fmt: skip
         again = model.chat(video_path, tokenizer, question1, None, False, 100, 1, 4, gen_kwargs)
     assert isinstance(answer, str) and answer == again
@@ -144,13 +145,7 @@ def test_another_path_adds_a_video_to_the_conversation(model, tokenizer, process
         follow_up, _ = model.chat(clips[0], tokenizer, "Compare.", chat_history=longer, generation_config=SHORT)
         assert calls.count("prefill_frames") == frames_encoded
     assert videos == list(clips) and videos[0] is history[0]["content"][0]["video"]
-    plain = [
-        {**message, "content": message["content"] if isinstance(message["content"], str) else [dict(i) for i in message["content"]]}
-        for message in longer[:3]
-    ]  # fmt: skip
-    for message in plain:
-        if not isinstance(message["content"], str):
-            message["content"][0]["video"] = str(message["content"][0]["video"])
+    plain = json.loads(json.dumps(longer[:3]))
     inputs = processor.apply_chat_template(
         plain, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -230,9 +225,9 @@ def test_streamer_until_and_half_precision(model, tokenizer, clips):
 
 def test_changed_file_is_encoded_again(model, tokenizer, clips, tmp_path):
     path = tmp_path / "clip.mp4"
-    path.write_bytes(open(clips[0], "rb").read())
+    shutil.copyfile(clips[0], path)
     _, history = model.chat(str(path), tokenizer, "What moves?", generation_config=SHORT)
-    path.write_bytes(open(clips[1], "rb").read())
+    shutil.copyfile(clips[1], path)
     _, longer = model.chat(str(path), tokenizer, "And then?", chat_history=history, generation_config=SHORT)
     assert longer[0]["content"][0]["video"].duration > history[0]["content"][0]["video"].duration
 

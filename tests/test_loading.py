@@ -18,7 +18,8 @@ import transformers
 source, clip, save_to = sys.argv[1:]
 options = {"trust_remote_code": True}
 model, loading = AutoModel.from_pretrained(source, output_loading_info=True, **options)
-tokenizer, processor = AutoTokenizer.from_pretrained(source, **options), AutoProcessor.from_pretrained(source, **options)
+tokenizer = AutoTokenizer.from_pretrained(source, **options)
+processor = AutoProcessor.from_pretrained(source, **options)
 names = [type(model).__name__]
 others = [AutoModelForCausalLM, AutoModelForImageTextToText, getattr(transformers, "AutoModelForMultimodalLM", None)]
 names += [type(auto.from_pretrained(source, **options)).__name__ for auto in others if auto is not None]

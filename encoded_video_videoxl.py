@@ -1,0 +1,208 @@
+"""`EncodedVideo`: a video as the language model holds it; asked many times, extended, saved and loaded.
+
+What is surprising:
+* It is a `str`, the path it was made from. So a history that holds one survives `json.dumps`; what comes back is the
+  path, and the video is encoded anew.
+* Its cache stands for everything up to the end of the video, the prompt's header included: `input_ids` says which
+  tokens. It can be continued by any text, and by none that comes before it.
+"""
+
+import os
+
+import torch
+
+from .kv_cache import fork_cache, move_cache, new_cache
+from .sparse_attention import GroupSpan, VisualLayout
+from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
+from .video_processing_videoxl import normalize_frames, open_video
+
+# What of the sampling settings decides which frames of a file are taken.
+SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps")
+
+
+class EncodedVideo(str):
+    """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
+
+    As a string it is the path of its file, or empty for frames from memory.
+
+    Attributes:
+        num_frames: Sampled frames.
+        timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
+        duration: Seconds of the whole video.
+        sampling: The sampling settings.
+        prefill: The prefill settings it was made with; later changes of the config do not touch it.
+        input_ids: Token ids of everything up to the end of the video: prompt header, timestamps and placeholders.
+        layout: Where the visual tokens are among them.
+        cache: Their key-values. Never extend it; `fork_cache` it.
+    """
+
+    is_encoded_video = True
+
+    def __new__(cls, source, **state):
+        return super().__new__(cls, source or "")
+
+    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None):
+        super().__init__()
+        self._processor, self._model = processor, model
+        self.cache, self.input_ids = cache, input_ids
+        self.sampling = sampling
+        plan = model.config.resolve_sparse_attention()
+        self.prefill = {
+            "prefill": plan.prefill,
+            "chunk_groups": plan.chunk_groups,
+            "window_chunks": plan.window_chunks,
+        }
+        self.timestamps: list[float] = []
+        self.duration = 0.0
+        self._tail = None  # frames of a last, partial group: they are encoded again when more frames come
+        self._stamp = _file_stamp(source)
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.timestamps)
+
+    @property
+    def layout(self):
+        return self.cache.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key-values."""
+        return sum(layer.nbytes for layer in self.cache.layers)
+
+    def is_current(self) -> bool:
+        """Whether the file it was made from is still the same (always true for frames from memory)."""
+        return _file_stamp(str(self)) == self._stamp
+
+    def to(self, device) -> "EncodedVideo":
+        """Moves the key-values to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
+        move_cache(self.cache, device)
+        return self
+
+    def adopt(self, processor) -> None:
+        """Gives a loaded video the processor it needs to take in more frames."""
+        self._processor = self._processor or processor
+
+    def belongs_to(self, model) -> bool:
+        """Whether this model made it (or loaded it)."""
+        return self._model is model
+
+    def chunks(self, chunk_groups) -> list[tuple[float, float]]:
+        """(start, end) seconds of the video's chunks of `chunk_groups` groups each."""
+        starts = self.timestamps[:: chunk_groups * self._model.config.frames_per_group]
+        return list(zip(starts, [*starts[1:], max(self.duration, self.timestamps[-1])], strict=True))
+
+    def save(self, path) -> None:
+        """Writes the video to one safetensors file, which `model.load_video` reads.
+
+        The file is complete or not there: a killed process leaves at most a temporary `.part` file beside it.
+
+        Args:
+            path: Where to; an existing file is replaced.
+
+        Raises:
+            FileNotFoundError, ValueError: If the file cannot be written there.
+        """
+        tensors = {"input_ids": torch.tensor(self.input_ids)}
+        for index, layer in enumerate(self.cache.layers):
+            tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+        if self._tail is not None:
+            tensors["tail"] = self._tail
+        facts = {
+            "model": model_fingerprint(self._model),
+            "source": str(self),
+            "source_fingerprint": source_fingerprint(str(self)),
+            "sampling": self.sampling,
+            "prefill": self.prefill,
+            "timestamps": self.timestamps,
+            "duration": self.duration,
+            "videos": self.layout.videos,
+        }
+        save_video_file(path, tensors, facts)
+
+    @classmethod
+    def load(cls, path, model, processor=None, verify=True, source=None, **sampling) -> "EncodedVideo":
+        """See `model.load_video`."""
+        tensors, facts = load_video_file(path, verify=verify)
+        source = os.fspath(source) if source is not None else facts["source"]
+        expected = {
+            "model": model_fingerprint(model),
+            "source_fingerprint": source_fingerprint(source),
+            "sampling": sampling or None,
+        }
+        require_match(facts, expected, f"the saved video {os.fspath(path)}")
+        cache = new_cache(model.config.text_config.num_hidden_layers)
+        for index, layer in enumerate(cache.layers):
+            layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
+        video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
+        cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
+        ids = tensors["input_ids"].tolist()
+        video = cls(source, model=model, processor=processor, cache=cache, input_ids=ids, sampling=facts["sampling"])
+        video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
+        video._tail = tensors.get("tail")
+        return video
+
+    def append(self, frames, timestamps) -> None:
+        """Adds frames to the end of the video; afterwards it equals one that was encoded from all frames at once.
+
+        Args:
+            frames: PIL images or uint8 [F, H, W, 3].
+            timestamps: Their seconds, increasing, later than the last frame so far.
+
+        Raises:
+            ValueError: On frames or timestamps of another form, or times that do not follow.
+        """
+        if self._processor is None:
+            raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
+        reader = open_video(frames, size=self._processor.image_size, timestamps=timestamps, sample_fps=None)
+        with reader:
+            if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
+                raise ValueError(
+                    f"appended frames must be later than the last one at {self.timestamps[-1]} s, the first new one "
+                    f"is at {reader.timestamps[0]} s"
+                )
+            for batch in reader:
+                self.extend(batch)
+        if len(self.timestamps) > 1:
+            self.duration = max(self.duration, 2 * self.timestamps[-1] - self.timestamps[-2])
+
+    @torch.no_grad()
+    def extend(self, batch) -> None:
+        """Adds a `FrameBatch`, see `append`."""
+        frames, times = batch.frames, list(batch.timestamps)
+        if self._tail is not None:
+            kept = len(self._tail)
+            frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
+            del self.timestamps[-kept:]
+            self._model.drop_last_group(self.cache)
+            del self.input_ids[self.layout.length :]
+        processor = self._processor
+        pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
+        time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
+        self.input_ids += self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
+        self.timestamps += times
+        self.duration = max(self.duration, times[-1])
+        partial = len(times) % processor.frames_per_group
+        self._tail = frames[-partial:] if partial else None
+
+    def __deepcopy__(self, memo):
+        # Histories are copied freely: share the tensors, never copy the model.
+        other = EncodedVideo.__new__(EncodedVideo, str(self))
+        other.__dict__.update(self.__dict__)
+        other.cache = fork_cache(self.cache)
+        other.input_ids, other.timestamps = list(self.input_ids), list(self.timestamps)
+        return other
+
+    def __reduce__(self):
+        raise TypeError(
+            "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
+        )
+
+
+def _file_stamp(path):
+    """Size and modification time of a file, None where there is no file."""
+    try:
+        status = os.stat(path) if path else None
+    except OSError:
+        return None
+    return status and (status.st_size, status.st_mtime_ns)

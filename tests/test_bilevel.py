@@ -1,0 +1,306 @@
+"""Bi-level decoding and encoded videos: properties, selection, budgets, batches, saving and loading."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_modeling import logits_of, pixels, prompt
+from videoxl.bilevel_videoxl import chunks_of, explicit_chunks, kept_spans
+from videoxl.kv_cache import KeptSpan, mix_cache, new_cache, rotate
+from videoxl.selection_videoxl import Levels
+from videoxl.sparse_attention import GroupSpan, VisualLayout
+
+SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
+BILEVEL = {"decode": "bilevel", "decode_chunk_groups": 1, "pool_size": 4}
+FRAMES = np.random.default_rng(0).integers(0, 255, (38, 40, 60, 3), dtype=np.uint8)
+TIMES = [0.5 * index for index in range(38)]
+
+
+@pytest.fixture
+def video(model, tokenizer):
+    return model.encode_video(FRAMES, tokenizer, timestamps=TIMES)
+
+
+def held(video, cache):
+    return {layer.held for layer in cache.layers}
+
+
+def test_everything_dense_is_full(model):
+    ids, videos = prompt(model, [5, 3]), [pixels(model, 20), pixels(model, 11)]
+    full = logits_of(model, ids, videos)[-4:]
+    model.config.sparse_attention = {**BILEVEL, "reload": "all"}
+    torch.testing.assert_close(logits_of(model, ids, videos), full, atol=2e-4, rtol=0)
+    model.config.sparse_attention = BILEVEL
+    everything = [list(range(5)), list(range(3))]
+    torch.testing.assert_close(logits_of(model, ids, videos, dense_chunks=everything), full, atol=2e-4, rtol=0)
+    pooled = logits_of(model, ids, videos, dense_chunks=[[], []])
+    assert (pooled - full).abs().max() > 1e-2
+
+
+def test_pool_size_one_is_full_up_to_rotation(model):
+    ids, video = prompt(model, [6]), pixels(model, 24)
+    full = logits_of(model, ids, [video])[-4:]
+    for positions in ("compact", "true"):
+        reload = {"method": "none", "positions": positions}
+        model.config.sparse_attention = {**BILEVEL, "pool_size": 1, "reload": reload}
+        torch.testing.assert_close(logits_of(model, ids, [video]), full, atol=5e-4, rtol=0)
+
+
+def test_first_and_last_chunk_are_always_dense(model):
+    model.config.sparse_attention = BILEVEL
+    ids, video = prompt(model, [6]), pixels(model, 24)
+    none = logits_of(model, ids, [video], dense_chunks=[])
+    assert torch.equal(none, logits_of(model, ids, [video], dense_chunks=[0, 5]))
+    assert torch.equal(none, logits_of(model, ids, [video], dense_chunks=[[]]))
+    assert not torch.equal(none, logits_of(model, ids, [video], dense_chunks=[2]))
+
+
+@pytest.mark.parametrize("positions", ["compact", "true"])
+def test_use_cache_and_generate_forms_agree(model, positions):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"method": "probe", "count": 1, "positions": positions}}
+    ids, videos = torch.tensor([prompt(model, [6])]), [pixels(model, 24)]
+    greedy = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6)
+    for form in ({"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
+        again = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6, **form)
+        assert torch.equal(again, greedy), form
+    beams = [
+        model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=5, num_beams=3, use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    with torch.no_grad():
+        out = model(ids, pixel_values_videos=videos, use_cache=False)
+    assert out.past_key_values is None and out.logits.shape[1] == 4
+
+
+def test_left_padded_batch_equals_single_prompts(model):
+    model.config.sparse_attention = {**BILEVEL, "prefill": "mask", "chunk_groups": 1, "window_chunks": 1}
+    videos = [pixels(model, 30, 1), pixels(model, 20, 2)]
+    rows = [prompt(model, [8]), prompt(model, [5], question=[24, 25])]
+    wanted = [[3], [1, 2]]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    for chunks in (None, wanted):
+        batched = model.generate(
+            input_ids=ids, attention_mask=mask, pixel_values_videos=videos, dense_chunks=chunks, max_new_tokens=5
+        )
+        for number, row in enumerate(rows):
+            alone = model.generate(
+                input_ids=torch.tensor([row]),
+                pixel_values_videos=videos[number : number + 1],
+                dense_chunks=None if chunks is None else [chunks[number]],
+                max_new_tokens=5,
+            )
+            assert batched[number, length:].tolist() == alone[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "says"),
+    [([6], "0 to 5"), ([-1], "0 to 5"), ([[0], [1]], "1 lists"), ([1.5], "1.5"), ([[0, 9]], "0 to 5")],
+)
+def test_chunks_outside_the_video(model, chunks, says):
+    model.config.sparse_attention = BILEVEL
+    with pytest.raises(ValueError, match=says):
+        logits_of(model, prompt(model, [6]), [pixels(model, 24)], dense_chunks=chunks)
+
+
+def test_refusals(model, tokenizer, video):
+    ids, pixel = prompt(model, [6]), [pixels(model, 24)]
+    with pytest.raises(ValueError, match="bi-level"):
+        logits_of(model, ids, pixel, dense_chunks=[0])
+    with pytest.raises(ValueError, match="bi-level"):
+        model.chat(video, tokenizer, "What?", selector=lambda question, chunks: [])
+    model.config.sparse_attention = BILEVEL
+    with pytest.raises(ValueError, match="labels"):
+        model(torch.tensor([ids]), pixel_values_videos=pixel, labels=torch.tensor([ids]))
+    with pytest.raises(ValueError, match="question"):
+        logits_of(model, prompt(model, [6], question=()), pixel)
+    with pytest.raises(ValueError, match="dynamic cache"):
+        model.generate(input_ids=torch.tensor([ids]), pixel_values_videos=pixel, cache_implementation="static")
+    model.config.sparse_attention = {**BILEVEL, "reload": {"max_tokens": 10}}
+    with pytest.raises(ValueError, match="max_tokens=10 is too small"):
+        logits_of(model, ids, pixel)
+
+
+@pytest.mark.parametrize("method", ["probe", "mean_key"])
+def test_automatic_choice_comes_back_with_times_and_scores(model, tokenizer, video, method):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"method": method, "count": 2}}
+    answer, chunks = model.chat(
+        video, tokenizer, "What moves?", return_history=False, return_chunks=True, generation_config=SHORT
+    )
+    assert answer == model.chat(video, tokenizer, "What moves?", return_history=False, generation_config=SHORT)
+    assert [chunk["index"] for chunk in chunks] == list(range(10)) and {chunk["video"] for chunk in chunks} == {0}
+    assert [chunk["start"] for chunk in chunks] == [2.0 * index for index in range(10)]
+    assert chunks[-1]["end"] == video.duration == 19.0
+    dense = [chunk["index"] for chunk in chunks if chunk["level"] == "dense"]
+    assert {0, 9} <= set(dense) and len(dense) <= 4
+    json.dumps(chunks)
+    chosen = sorted(chunks[1:-1], key=lambda chunk: -chunk["score"])[: len(dense) - 2]
+    assert {chunk["index"] for chunk in chosen} <= set(dense)
+    options = {"return_history": False, "generation_config": SHORT}
+    assert model.chat(video, tokenizer, "What moves?", dense_chunks=dense, **options) == answer
+
+
+def test_times_in_the_question_and_a_selector_choose(model, tokenizer, video):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"method": "probe", "count": 1}}
+    options = {"return_history": False, "return_chunks": True, "generation_config": SHORT}
+    for question, wanted in (("What happens at 0:09?", {4}), ("What happens between 10 s and 13 s?", {5, 6})):
+        _, chunks = model.chat(video, tokenizer, question, **options)
+        assert wanted <= {chunk["index"] for chunk in chunks if chunk["level"] == "dense"}
+    seen = []
+
+    def selector(question, chunks):
+        seen.append((question, chunks))
+        return [3]
+
+    answer, chunks = model.chat(video, tokenizer, "What moves?", selector=selector, **options)
+    assert {chunk["index"] for chunk in chunks if chunk["level"] == "dense"} == {0, 3, 9}
+    assert seen[0][0] == "What moves?" and seen[0][1][3] == {"video": 0, "index": 3, "start": 6.0, "end": 8.0}
+
+
+@pytest.mark.parametrize("budget", [150, 200, 260])
+def test_token_budget_holds(model, tokenizer, video, budget):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"max_tokens": budget}}
+    ids = torch.tensor([video.input_ids + [20, 21]])
+    from videoxl.kv_cache import fork_cache
+
+    with torch.no_grad():
+        out = model(ids[:, -2:], past_key_values=fork_cache(video.cache), attention_mask=torch.ones_like(ids))
+    kept = {layer.held - 2 for layer in out.past_key_values.layers}
+    assert len(kept) == 1 and max(kept) <= budget
+    assert out.past_key_values.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("sparse", [{}, {**BILEVEL, "reload": {"count": 2}}])
+def test_several_questions_in_one_call(model, tokenizer, video, sparse):
+    model.config.sparse_attention = sparse
+    questions = ["What moves?", "How many red circles are there at the end of the video?", "Why?"]
+    alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
+    assert model.chat_batch(video, tokenizer, questions, generation_config=SHORT) == alone
+    beams = {**SHORT, "num_beams": 2}
+    alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=beams) for q in questions]
+    assert model.chat_batch(video, tokenizer, questions, generation_config=beams) == alone
+    with pytest.raises(ValueError, match="list of questions"):
+        model.chat_batch(video, tokenizer, "What?")
+    with pytest.raises(ValueError, match="encode_video"):
+        model.chat_batch("clip.mp4", tokenizer, ["What?"])
+
+
+def test_saved_and_loaded_is_the_same_bit_for_bit(model, tokenizer, video, tmp_path):
+    path = tmp_path / "video.videoxl"
+    video.save(path)
+    loaded = model.load_video(path, tokenizer)
+    assert loaded.input_ids == video.input_ids and loaded.timestamps == video.timestamps
+    assert loaded.layout == video.layout and loaded.duration == video.duration
+    for mine, theirs in zip(loaded.cache.layers, video.cache.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    for sparse in ({}, {**BILEVEL, "reload": {"count": 2}}):
+        model.config.sparse_attention = sparse
+        options = {"return_history": False, "generation_config": SHORT}
+        assert model.chat(video, tokenizer, "What?", **options) == model.chat(loaded, tokenizer, "What?", **options)
+    for each in (video, loaded):
+        each.append(FRAMES[:3], [20.0, 20.5, 21.0])
+    assert torch.equal(loaded.cache.layers[-1].keys, video.cache.layers[-1].keys)
+    assert model.load_video(path).num_frames == 38
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.load_video(path).append(FRAMES[:1], [30.0])
+
+
+def test_load_refuses_what_does_not_fit(model, tokenizer, clips, tmp_path):
+    source = tmp_path / "clip.mp4"
+    shutil.copyfile(clips[0], source)
+    path = tmp_path / "video.videoxl"
+    video = model.encode_video(source, tokenizer, max_num_frames=8, sample_fps=None)
+    video.save(path)
+    assert model.load_video(path, max_num_frames=8, sample_fps=None).num_frames == 8
+    with pytest.raises(ValueError, match="max_num_frames"):
+        model.load_video(path, max_num_frames=9)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1.0
+        other.model.compressor.temporal_encoding[0, 0] += 1.0
+    with pytest.raises(ValueError, match="model"):
+        other.load_video(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 4
+    (tmp_path / "damaged.videoxl").write_bytes(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+        model.load_video(tmp_path / "damaged.videoxl")
+    shutil.copyfile(clips[1], source)
+    with pytest.raises(ValueError, match="source"):
+        model.load_video(path)
+
+
+def test_another_models_video_is_not_used(model, tokenizer, video):
+    with pytest.raises(ValueError, match="another model"):
+        copy.deepcopy(model).chat(video, tokenizer, "What?")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_mixed_cache_is_what_the_spans_say(data):
+    """Against a naive oracle: un-rotate, pool, rotate, one token at a time."""
+    size = data.draw(st.sampled_from([4, 6, 9]))
+    pool = data.draw(st.integers(1, 5))
+    counts = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
+    videos, cursor = [], data.draw(st.integers(0, 3))
+    for count in counts:
+        groups = []
+        for _ in range(count):
+            stamp = data.draw(st.integers(0, 2))
+            groups.append(GroupSpan(cursor, cursor + stamp, cursor + stamp + size))
+            cursor = groups[-1].end
+        cursor += data.draw(st.integers(0, 2))
+        videos.append(tuple(groups))
+    layout = VisualLayout(tuple(videos), cursor)
+    chunks = chunks_of(layout, data.draw(st.integers(1, 3)))
+    levels = Levels(
+        tuple(data.draw(st.sampled_from(["dense", "pooled", "dropped"])) for _ in chunks),
+        tuple(data.draw(st.booleans()) for _ in chunks),
+        0,
+    )
+    true_positions = data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    keys, values = (torch.randn(1, 2, cursor, 8, generator=generator) for _ in range(2))
+    inv_freq = 1.0 / 10000.0 ** (torch.arange(4) / 4)
+    cache = new_cache(1)
+    cache.layers[0].set_content(keys.clone(), values.clone())
+    spans = kept_spans(layout, chunks, levels, cursor)
+    groups = [(group.visual_start, group.end) for group in layout.groups]
+    mixed = mix_cache(cache, spans, groups, pool, inv_freq, true_positions).layers[0] if spans else None
+    expected = []
+    for span in spans:
+        step = 1 if span.group is None else pool
+        for start in range(span.start, span.start + (span.stop - span.start) // step * step, step):
+            window = range(start, start + step)
+            raw = [rotate(keys[:, :, i : i + 1], torch.tensor([i]), None, inv_freq) for i in window]
+            mean = sum(raw) / step
+            position = start + (step - 1) / 2 if true_positions else len(expected)
+            turned = rotate(mean, None, torch.tensor([position]), inv_freq)
+            expected.append((turned, values[:, :, start : start + step].mean(dim=2, keepdim=True)))
+    if not expected:
+        return
+    torch.testing.assert_close(mixed.keys, torch.cat([key for key, _ in expected], dim=2), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed.values, torch.cat([value for _, value in expected], dim=2), atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.layers[0].keys, keys) and mixed.get_seq_length() == cursor
+
+
+def test_explicit_chunks_of_several_videos():
+    layout = VisualLayout(
+        (tuple(GroupSpan(i, i, i + 1) for i in range(5)), tuple(GroupSpan(i, i, i + 1) for i in range(5, 8))), 8
+    )
+    chunks = chunks_of(layout, 2)
+    assert [(chunk.video, chunk.index, list(chunk.groups)) for chunk in chunks] == [
+        (0, 0, [0, 1]), (0, 1, [2, 3]), (0, 2, [4]), (1, 0, [5, 6]), (1, 1, [7]),
+    ]  # fmt: skip
+    assert explicit_chunks([[1], [0, 1]], chunks) == [1, 3, 4]
+    assert explicit_chunks(None, chunks) is None
+    with pytest.raises(ValueError, match="2 lists"):
+        explicit_chunks([1], chunks)
+    assert kept_spans(layout, chunks, Levels(("dense",) * 5, (True,) * 5, 8), 8) == [KeptSpan(0, 8)]
