@@ -111,6 +111,9 @@ class VideoXLPrefillMixin:
         for row, ((columns, layout, _), wanted) in enumerate(zip(rows, per_row, strict=True)):
             row_cache = cache if single else new_cache(len(cache.layers))
             row_embeds = embeds[row : row + 1, columns]
+            # What a cache that is continued holds already: its visual tokens stay out of the new videos' windows.
+            earlier = getattr(row_cache, "layout", VisualLayout()).videos
+            layout = VisualLayout(earlier + layout.videos, layout.length)
             if settings.decode == "full" or not layout.videos:
                 states.append(self.extend_cache(row_embeds, layout, row_cache, keep_hidden if single else 0))
             else:

@@ -15,6 +15,7 @@ H query heads, K key-value heads (H a multiple of K), n question tokens, L keys,
 import math
 import re
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 
@@ -23,9 +24,21 @@ RELOAD_METHODS = ("probe", "mean_key", "none", "all")
 RELOAD_POSITIONS = ("compact", "true")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
-# Bounds of the probe's float32 buffers, in elements: 32 MB of attention weights and 16 MB of converted keys.
+# Bounds of the probe's float32 buffers, in elements: 32 MB of attention weights (at least one row), 16 MB of keys.
 MAX_WEIGHTS = 8 * 2**20
 MAX_KEY_ELEMENTS = 4 * 2**20
+
+
+def _is_int(value, least=0) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _is_share(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_layers(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_share, value)) and value[0] < value[1]
 
 
 @dataclass(frozen=True)
@@ -59,25 +72,20 @@ class ReloadPolicy:
     layers: tuple[float, float] = (1 / 3, 2 / 3)
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name == "method":
-                valid, expected = value in RELOAD_METHODS, f"one of {('auto', *RELOAD_METHODS)}"
-            elif name == "positions":
-                valid, expected = value in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"
-            elif name == "layers":
-                valid = (
-                    isinstance(value, tuple) and len(value) == 2 and all(map(_is_share, value)) and value[0] < value[1]
-                )
-                expected = "two ascending numbers from 0 to 1"
-            elif name in ("share", "mass"):
-                valid, expected = value is None or _is_share(value), "None or a number from 0 to 1"
-            else:
-                least = 0 if name == "count" else 1
-                valid, expected = value is None or _is_int(value) and value >= least, f"None or an integer >= {least}"
-            if name in ("count", "share", "mass") and self.method in ("none", "all"):
-                valid, expected = value is None, f"absent with method {self.method!r}"
+        scored = self.method not in ("none", "all")
+        limit = "None or {}" if scored else f"absent with method {self.method!r}"
+        for name, valid, expected in (
+            ("method", self.method in RELOAD_METHODS, f"one of {('auto', *RELOAD_METHODS)}"),
+            ("count", self.count is None or scored and _is_int(self.count), limit.format("an integer of at least 0")),
+            ("share", self.share is None or scored and _is_share(self.share), limit.format("a number from 0 to 1")),
+            ("mass", self.mass is None or scored and _is_share(self.mass), limit.format("a number from 0 to 1")),
+            ("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "None or an integer of at least 1"),
+            ("max_bytes", self.max_bytes is None or _is_int(self.max_bytes, 1), "None or an integer of at least 1"),
+            ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
+            ("layers", _is_layers(self.layers), "two ascending numbers from 0 to 1"),
+        ):
             if not valid:
-                raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {value!r}")
+                raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r}")
 
     @classmethod
     def parse(cls, reload) -> "ReloadPolicy":
@@ -104,19 +112,6 @@ class ReloadPolicy:
         if unlimited and settings["method"] in ("probe", "mean_key"):
             settings["share"] = AUTO_SHARE
         return cls(**settings)
-
-    def layer_range(self, num_layers: int) -> range:
-        """The layers that the scorer reads, at least one: 9 to 18 of Video-XL-2's 28 by default."""
-        first = min(round(self.layers[0] * num_layers), num_layers - 1)
-        return range(first, max(round(self.layers[1] * num_layers), first + 1))
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_share(value) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -168,7 +163,7 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     total = len(video_of_chunk)
     assert total == len(cost.timestamps) == len(cost.dense) == len(cost.pooled), "one cost a chunk is needed"
     for chunk in (*required, *(explicit or ())):
-        if not _is_int(chunk) or not 0 <= chunk < total:
+        if not _is_int(chunk) or chunk >= total:
             raise ValueError(f"there is no chunk {chunk!r}: the videos have {total} chunks, counted from 0")
     if scores is not None and len(scores) != total:
         raise ValueError(f"expected {total} scores, one for each chunk, got {len(scores)}")
@@ -268,8 +263,8 @@ _READINGS = r"""
 no      (?-i:Time )@:|[0-9]> ?(?:[ap]\.?m\b|o'?clock|ratio|aspect|score|odds|win\b)|[0-9]{4}-[0-9]{2}-[0-9]{2} @
 no      \b(?:ratio|aspect|score|scale|odds|won|lost)(?: (?:of|is|was|by|at))? <[0-9]+:
 no      (?:\b(?:the|early|late|mid)[ -]|')<[0-9]+0s>(?! mark)|<(?:18|19|20)[0-9]0s>
-after   \bafter the first @|\bfrom (?:the )?@ (?:on|onwards?|forward)\b
-before  \b(?:first|initial|opening) @
+after   \bafter the first @|\bfrom (?:the )?@ (?:on|onwards?|forward|(?:to|until|till) the end)\b
+before  \b(?:first|initial|opening) @|\bfrom the (?:start|beginning) (?:to|until|till) @
 last    \b(?:last|final|closing|the past) @|@ (?:before|from) the end\b
 after   \b(?:after|since|past) THE@
 before  \b(?:before|until|till|up to) THE@
@@ -369,7 +364,7 @@ class AttentionProbe:
         assert method in ("probe", "mean_key"), f"method {method!r} scores nothing"
         self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
         self._key_chunk, self._num_chunks = key_chunk, num_chunks
-        self._mass = torch.zeros(num_chunks, dtype=torch.float64)
+        self._mass = torch.zeros(len(key_chunk))
         self._queries = {}
 
     @torch.no_grad()
@@ -389,34 +384,33 @@ class AttentionProbe:
             self._queries[layer_idx] = self._queries.get(layer_idx, 0) + self._unrotate(query)[0].float().sum(dim=1)
             return
         mass = attention_mass(query, key, scaling)[: len(self._key_chunk)]
-        self._key_chunk, self._mass = self._key_chunk.to(mass.device), self._mass.to(mass.device)
-        # Entry 0 takes text and timestamps. In float64 the order of a GPU's additions cannot change a rank.
-        self._mass += mass.new_zeros(self._num_chunks + 1).index_add_(0, self._key_chunk + 1, mass)[1:]
+        self._mass = self._mass.to(mass.device) + mass
 
     def scores(self) -> list[float]:
         """Per chunk: for `"probe"` the mean attention per key, scaled to sum 1; else see `mean_key_scores`."""
         if self.method == "mean_key":
             return mean_key_scores(list(self._queries.values()), [self._mean_keys[layer] for layer in self._queries])
-        keys = torch.bincount(self._key_chunk + 1, minlength=self._num_chunks + 1)[1:]
-        per_key = (self._mass.to(keys.device) / keys.clamp(min=1)).cpu()
+        # On the CPU and in float64: a GPU's unordered additions could change a rank. Entry 0 is text and timestamps.
+        mass, slot, count = self._mass.cpu().double(), self._key_chunk.cpu() + 1, self._num_chunks + 1
+        keys = torch.bincount(slot, minlength=count)[1:].clamp(min=1)
+        per_key = torch.bincount(slot, mass, minlength=count)[1:] / keys
         return (per_key / (per_key.sum() or 1)).tolist()
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
     """Attention weights of the last n positions, causal, summed over heads and queries: exact softmax in float32.
 
-    Memory is bounded by `MAX_WEIGHTS` (or one row) and `MAX_KEY_ELEMENTS`: some queries of one key-value head at a time
-    over all keys, which are converted block by block.
+    Some queries of one key-value head at a time over all keys, so memory stays bounded (`MAX_WEIGHTS`).
 
     Args:
         query: [1, H, n, D].
         key: [1, K, L, D], the last n of them the queries' own.
 
     Returns:
-        [L] float64, whose sum is H * n.
+        [L] float32, whose sum is H * n.
     """
     (heads, queries, size), (kv_heads, length) = query.shape[1:], key.shape[1:3]
-    total = torch.zeros(length, dtype=torch.float64, device=key.device)
+    total = torch.zeros(length, device=key.device)
     own = torch.arange(queries, device=key.device)
     position = own.repeat(heads // kv_heads)
     rows, columns = max(MAX_WEIGHTS // length, 1), max(MAX_KEY_ELEMENTS // size, 1)
@@ -449,7 +443,7 @@ def mean_key_scores(question_query, chunk_mean_keys) -> list[float]:
     mean = 0.0
     for query, keys in zip(question_query, chunk_mean_keys, strict=True):
         shared = query.to(keys.device).float().view(keys.shape[1], -1, keys.shape[2]).sum(dim=1)
-        score = torch.einsum("ckd,kd->c", keys.float(), shared).double().cpu()
+        score = torch.einsum("ckd,kd->c", keys.float(), shared).cpu().double()
         spread = score.std(correction=0)
         differ = spread > 1e-6 * score.abs().max()  # else it is float32 rounding, not to be blown up
         mean = mean + (score - score.mean()) * differ / spread.clamp(min=1e-12) / len(question_query)

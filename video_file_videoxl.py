@@ -83,8 +83,8 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
         file.write(header)
         for name in names:
             for piece in _pieces(tensors[name].detach()):
-                # Contiguous before it moves: a strided copy between devices goes through a second one. `as_strided`, as a
-                # single value counts as contiguous with any stride, but only stride 1 can be viewed as bytes.
+                # Contiguous before it moves: a strided copy between devices goes through a second one. A single value is
+                # contiguous with any stride, but only stride 1 can be viewed as bytes.
                 piece = piece.contiguous().cpu()
                 data = memoryview(piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy())
                 digest.update(data)
@@ -160,7 +160,7 @@ def model_fingerprint(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:
             raise ValueError(
-                f"the weight {name} is on the meta device: load the model without offload for saved videos"
+                f"the weight {name} is on the meta device: load the model without offload for saved files"
             )
         digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
         values = tensor.detach().reshape(-1)
@@ -298,9 +298,7 @@ def _read_facts(file, path, verify) -> dict:
     if found != FORMAT or not header.startswith(_HEADER_START):
         raise _refusal(path, f"a safetensors file of format {found!r} instead of {FORMAT!r}")
     if version != str(LAYOUT_VERSION):
-        raise _refusal(
-            path, f"layout version {version} (this code reads {LAYOUT_VERSION}; newer ones need newer code)"
-        )
+        raise _refusal(path, f"layout version {version} (this code reads {LAYOUT_VERSION}, newer code newer ones)")
     if (held := str(size - 8 - length)) != stored:
         raise _refusal(path, f"{held} bytes of data instead of {stored} (cut short?)")
     if verify:

