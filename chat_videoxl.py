@@ -157,7 +157,9 @@ class VideoXLChatMixin:
         return tuple(result) if len(result) > 1 else answer
 
     @torch.no_grad()
-    def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
+    def chat_batch(
+        self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None, system_prompt=None
+    ) -> list[str]:
         """Answers several questions about one encoded video in one call of `generate`.
 
         Args:
@@ -165,6 +167,7 @@ class VideoXLChatMixin:
             tokenizer: The checkpoint's tokenizer.
             user_prompts: The questions, each by itself.
             generation_config, dense_chunks: See `chat`; `dense_chunks` holds for every question.
+            system_prompt: The one that the video was encoded with.
 
         Returns:
             One answer per question, equal to what single calls give.
@@ -177,16 +180,19 @@ class VideoXLChatMixin:
         if isinstance(user_prompts, str) or not list(user_prompts):
             raise ValueError(f"user_prompts must be a list of questions, got {user_prompts!r}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         suffixes = []
         for prompt in user_prompts:
             content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
-            pieces = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]))
-            encoded, suffix = self._encode_conversation(processor, [{"role": "user", "content": content}], {}, False)
-            assert len(pieces) == 2, "one video has text on two sides"
+            prefix, suffix = processor.prompt_pieces(processor.render([*system, {"role": "user", "content": content}]))
             suffixes.append(suffix)
+        if not video.continues(self, torch.tensor(prefix)):
+            raise ValueError(
+                "this EncodedVideo was made by another model, from a file that has changed since, or behind another "
+                "prompt; encode it again, or give the system_prompt that it was encoded with"
+            )
         reload = self._reload_options([video], None, dense_chunks, None)
-        cache = self._question_cache(encoded)
-        return self._answer(encoded, cache, suffixes, generation_config, tokenizer, None, reload)
+        return self._answer(video, self._question_cache(video), suffixes, generation_config, tokenizer, None, reload)
 
     @torch.no_grad()
     def load_video(self, path, tokenizer=None, *, verify=True, source=None, **sampling) -> EncodedVideo:
@@ -220,14 +226,16 @@ class VideoXLChatMixin:
 
     def _answer(self, encoded, cache, suffixes, generation_config, tokenizer, streamer, reload) -> list[str]:
         settings = self._generation_settings(generation_config, tokenizer)
-        shared = list(encoded.input_ids) if encoded is not None else []
+        shared = encoded.input_ids if encoded is not None else torch.tensor([], dtype=torch.long)
         width = max(map(len, suffixes))
         # Padding goes between video and question: the video's key-values are one row that all questions share.
-        ids = [shared + [settings.pad_token_id or 0] * (width - len(suffix)) + suffix for suffix in suffixes]
-        mask = [[1] * len(shared) + [0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes]
+        padding = settings.pad_token_id or 0
+        texts = torch.tensor([[padding] * (width - len(suffix)) + suffix for suffix in suffixes])
+        rows = shared.expand(len(suffixes), -1)
+        mask = torch.tensor([[0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes])
         output = self.generate(
-            input_ids=torch.tensor(ids, device=self.device),
-            attention_mask=torch.tensor(mask, device=self.device),
+            input_ids=torch.cat([rows, texts], dim=1).to(self.device),
+            attention_mask=torch.cat([torch.ones_like(rows), mask], dim=1).to(self.device),
             past_key_values=cache,
             generation_config=settings,
             streamer=streamer,
@@ -286,10 +294,11 @@ class VideoXLChatMixin:
         encoded = None
         for item, piece in zip(items, pieces[:-1], strict=True):
             video, prefix = item["video"], piece
-            before = encoded.input_ids if encoded is not None else []
+            before = torch.tensor(prefix)
+            if encoded is not None:
+                before = torch.cat([encoded.input_ids, before])
             if getattr(video, "is_encoded_video", False):
-                own = processor.expand([before + prefix, []], [video.timestamps])
-                if video.belongs_to(self) and own == video.input_ids and video.is_current():
+                if video.continues(self, before):
                     encoded = video
                     video.adopt(processor)
                     continue
@@ -318,7 +327,7 @@ class VideoXLChatMixin:
                 processor=processor,
                 model=self,
                 cache=cache,
-                input_ids=(list(base.input_ids) if base is not None else []) + prefix,
+                input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
                 sampling=reader.sampling,
             )
             if progress is None:

@@ -207,7 +207,7 @@ def ask(options: argparse.Namespace, sampling: dict) -> dict:
         "video": options.video,
         "duration": round(video.duration, 3),
         "num_frames": video.num_frames,
-        "visual_tokens": video.input_ids.count(model.config.video_token_id),
+        "visual_tokens": video.num_visual_tokens,
         "tokens": len(video.input_ids),
         "cache_bytes": video.nbytes,
         "load_seconds": round(loaded - started, 3),

@@ -31,7 +31,7 @@ class EncodedVideo(str):
         duration: Seconds of the whole video.
         sampling: The sampling settings.
         prefill: The prefill settings it was made with; later changes of the config do not touch it.
-        input_ids: Token ids of everything up to the end of the video: prompt header, timestamps and placeholders.
+        input_ids: [L] token ids of everything up to the end of the video: prompt header, timestamps, placeholders.
         layout: Where the visual tokens are among them.
         cache: Their key-values. Never extend it; `fork_cache` it.
     """
@@ -83,9 +83,15 @@ class EncodedVideo(str):
         """Gives a loaded video the processor it needs to take in more frames."""
         self._processor = self._processor or processor
 
-    def belongs_to(self, model) -> bool:
-        """Whether this model made it (or loaded it)."""
-        return self._model is model
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens of this video."""
+        return sum(group.end - group.visual_start for group in self.layout.videos[-1])
+
+    def continues(self, model, ids) -> bool:
+        """Whether this model made it (or loaded it) behind exactly these token ids [.], and its file is unchanged."""
+        start = self.layout.videos[-1][0].start
+        return self._model is model and self.is_current() and torch.equal(self.input_ids[:start], ids)
 
     def chunks(self, chunk_groups) -> list[tuple[float, float]]:
         """(start, end) seconds of the video's chunks of `chunk_groups` groups each."""
@@ -103,7 +109,7 @@ class EncodedVideo(str):
         Raises:
             FileNotFoundError, ValueError: If the file cannot be written there.
         """
-        tensors = {"input_ids": torch.tensor(self.input_ids)}
+        tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
         if self._tail is not None:
@@ -136,8 +142,8 @@ class EncodedVideo(str):
             layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
-        ids = tensors["input_ids"].tolist()
-        video = cls(source, model=model, processor=processor, cache=cache, input_ids=ids, sampling=facts["sampling"])
+        state = {"cache": cache, "input_ids": tensors["input_ids"], "sampling": facts["sampling"]}
+        video = cls(source, model=model, processor=processor, **state)
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
         video._tail = tensors.get("tail")
         return video
@@ -175,11 +181,12 @@ class EncodedVideo(str):
             frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
             del self.timestamps[-kept:]
             self._model.drop_last_group(self.cache)
-            del self.input_ids[self.layout.length :]
+            self.input_ids = self.input_ids[: self.layout.length]
         processor = self._processor
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
         time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
-        self.input_ids += self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
+        ids = self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
+        self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
         self.timestamps += times
         self.duration = max(self.duration, times[-1])
         partial = len(times) % processor.frames_per_group
@@ -190,7 +197,7 @@ class EncodedVideo(str):
         other = EncodedVideo.__new__(EncodedVideo, str(self))
         other.__dict__.update(self.__dict__)
         other.cache = fork_cache(self.cache)
-        other.input_ids, other.timestamps = list(self.input_ids), list(self.timestamps)
+        other.timestamps = list(self.timestamps)
         return other
 
     def __reduce__(self):

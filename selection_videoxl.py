@@ -37,42 +37,29 @@ def _is_share(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _is_layers(value) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_share, value)) and value[0] < value[1]
-
-
 @dataclass(frozen=True)
 class ReloadPolicy:
     """How relevant chunks are chosen from the question: the parsed `sparse_attention.reload`.
 
-    The limits `count`, `share` and `mass` hold together (the smallest counts); without any, every chunk is chosen.
-
-    Args:
-        method: `"probe"` (attention mass of the question over the pooled KV), `"mean_key"` (mean query . mean key),
-            `"none"` (only the first and last chunk of a video) or `"all"`.
-        count: At most so many chosen chunks.
-        share: At most this share of all chunks, rounded up.
-        mass: The fewest chunks that, with the first and last ones, hold this share of the scores' sum.
-        max_tokens: Budget of the whole kept KV, in tokens; the least relevant chunks are dropped to keep it.
-        max_bytes: The same in bytes. With both, the smaller one holds.
-        positions: Positions of the kept keys: `"compact"` (0, 1, 2, ...) or `"true"`.
-        layers: Which of the language model's layers the scorer reads, as shares of their number.
+    The limits `count`, `share` and `mass` hold together (the smallest counts); without any, every chunk is chosen. Of
+    `max_tokens` and `max_bytes`, which bound the whole kept KV, the smaller holds.
 
     Raises:
         ValueError: On a value outside its range.
     """
 
-    method: str = "probe"
-    count: int | None = None
-    share: float | None = None
-    mass: float | None = None
+    method: str = "probe"  # or "mean_key", "none" (only the first and last chunk of a video), "all"
+    count: int | None = None  # at most so many chosen chunks
+    share: float | None = None  # at most this share of all chunks, rounded up
+    mass: float | None = None  # the fewest chunks that, with the first and last ones, hold this share of the score sum
     max_tokens: int | None = None
     max_bytes: int | None = None
-    positions: str = "compact"
-    layers: tuple[float, float] = (1 / 3, 2 / 3)
+    positions: str = "compact"  # of the kept keys: 0, 1, 2, ... or "true"
+    layers: tuple[float, float] = (1 / 3, 2 / 3)  # which of the layers the scorer reads, as shares of their number
 
     def __post_init__(self):
         scored = self.method not in ("none", "all")
+        ends = self.layers if isinstance(self.layers, tuple) and all(map(_is_share, self.layers)) else ()
         limit = "None or {}" if scored else f"absent with method {self.method!r}"
         for name, valid, expected in (
             ("method", self.method in RELOAD_METHODS, f"one of {('auto', *RELOAD_METHODS)}"),
@@ -82,7 +69,7 @@ class ReloadPolicy:
             ("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "None or an integer of at least 1"),
             ("max_bytes", self.max_bytes is None or _is_int(self.max_bytes, 1), "None or an integer of at least 1"),
             ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
-            ("layers", _is_layers(self.layers), "two ascending numbers from 0 to 1"),
+            ("layers", len(ends) == 2 and ends[0] < ends[1], "two ascending numbers from 0 to 1"),
         ):
             if not valid:
                 raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r}")
@@ -173,7 +160,14 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     levels = [DENSE if chunk in ends else DROPPED for chunk in range(total)]
     timestamps = [chunk in ends for chunk in range(total)]
     tokens = cost.text + sum(cost.timestamps[chunk] + cost.dense[chunk] for chunk in ends)
-    budget = _budget(policy, cost, tokens)
+    # Not rounded down to whole tokens: sums of whole tokens are compared with it.
+    budget = min(policy.max_tokens or math.inf, (policy.max_bytes or math.inf) / cost.bytes_per_token)
+    if tokens > budget:
+        raise ValueError(
+            f"sparse_attention.reload: max_tokens={policy.max_tokens}, max_bytes={policy.max_bytes} is too small: the text "
+            f"and the first and last chunk of every video need {tokens} tokens, {tokens * cost.bytes_per_token} bytes. "
+            "Allow at least that, or give fewer frames."
+        )
     upgrades = (
         *((chunk, None, cost.timestamps[chunk]) for chunk in chosen + others),
         *((chunk, POOLED, cost.pooled[chunk]) for chunk in chosen),
@@ -228,20 +222,6 @@ def _count_for_mass(mass, scores, order) -> int:
     return count
 
 
-def _budget(policy, cost, least) -> float:
-    """The budget in tokens; ValueError if it is below `least`."""
-    budget = math.inf
-    for name, unit in (("max_tokens", 1), ("max_bytes", cost.bytes_per_token)):
-        value = getattr(policy, name)
-        if value is not None and value < least * unit:
-            raise ValueError(
-                f"sparse_attention.reload: {name}={value} is too small: the text and the first and last chunk of every "
-                f"video need {least * unit}. Allow at least that, or give fewer frames."
-            )
-        budget = budget if value is None else min(budget, value // unit)
-    return budget
-
-
 # Times in a question. All repetitions are bounded, so the work is linear in the text.
 _NUMBER, _PART, _AND = r"[0-9]{1,6}(?:\.[0-9]{1,3})?", r"[0-5]?[0-9](?:\.[0-9]{1,3})?", r"(?:, ?| )?(?:and )?"
 _SECONDS = r"[ -]?(?:seconds?|secs?|s)"
@@ -281,15 +261,14 @@ _MEANINGS = [(line[:8].strip(), re.compile(line[8:], _FLAGS)) for line in _READI
 def times_in_text(text) -> list[tuple[float, float]]:
     """The times that a question names, in order of appearance.
 
-    * m:ss, mm:ss, h:mm:ss: two digits below 60 after a colon, so 16:9 and 3:2 are none. Nor is what says am, pm, ratio
-      or score, or follows a date; any other 3:20 is a time.
-    * Numbers with a unit, also joined: 75 s, 1.5 min, 2 minutes and 5 seconds, 1h02m03s. A lone m or h (metres) is none,
-      nor are durations (for 10 s, a 10-second clip), decades (the 80s) and the prompt's own `Time 4.0s:`.
+    * m:ss, mm:ss, h:mm:ss: two digits below 60 after a colon (so not 16:9), without am, pm, ratio, score or a date.
+    * Numbers with a unit, also joined: 75 s, 1.5 min, 2 minutes and 5 seconds, 1h02m03s. A lone m or h is none, nor
+      are durations (for 10 s, a 10-second clip), decades (the 80s) and the prompt's own `Time 4.0s:`.
     * Ranges: between A and B, from A to B, A-B, where A may borrow B's unit.
 
     Returns:
-        (start, end) in seconds. A moment has start == end; "after A" is (A, inf), "before A" and "the first A" are
-        (0, A). "the last A" is (-A, inf): a negative start counts from the video's end (see `chunks_at`).
+        (start, end) in seconds. "at A" is (A, A), "after A" (A, inf), "before A" and "the first A" are (0, A), "the last
+        A" is (-A, inf): a negative start counts from the video's end, which `chunks_at` knows.
     """
     text = " ".join(re.sub("[<>]", " ", text).split())
     matches = [match for match in _TIME.finditer(text) if not _LONE.fullmatch(match[0])]

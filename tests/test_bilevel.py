@@ -124,7 +124,7 @@ def test_refusals(model, tokenizer, video):
     with pytest.raises(ValueError, match="dynamic cache"):
         model.generate(input_ids=torch.tensor([ids]), pixel_values_videos=pixel, cache_implementation="static")
     model.config.sparse_attention = {**BILEVEL, "reload": {"max_tokens": 10}}
-    with pytest.raises(ValueError, match="max_tokens=10 is too small"):
+    with pytest.raises(ValueError, match="max_tokens=10.* too small"):
         logits_of(model, ids, pixel)
 
 
@@ -167,7 +167,7 @@ def test_times_in_the_question_and_a_selector_choose(model, tokenizer, video):
 @pytest.mark.parametrize("budget", [150, 200, 260])
 def test_token_budget_holds(model, tokenizer, video, budget):
     model.config.sparse_attention = {**BILEVEL, "reload": {"max_tokens": budget}}
-    ids = torch.tensor([video.input_ids + [20, 21]])
+    ids = torch.cat([video.input_ids, torch.tensor([20, 21])])[None]
     from videoxl.kv_cache import fork_cache
 
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(model, tokenizer, video, tmp_p
     path = tmp_path / "video.videoxl"
     video.save(path)
     loaded = model.load_video(path, tokenizer)
-    assert loaded.input_ids == video.input_ids and loaded.timestamps == video.timestamps
+    assert torch.equal(loaded.input_ids, video.input_ids) and loaded.timestamps == video.timestamps
     assert loaded.layout == video.layout and loaded.duration == video.duration
     for mine, theirs in zip(loaded.cache.layers, video.cache.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)

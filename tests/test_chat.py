@@ -179,7 +179,7 @@ def test_append_equals_encoding_at_once(model, tokenizer):
         holder = copy.deepcopy(grown)
         for first, last in ((3, 4), (4, 9), (9, 15)):
             grown.append(frames[first:last], times[first:last])
-        assert grown.input_ids == at_once.input_ids and grown.layout == at_once.layout
+        assert torch.equal(grown.input_ids, at_once.input_ids) and grown.layout == at_once.layout
         assert grown.timestamps == at_once.timestamps == times
         for mine, theirs in zip(grown.cache.layers, at_once.cache.layers, strict=True):
             torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
