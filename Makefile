@@ -6,7 +6,8 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # What must hold on the oldest supported transformers.
-OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py $(wildcard tests/test_golden_*.py)
+OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py tests/test_bilevel.py \
+	$(wildcard tests/test_golden_*.py)
 
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1

@@ -126,7 +126,10 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         decode: `"full"` (keep all KV) or `"bilevel"` (dense KV for relevant chunks, pooled KV for the others).
         decode_chunk_groups: Groups in one chunk of bi-level decoding.
         pool_size: Kernel and stride of the pooling over a group's visual KV.
-        reload: How relevant chunks are chosen from the question.
+        reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
+            `ReloadPolicy`).
+        offload: Keep the key-values of finished chunks in host memory. Frees the device in `streaming` prefill; `mask`
+            works, but moves a layer's past to the device for every chunk.
 
     Raises:
         ValueError: On an unknown field or a value outside its range.
@@ -134,7 +137,16 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
 
     model_type = "videoxl_sparse_attention"
     base_config_key = "sparse_attention"
-    fields = ("prefill", "chunk_groups", "window_chunks", "decode", "decode_chunk_groups", "pool_size", "reload")
+    fields = (
+        "prefill",
+        "chunk_groups",
+        "window_chunks",
+        "decode",
+        "decode_chunk_groups",
+        "pool_size",
+        "reload",
+        "offload",
+    )
 
     def __init__(
         self,
@@ -145,6 +157,7 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         decode_chunk_groups=4,
         pool_size=4,
         reload="auto",
+        offload=False,
         **kwargs,
     ):
         known = set(PreTrainedConfig().to_dict()) | {"model_type", "transformers_version", "attn_implementation"}
@@ -158,6 +171,7 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         self.decode_chunk_groups = decode_chunk_groups
         self.pool_size = pool_size
         self.reload = reload
+        self.offload = offload
         self.check()
 
     def check(self) -> None:
@@ -166,6 +180,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
             raise ValueError(f"sparse_attention.prefill must be one of {PREFILL_MODES}, got {self.prefill!r}")
         if self.decode not in DECODE_MODES:
             raise ValueError(f"sparse_attention.decode must be one of {DECODE_MODES}, got {self.decode!r}")
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"sparse_attention.offload must be True or False, got {self.offload!r}")
         for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -265,6 +281,7 @@ class VideoXLConfig(PreTrainedConfig):
             settings["prefill"] = published.get("chunk_prefill_mode", "streaming")
             settings["chunk_groups"] = published.get("chunk_size", settings["chunk_groups"])
             settings["window_chunks"] = published.get("step_size", settings["window_chunks"])
+            settings["offload"] = bool(published.get("offload", settings["offload"]))
         return VideoXLSparseAttentionConfig(**settings)
 
     def resolve_vision_chunk_frames(self) -> int:

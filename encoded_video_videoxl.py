@@ -101,14 +101,16 @@ class EncodedVideo(str):
     def save(self, path) -> None:
         """Writes the video to one safetensors file, which `model.load_video` reads.
 
-        The file is complete or not there: a killed process leaves at most a temporary `.part` file beside it.
+        The file is complete or not there, whenever the process is killed.
 
         Args:
             path: Where to; an existing file is replaced.
 
         Raises:
-            FileNotFoundError, ValueError: If the file cannot be written there.
+            FileNotFoundError, ValueError: If the file cannot be written there, or the video file has changed since.
         """
+        if not self.is_current():
+            raise ValueError(f"{self} has changed since it was encoded: encode it again before saving")
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
             tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
@@ -116,7 +118,7 @@ class EncodedVideo(str):
             tensors["tail"] = self._tail
         facts = {
             "model": model_fingerprint(self._model),
-            "source": str(self),
+            "source": os.path.abspath(self) if self else "",
             "source_fingerprint": source_fingerprint(str(self)),
             "sampling": self.sampling,
             "prefill": self.prefill,

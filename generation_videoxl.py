@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from .kv_cache import new_cache
+from .kv_cache import new_cache, offload_cache
 from .sparse_attention import GroupSpan, VisualLayout
 
 
@@ -31,6 +31,8 @@ class VideoXLGenerationMixin(GenerationMixin):
         if cache is None:
             cache = new_cache(self.config.text_config.num_hidden_layers)
             cache.layout = VisualLayout()
+        if self.config.resolve_sparse_attention().offload:
+            offload_cache(cache, self.device)
         if ids:
             embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
             layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))

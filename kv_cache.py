@@ -184,6 +184,76 @@ class VideoXLCacheLayer(DynamicLayer):
         self._buffers, self._shared, self._borrower = tuple(buffers), 0, None
 
 
+class VideoXLOffloadedLayer(VideoXLCacheLayer):
+    """A layer of one row whose content lives in host memory; the device holds what the next chunks see.
+
+    `keys` and `values` are the whole content on the host, so saving, pooling and forking go on as ever. On the device
+    are the positions from `near_start` on, and copies of text and timestamps before it. A step of attention that
+    wants more gets the
+    whole layer for a moment: text after a video, and timestamps in `mask` mode.
+    """
+
+    def __init__(self, device, **kwargs):
+        super().__init__(**kwargs)
+        self.near_start = 0
+        self._home = torch.device(device)
+        self._near: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # override: append on the host; what is returned covers the positions from `near_start` on
+        super().update(key_states.cpu(), value_states.cpu())
+        states = (key_states, value_states)
+        if self._near is not None:
+            states = tuple(torch.cat(pair, dim=2) for pair in zip(self._near, states, strict=True))
+        self._near = states
+        return states
+
+    def retire(self, non_visual: torch.Tensor, keep_from: int) -> None:
+        """Takes positions before `keep_from` off the device, except text and timestamps.
+
+        Args:
+            non_visual: Positions of text and timestamps in the whole sequence, ascending.
+            keep_from: First position that later steps see in full.
+        """
+        keep_from = min(max(keep_from, self.near_start), self.held)
+        if self._near is not None:
+            gone = keep_from - self.near_start
+            self._near = tuple(states[:, :, gone:].clone() for states in self._near)
+        self.near_start = keep_from
+        known = 0 if self._text is None else self._text[0].shape[2]
+        wanted = non_visual[known : int(torch.searchsorted(non_visual, keep_from))].to(self.keys.device)
+        fresh = tuple(states.index_select(2, wanted).to(self._home) for states in (self.keys, self.values))
+        if self._text is not None:
+            fresh = tuple(torch.cat(pair, dim=2) for pair in zip(self._text, fresh, strict=True))
+        self._text = fresh
+
+    def visible(self, step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values on the device that the queries of an `AttentionStep` see."""
+        gathered = 0 if step.gathered is None else len(step.gathered)
+        known = 0 if self._text is None else self._text[0].shape[2]
+        if step.window_start >= self.near_start and gathered <= known:
+            window = slice(step.window_start - self.near_start, step.stop - self.near_start)
+            parts = [states[:, :, window] for states in self._near]
+            if gathered:
+                parts = [torch.cat([t[:, :, :gathered], w], dim=2) for t, w in zip(self._text, parts, strict=True)]
+            return tuple(parts)
+        whole = self.whole(step.stop)
+        if gathered == 0:
+            return tuple(states[:, :, step.window_start :] for states in whole)
+        index = torch.cat([step.gathered, torch.arange(step.window_start, step.stop)]).to(self._home)
+        return tuple(states.index_select(2, index) for states in whole)
+
+    def whole(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of the positions before `stop`, on the device for the moment."""
+        return tuple(states[:, :, :stop].to(self._home) for states in (self.keys, self.values))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        # The next `retire` and `update` start from the host's content.
+        self.near_start, self._near, self._text = self.held, None, None
+
+
 class KeptSpan(NamedTuple):
     """A run of tokens in a mixed cache: [start, stop) of the dense one, as it is or (`group`) that group pooled."""
 
@@ -312,10 +382,22 @@ def new_cache(num_layers: int) -> DynamicCache:
 
 
 def move_cache(cache: DynamicCache, device) -> None:
-    """Moves keys and values to a device, in place; a no-op where they are there already."""
-    for layer in cache.layers:
-        if layer.keys is not None and layer.keys.device != torch.device(device):
-            layer.set_content(layer.keys.to(device), layer.values.to(device))
+    """Moves keys and values to a device, in place, and ends offloading; a no-op where they are there already."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, VideoXLOffloadedLayer) or (layer.held and layer.keys.device != torch.device(device)):
+            cache.layers[index] = layer.fork()
+            cache.layers[index].set_content(layer.keys.to(device), layer.values.to(device))
+
+
+def offload_cache(cache: DynamicCache, device) -> None:
+    """Gives a cache of one row layers that keep their content on the host and compute on `device`, in place."""
+    for index, old in enumerate(cache.layers):
+        layer = VideoXLOffloadedLayer(device)
+        if old.held:
+            layer.set_content(old.keys.cpu(), old.values.cpu())
+            layer.near_start = layer.held
+        layer._pooled = old._pooled
+        cache.layers[index] = layer
 
 
 def fork_cache(cache: DynamicCache) -> DynamicCache:

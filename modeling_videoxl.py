@@ -33,6 +33,7 @@ from .compressor_videoxl import (
 from .configuration_videoxl import VideoXLConfig
 from .generation_videoxl import VideoXLGenerationMixin
 from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
+from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
 
@@ -320,7 +321,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
 
 
 class VideoXLForConditionalGeneration(
-    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLGenerationMixin, GenerationMixin
+    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLPlanningMixin, VideoXLGenerationMixin, GenerationMixin
 ):
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
-from .kv_cache import fork_cache, new_cache, stack_caches
+from .kv_cache import VideoXLOffloadedLayer, fork_cache, new_cache, stack_caches
 from .sparse_attention import VisualLayout, plan_prefill
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
@@ -78,6 +78,7 @@ class VideoXLPrefillMixin:
         begin, end = steps[0].start, steps[-1].stop
         keep_from = end - keep_hidden if keep_hidden else begin
         kept = []
+        offloaded = cache is not None and isinstance(cache.layers[0], VideoXLOffloadedLayer)
         while steps:
             count = 1
             while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
@@ -92,7 +93,11 @@ class VideoXLPrefillMixin:
                 use_cache=cache is not None,
                 attention_steps=segment,
                 attention_probe=attention_probe,
+                attention_cache=cache if offloaded else None,
             ).last_hidden_state
+            if offloaded:
+                for layer in cache.layers:
+                    layer.retire(cache.layout.non_visual, (steps or segment[-1:])[0].window_start)
             if stop > keep_from:
                 kept.append(hidden[:, max(keep_from - start, 0) :])
         return torch.cat(kept, dim=1)

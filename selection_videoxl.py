@@ -14,27 +14,24 @@ H query heads, K key-value heads (H a multiple of K), n question tokens, L keys,
 
 import math
 import re
-from dataclasses import dataclass, fields
-from numbers import Integral
+from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
 DENSE, POOLED, DROPPED = "dense", "pooled", "dropped"
 RELOAD_METHODS = ("probe", "mean_key", "none", "all")
 RELOAD_POSITIONS = ("compact", "true")
+LIMITS = ("count", "share", "mass")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
-# Bounds of the probe's float32 buffers, in elements: 32 MB of attention weights (at least one row), 16 MB of keys.
+# Bounds of the probe's float32 buffers, in elements: 32 MB of weights (at least one row), and 8 MB of keys (twice).
 MAX_WEIGHTS = 8 * 2**20
-MAX_KEY_ELEMENTS = 4 * 2**20
+MAX_KEY_ELEMENTS = 2 * 2**20
 
 
-def _is_int(value, least=0) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
-def _is_share(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+def _is_number(value, kind, least, most=math.inf) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True)
@@ -59,20 +56,24 @@ class ReloadPolicy:
 
     def __post_init__(self):
         scored = self.method not in ("none", "all")
-        ends = self.layers if isinstance(self.layers, tuple) and all(map(_is_share, self.layers)) else ()
-        limit = "None or {}" if scored else f"absent with method {self.method!r}"
+        whole, part = "None or an integer of at least {}", "None or a number from 0 to 1"
+        layers = isinstance(self.layers, tuple) and all(_is_number(end, Real, 0, 1) for end in self.layers)
         for name, valid, expected in (
             ("method", self.method in RELOAD_METHODS, f"one of {('auto', *RELOAD_METHODS)}"),
-            ("count", self.count is None or scored and _is_int(self.count), limit.format("an integer of at least 0")),
-            ("share", self.share is None or scored and _is_share(self.share), limit.format("a number from 0 to 1")),
-            ("mass", self.mass is None or scored and _is_share(self.mass), limit.format("a number from 0 to 1")),
-            ("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "None or an integer of at least 1"),
-            ("max_bytes", self.max_bytes is None or _is_int(self.max_bytes, 1), "None or an integer of at least 1"),
+            ("count", self._fits("count", Integral, 0), whole.format(0)),
+            ("share", self._fits("share", Real, 0, 1), part),
+            ("mass", self._fits("mass", Real, 0, 1), part),
+            ("max_tokens", self._fits("max_tokens", Integral, 1), whole.format(1)),
+            ("max_bytes", self._fits("max_bytes", Integral, 1), whole.format(1)),
             ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
-            ("layers", len(ends) == 2 and ends[0] < ends[1], "two ascending numbers from 0 to 1"),
+            ("layers", layers and len(self.layers) == 2 and self.layers[0] < self.layers[1], "two ascending shares"),
+            *((name, scored or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
             if not valid:
                 raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _fits(self, name, *bounds):
+        return getattr(self, name) is None or _is_number(getattr(self, name), *bounds)
 
     @classmethod
     def parse(cls, reload) -> "ReloadPolicy":
@@ -88,15 +89,14 @@ class ReloadPolicy:
         if not isinstance(reload, str | dict):
             raise ValueError(f"sparse_attention.reload must be a method's name or a dict of settings, got {reload!r}")
         settings = {"method": reload} if isinstance(reload, str) else dict(reload)
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in settings if name not in names]:
-            raise ValueError(f"sparse_attention.reload has no field {unknown[0]!r}; it has {', '.join(names)}")
+        known = cls.__dataclass_fields__
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(f"sparse_attention.reload has no field {unknown[0]!r}; it has {', '.join(known)}")
         if settings.get("method", "auto") == "auto":
             settings["method"] = "probe"
         if isinstance(settings.get("layers"), list):  # as it comes back from config.json
             settings["layers"] = tuple(settings["layers"])
-        unlimited = all(settings.get(name) is None for name in ("count", "share", "mass"))
-        if unlimited and settings["method"] in ("probe", "mean_key"):
+        if settings["method"] in ("probe", "mean_key") and all(settings.get(name) is None for name in LIMITS):
             settings["share"] = AUTO_SHARE
         return cls(**settings)
 
@@ -150,7 +150,7 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     total = len(video_of_chunk)
     assert total == len(cost.timestamps) == len(cost.dense) == len(cost.pooled), "one cost a chunk is needed"
     for chunk in (*required, *(explicit or ())):
-        if not _is_int(chunk) or chunk >= total:
+        if not _is_number(chunk, Integral, 0, total - 1):
             raise ValueError(f"there is no chunk {chunk!r}: the videos have {total} chunks, counted from 0")
     if scores is not None and len(scores) != total:
         raise ValueError(f"expected {total} scores, one for each chunk, got {len(scores)}")
@@ -164,9 +164,9 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     budget = min(policy.max_tokens or math.inf, (policy.max_bytes or math.inf) / cost.bytes_per_token)
     if tokens > budget:
         raise ValueError(
-            f"sparse_attention.reload: max_tokens={policy.max_tokens}, max_bytes={policy.max_bytes} is too small: the text "
-            f"and the first and last chunk of every video need {tokens} tokens, {tokens * cost.bytes_per_token} bytes. "
-            "Allow at least that, or give fewer frames."
+            f"sparse_attention.reload: max_tokens={policy.max_tokens}, max_bytes={policy.max_bytes} is too small: the "
+            f"text and the first and last chunk of every video need {tokens} tokens, {tokens * cost.bytes_per_token} "
+            "bytes. Allow at least that, or give fewer frames."
         )
     upgrades = (
         *((chunk, None, cost.timestamps[chunk]) for chunk in chosen + others),
@@ -267,8 +267,8 @@ def times_in_text(text) -> list[tuple[float, float]]:
     * Ranges: between A and B, from A to B, A-B, where A may borrow B's unit.
 
     Returns:
-        (start, end) in seconds. "at A" is (A, A), "after A" (A, inf), "before A" and "the first A" are (0, A), "the last
-        A" is (-A, inf): a negative start counts from the video's end, which `chunks_at` knows.
+        (start, end) in seconds. "at A" is (A, A), "after A" (A, inf), "before A" and "the first A" are (0, A), "the
+        last A" is (-A, inf): a negative start counts from the video's end, which `chunks_at` knows.
     """
     text = " ".join(re.sub("[<>]", " ", text).split())
     matches = [match for match in _TIME.finditer(text) if not _LONE.fullmatch(match[0])]
@@ -327,8 +327,8 @@ def chunks_at(times, chunk_starts, chunk_ends, duration) -> list[int]:
 class AttentionProbe:
     """Scores chunks while the language model runs the question over the pooled KV.
 
-    `"probe"` adds up the attention of the question's tokens to the keys of each chunk (as FlexSelect does in one middle
-    layer, here averaged over `layers`); `"mean_key"` collects what `mean_key_scores` needs.
+    `"probe"` adds up the attention of the question's tokens to the keys of each chunk (as FlexSelect does in a middle
+    layer, here over `layers`); `"mean_key"` collects what `mean_key_scores` needs.
 
     Args:
         key_chunk: [keys] the chunk of each key of the pooled KV, -1 for text and timestamps.
@@ -343,7 +343,7 @@ class AttentionProbe:
         assert method in ("probe", "mean_key"), f"method {method!r} scores nothing"
         self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
         self._key_chunk, self._num_chunks = key_chunk, num_chunks
-        self._mass = torch.zeros(len(key_chunk))
+        self._mass = torch.zeros(len(key_chunk), dtype=torch.float32)
         self._queries = {}
 
     @torch.no_grad()
@@ -376,6 +376,7 @@ class AttentionProbe:
         return (per_key / (per_key.sum() or 1)).tolist()
 
 
+@torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
     """Attention weights of the last n positions, causal, summed over heads and queries: exact softmax in float32.
 
@@ -389,16 +390,18 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None
         [L] float32, whose sum is H * n.
     """
     (heads, queries, size), (kv_heads, length) = query.shape[1:], key.shape[1:3]
-    total = torch.zeros(length, device=key.device)
+    total = torch.zeros(length, dtype=torch.float32, device=key.device)
     own = torch.arange(queries, device=key.device)
     position = own.repeat(heads // kv_heads)
     rows, columns = max(MAX_WEIGHTS // length, 1), max(MAX_KEY_ELEMENTS // size, 1)
+    buffer = total.new_empty(min(rows, len(position)), length)
     for head, head_queries in enumerate(query[0].reshape(kv_heads, -1, size)):
         for row in range(0, len(head_queries), rows):
             block = head_queries[row : row + rows].float() * (size**-0.5 if scaling is None else scaling)
-            weights = block.new_empty(len(block), length)
+            weights = buffer[: len(block)]
             for column in range(0, length, columns):
-                weights[:, column : column + columns] = block @ key[0, head, column : column + columns].float().T
+                keys = key[0, head, column : column + columns].float()
+                torch.mm(block, keys.T, out=weights[:, column : column + columns])
             weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)
             weights.sub_(weights.amax(dim=1, keepdim=True)).exp_()
             total += weights.div_(weights.sum(dim=1, keepdim=True)).sum(dim=0)
@@ -408,8 +411,8 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None
 def mean_key_scores(question_query, chunk_mean_keys) -> list[float]:
     """Scores by mean query . mean key: the in-model rule of ReKV (public code), but one ranking for all layers.
 
-    Per layer the dot product over all heads, standardised over the chunks (layers differ in scale), then averaged. Both
-    sides are un-rotated, so the distance in time between question and chunk plays no part.
+    Per layer the dot product over all heads, standardised over the chunks (layers differ in scale), then averaged.
+    Both sides are un-rotated, so the distance in time between question and chunk plays no part.
 
     Args:
         question_query: Per layer, [H, D] mean over the question's tokens.

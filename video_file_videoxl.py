@@ -83,8 +83,8 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
         file.write(header)
         for name in names:
             for piece in _pieces(tensors[name].detach()):
-                # Contiguous before it moves: a strided copy between devices goes through a second one. A single value is
-                # contiguous with any stride, but only stride 1 can be viewed as bytes.
+                # Contiguous before it moves: a strided copy between devices goes through a second one. A single value
+                # is contiguous with any stride, but only stride 1 can be viewed as bytes.
                 piece = piece.contiguous().cpu()
                 data = memoryview(piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy())
                 digest.update(data)
@@ -159,9 +159,7 @@ def model_fingerprint(model) -> str:
     digest = hashlib.sha256(_canonical(_architecture(model.config.to_dict())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:
-            raise ValueError(
-                f"the weight {name} is on the meta device: load the model without offload for saved files"
-            )
+            raise ValueError(f"the weight {name} is on the meta device: load the model without offloading it")
         digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
         values = tensor.detach().reshape(-1)
         # An odd step, so that a matrix with an even number of columns is not sampled in one column only.

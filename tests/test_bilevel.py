@@ -304,3 +304,32 @@ def test_explicit_chunks_of_several_videos():
     with pytest.raises(ValueError, match="2 lists"):
         explicit_chunks([1], chunks)
     assert kept_spans(layout, chunks, Levels(("dense",) * 5, (True,) * 5, 8), 8) == [KeptSpan(0, 8)]
+
+
+@pytest.mark.parametrize("prefill", ["full", "streaming", "mask"])
+def test_offloaded_prefill_is_the_same(model, tokenizer, prefill):
+    plan = {"prefill": prefill, "chunk_groups": 1, "window_chunks": 2}
+    options = {"return_history": False, "generation_config": SHORT}
+    grown, at_once = [], []
+    for offload in (False, True):
+        model.config.sparse_attention = {**plan, "offload": offload}
+        at_once.append(model.encode_video(FRAMES, tokenizer, timestamps=TIMES))
+        grown.append(model.encode_video(FRAMES[:21], tokenizer, timestamps=TIMES[:21]))
+        grown[-1].append(FRAMES[21:], TIMES[21:])
+    for mine, theirs in zip(at_once[1].cache.layers, at_once[0].cache.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, atol=1e-5, rtol=1e-4)
+        if prefill == "streaming":  # two chunks of the window and the one at hand, not all ten
+            assert mine.near_start > 0 and mine._near[0].shape[2] <= 3 * 26
+    for sparse in (plan, {**plan, **BILEVEL}):
+        model.config.sparse_attention = sparse
+        answers = [model.chat(video, tokenizer, "What?", **options) for video in (*at_once, *grown)]
+        assert len(set(answers)) == 1
+    model.config.sparse_attention = {**plan, "offload": True}
+    _, history = model.chat(FRAMES, tokenizer, "What?", timestamps=TIMES, generation_config=SHORT)
+    two_videos = model.chat(FRAMES[:9], tokenizer, "And?", history, False, timestamps=TIMES[:9], generation_config=SHORT)
+    model.config.sparse_attention = plan
+    _, history = model.chat(FRAMES, tokenizer, "What?", timestamps=TIMES, generation_config=SHORT)
+    assert two_videos == model.chat(
+        FRAMES[:9], tokenizer, "And?", history, False, timestamps=TIMES[:9], generation_config=SHORT
+    )

@@ -7,6 +7,7 @@ import sys
 
 import av
 import pytest
+from videoxl.cli import chunk_table
 
 CLIP = os.path.join("assets", "demo.mp4")
 
@@ -65,6 +66,84 @@ def test_json_with_several_questions(cli, root, tmp_path):
     assert result["encode_seconds"] > 0
 
 
+def test_sparse_attention_chunks_save_and_load(cli, root, tmp_path):
+    saved, questions = tmp_path / "demo.videoxl", ["What happens at 0:09?", "Why?"]
+    decode = ["--decode", "bilevel", "--decode-chunk-groups", "1", "--pool-size", "8", "--max-new-tokens", "6"]
+    prefill = ["--prefill", "streaming", "--chunk-groups", "2", "--window-chunks", "1"]
+    done = cli(CLIP, "--json", *questions, "--show-chunks", "--save", saved, *prefill, *decode)
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    attention = {"prefill": "streaming", "chunk_groups": 2, "window_chunks": 1}
+    attention |= {"decode": "bilevel", "decode_chunk_groups": 1, "pool_size": 8}
+    assert first["sparse_attention"] == attention
+    assert (first["saved_to"], first["loaded_from"]) == (str(saved), None)
+    chunks = first["answers"][0]["chunks"]
+    assert [(chunk["start"], chunk["end"]) for chunk in chunks] == [(index, index + 1.0) for index in range(16)]
+    assert {chunks[index]["level"] for index in (0, 9, 15)} == {"dense"}, "a time in the question chooses its chunk"
+    assert "pooled" in {chunk["level"] for chunk in chunks}
+
+    # The saved video keeps its prefill, and nothing is encoded again: the same answers, the same choice.
+    done = cli("--load", saved, *questions, "--json", "--show-chunks", *decode)
+    assert done.returncode == 0, done.stderr
+    second = json.loads(done.stdout)
+    assert second["loaded_from"] == str(saved)
+    for key in ("video", "num_frames", "tokens", "cache_bytes", "sparse_attention"):
+        assert second[key] == first[key]
+    for mine, theirs in zip(second["answers"], first["answers"], strict=True):
+        assert (mine["answer"], mine["chunks"]) == (theirs["answer"], theirs["chunks"])
+
+    done = cli("--load", saved, "Why?", "--show-chunks", *decode)
+    assert done.returncode == 0, done.stderr
+    assert "read saved video" in done.stdout and "16 chunks: " in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.lstrip().startswith("9  "))
+    assert row.split()[:5] == ["9", "9.0", "-", "10.0", second["answers"][1]["chunks"][9]["level"]]
+    assert "####" in done.stdout
+
+    for arguments, said in (
+        (["--load", saved, "Why?", "--sample-fps", "2"], "--sample-fps was settled"),
+        (["--load", saved, "Why?", "--prefill", "mask"], "--prefill was settled"),
+        (["--load", saved], "QUESTION is missing"),
+        ([CLIP, "Why?", "--save", saved], "exists already"),
+    ):
+        done = cli(*arguments)
+        assert said in one_line_error(done)
+        assert done.returncode == 2
+    damaged = bytearray(saved.read_bytes())
+    damaged[-1] ^= 1
+    saved.write_bytes(damaged)
+    done = cli("--load", saved, "Why?", "--json")
+    assert "damaged" in one_line_error(done)
+    assert done.returncode == 2
+
+
+def test_plan_says_what_encoding_gives(cli):
+    options = ["--max-num-frames", "10", "--decode", "bilevel", "--decode-chunk-groups", "1"]
+    plan = json.loads(cli(CLIP, "--plan", "--json", *options).stdout)["plan"]
+    asked = json.loads(cli(CLIP, "What?", "--json", "--max-new-tokens", "2", *options).stdout)
+    assert (plan["frames"], plan["total_tokens"]) == (asked["num_frames"], asked["tokens"]) == (10, asked["tokens"])
+    assert plan["kv_bytes"] == asked["cache_bytes"]
+    done = cli(CLIP, "--plan", *options)
+    assert done.returncode == 0, done.stderr
+    assert "frames" in done.stdout and "peak" in done.stdout
+
+
+def test_table_of_many_chunks_keeps_the_chosen_ones():
+    chunks = [
+        {"index": index, "start": 4.0 * index, "end": 4.0 * index + 4, "level": "pooled", "score": index / 1000}
+        for index in range(100)
+    ]
+    for index in (0, 50, 99):
+        chunks[index]["level"] = "dense"
+    lines = chunk_table(chunks)
+    assert "100 chunks: 3 dense, 97 pooled; 40 are shown" in lines[1]
+    shown = [int(line.split()[0]) for line in lines[3:]]
+    assert shown == [0, 50, *range(62, 100)]
+    assert lines[-1].endswith("0.099 " + 24 * "#")
+    unscored = [{**chunk, "score": None} for chunk in chunks[:2]]
+    assert [line.split()[-1] for line in chunk_table(unscored)[3:]] == ["-", "-"]
+    assert chunk_table([]) == []
+
+
 def test_help_teaches(cli):
     done = cli("--help")
     assert done.returncode == 0
@@ -76,7 +155,13 @@ def test_help_teaches(cli):
     [
         (["missing.mp4", "What?"], "missing.mp4: no such video file"),
         (["assets", "What?"], "is a folder"),
-        ([CLIP], "QUESTION"),
+        ([CLIP], "QUESTION is missing"),
+        ([], "VIDEO and QUESTION are missing"),
+        (["--load", "missing.videoxl", "What?"], "no such file of an encoded video"),
+        ([CLIP, "What?", "--plan"], "--plan takes a VIDEO and no questions"),
+        ([CLIP, "What?", "--save", "nowhere/file"], "there is no folder nowhere"),
+        ([CLIP, "What?", "--prefill", "dense"], "--prefill"),
+        ([CLIP, "What?", "--pool-size", "0"], "at least 1, got '0'"),
         ([CLIP, " "], "empty"),
         ([CLIP, "What?", "--frames", "3"], "unrecognized arguments: --frames"),
         ([CLIP, "What?", "--max-num-frames", "0"], "at least 1, got '0'"),

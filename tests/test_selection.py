@@ -1,0 +1,494 @@
+"""Bi-level decoding's policy: levels under a budget, times in a question, and the scorers against naive formulas."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from videoxl import selection_videoxl
+from videoxl.selection_videoxl import (
+    AUTO_SHARE,
+    DENSE,
+    DROPPED,
+    POOLED,
+    AttentionProbe,
+    ChunkCost,
+    ReloadPolicy,
+    attention_mass,
+    choose_levels,
+    chunks_at,
+    mean_key_scores,
+    rank,
+    times_in_text,
+)
+
+HEIGHT = {DROPPED: 0, POOLED: 1, DENSE: 2}
+
+
+def uniform_cost(chunks, text=10, timestamp=3, dense=16, pooled=4):
+    return ChunkCost(text, (timestamp,) * chunks, (dense,) * chunks, (pooled,) * chunks, 8)
+
+
+@st.composite
+def cases(draw):
+    """(scores, cost, video_of_chunk, required) of one to three videos."""
+    sizes = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    videos = [video for video, size in enumerate(sizes) for _ in range(size)]
+    total = len(videos)
+    scores = draw(st.lists(st.integers(0, 4).map(float), min_size=total, max_size=total))
+    stamps = draw(st.lists(st.integers(0, 5), min_size=total, max_size=total))
+    dense = draw(st.lists(st.integers(0, 20), min_size=total, max_size=total))
+    cost = ChunkCost(
+        draw(st.integers(0, 9)),
+        tuple(stamps),
+        tuple(dense),
+        tuple(size // 4 for size in dense),
+        draw(st.integers(1, 9)),
+    )
+    return scores, cost, videos, tuple(draw(st.lists(st.integers(0, total - 1), max_size=3)))
+
+
+@st.composite
+def limits(draw):
+    return {
+        "count": draw(st.none() | st.integers(0, 8)),
+        "share": draw(st.none() | st.floats(0, 1)),
+        "mass": draw(st.none() | st.floats(0, 1)),
+    }
+
+
+def ends_of(videos):
+    return {i for i, v in enumerate(videos) if i in (videos.index(v), len(videos) - 1 - videos[::-1].index(v))}
+
+
+def least_tokens(cost, videos):
+    return cost.text + sum(cost.timestamps[chunk] + cost.dense[chunk] for chunk in ends_of(videos))
+
+
+def kept_tokens(levels, cost):
+    size = {DENSE: cost.dense, POOLED: cost.pooled, DROPPED: (0,) * len(cost.dense)}
+    visual = sum(size[level][chunk] for chunk, level in enumerate(levels.levels))
+    return (
+        cost.text
+        + visual
+        + sum(tokens for tokens, kept in zip(cost.timestamps, levels.timestamps, strict=True) if kept)
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(), limits(), st.integers(0, 150), st.integers(0, 60), st.booleans())
+def test_the_budget_holds_and_more_never_lowers_a_level(case, limit, slack, more, in_bytes):
+    scores, cost, videos, required = case
+    least = least_tokens(cost, videos)
+    assume(least > 0)
+
+    def levels_for(tokens):
+        budget = {"max_bytes": tokens * cost.bytes_per_token} if in_bytes else {"max_tokens": tokens}
+        return choose_levels(ReloadPolicy(**limit, **budget), scores, cost, videos, required)
+
+    small, large = levels_for(least + slack), levels_for(least + slack + more)
+    for levels, budget in ((small, least + slack), (large, least + slack + more)):
+        assert levels.tokens == kept_tokens(levels, cost) <= budget
+        assert all(levels.levels[chunk] == DENSE and levels.timestamps[chunk] for chunk in ends_of(videos))
+        assert all(kept or level == DROPPED for level, kept in zip(levels.levels, levels.timestamps, strict=True))
+    assert all(HEIGHT[a] <= HEIGHT[b] for a, b in zip(small.levels, large.levels, strict=True))
+    assert all(a <= b for a, b in zip(small.timestamps, large.timestamps, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(), limits())
+def test_without_a_budget_nothing_is_dropped_and_a_budget_of_everything_changes_nothing(case, limit):
+    scores, cost, videos, required = case
+    levels = choose_levels(ReloadPolicy(**limit), scores, cost, videos, required)
+    assert DROPPED not in levels.levels and all(levels.timestamps)
+    everything = max(cost.text + sum(cost.timestamps) + sum(cost.dense), 1)
+    assert choose_levels(ReloadPolicy(**limit, max_tokens=everything), scores, cost, videos, required) == levels
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases(), limits(), st.data())
+def test_limits_count_chosen_chunks_and_never_cut_required_ones(case, limit, data):
+    scores, cost, videos, required = case
+    levels = choose_levels(ReloadPolicy(**limit), scores, cost, videos, required).levels
+    inner = [chunk for chunk in range(len(videos)) if chunk not in ends_of(videos)]
+    chosen = [chunk for chunk in inner if levels[chunk] == DENSE]
+    assert all(levels[chunk] == DENSE for chunk in required)
+    named = len(set(required) & set(inner))
+    for allowed in (limit["count"], limit["share"] and math.ceil(limit["share"] * len(videos))):
+        assert allowed is None or len(chosen) <= max(allowed, named)
+    free = [chunk for chunk in chosen if chunk not in required]
+    left = [chunk for chunk in inner if levels[chunk] == POOLED]
+    assert all((scores[a], -a) > (scores[b], -b) for a in free for b in left), "best first, earlier first on ties"
+
+    explicit = data.draw(st.lists(st.integers(0, len(videos) - 1)))
+    exact = choose_levels(ReloadPolicy(**limit), scores, cost, videos, required, explicit).levels
+    assert [chunk for chunk, level in enumerate(exact) if level == DENSE] == sorted(ends_of(videos) | set(explicit))
+
+
+def test_no_choice_repeats_the_reference():
+    levels = choose_levels(ReloadPolicy("none"), None, uniform_cost(5), [0] * 5)
+    assert levels.levels == (DENSE, POOLED, POOLED, POOLED, DENSE)
+    assert levels.tokens == 10 + 5 * 3 + 2 * 16 + 3 * 4
+    assert set(choose_levels(ReloadPolicy("all"), None, uniform_cost(5), [0] * 5).levels) == {DENSE}
+    two = choose_levels(ReloadPolicy("none"), None, uniform_cost(6), [0, 0, 0, 1, 1, 2]).levels
+    assert two == (DENSE, POOLED, DENSE, DENSE, DENSE, DENSE)
+    assert choose_levels(ReloadPolicy("none"), None, uniform_cost(0), []).tokens == 10
+
+
+def test_share_is_rounded_up_and_immune_to_floating_point():
+    scores = [float(chunk) for chunk in range(100)]
+    levels = choose_levels(ReloadPolicy(share=0.07), scores, uniform_cost(100), [0] * 100).levels
+    assert levels.count(DENSE) == 7 + 2
+    assert choose_levels(ReloadPolicy(share=0.2), scores[:6], uniform_cost(6), [0] * 6).levels.count(DENSE) == 2 + 2
+
+
+@pytest.mark.parametrize(("mass", "chosen"), [(0.0, 0), (0.2, 0), (0.21, 1), (0.6, 1), (0.61, 2), (0.9, 2), (1.0, 3)])
+def test_mass_counts_what_the_ends_hold(mass, chosen):
+    scores = [0.1, 0.3, 0.4, 0.1, 0.0, 0.1]
+    levels = choose_levels(ReloadPolicy(mass=mass), scores, uniform_cost(6), [0] * 6).levels
+    assert levels.count(DENSE) == 2 + chosen
+
+
+def test_a_shrinking_budget_takes_dense_then_pooled_then_timestamps():
+    scores = [0.0, 1.0, 3.0, 2.0, 0.0]
+    policy = {"count": 2}
+    cost, videos = uniform_cost(5), [0] * 5
+    table = [
+        (10 + 15 + 4 * 16 + 4, (DENSE, POOLED, DENSE, DENSE, DENSE), (True,) * 5),
+        (10 + 15 + 4 * 16, (DENSE, DROPPED, DENSE, DENSE, DENSE), (True,) * 5),
+        (10 + 15 + 4 * 16 - 1, (DENSE, DROPPED, DENSE, POOLED, DENSE), (True,) * 5),
+        (10 + 15 + 2 * 16 + 8, (DENSE, DROPPED, POOLED, POOLED, DENSE), (True,) * 5),
+        (10 + 15 + 2 * 16 + 7, (DENSE, DROPPED, POOLED, DROPPED, DENSE), (True,) * 5),
+        (10 + 15 + 2 * 16, (DENSE, DROPPED, DROPPED, DROPPED, DENSE), (True,) * 5),
+        (10 + 6 + 2 * 16 + 3, (DENSE, DROPPED, DROPPED, DROPPED, DENSE), (True, False, True, False, True)),
+        (10 + 6 + 2 * 16, (DENSE, DROPPED, DROPPED, DROPPED, DENSE), (True, False, False, False, True)),
+    ]
+    for tokens, levels, timestamps in table:
+        got = choose_levels(ReloadPolicy(**policy, max_tokens=tokens), scores, cost, videos)
+        assert (got.levels, got.timestamps) == (levels, timestamps), tokens
+
+
+def test_explicit_chunks_without_scores_rank_as_given():
+    policy = ReloadPolicy("none", max_tokens=10 + 15 + 3 * 16 + 2 * 4)
+    levels = choose_levels(policy, None, uniform_cost(5), [0] * 5, explicit=[3, 1, 3]).levels
+    assert levels == (DENSE, POOLED, DROPPED, DENSE, DENSE)
+
+
+def test_a_budget_below_what_is_always_kept_names_the_smallest_one():
+    least = 10 + 2 * 19
+    with pytest.raises(ValueError, match=rf"max_tokens={least - 1}.* need {least} tokens"):
+        choose_levels(ReloadPolicy("none", max_tokens=least - 1), None, uniform_cost(5), [0] * 5)
+    with pytest.raises(ValueError, match=rf"max_bytes={8 * least - 1}.* {8 * least} bytes"):
+        choose_levels(ReloadPolicy("none", max_bytes=8 * least - 1), None, uniform_cost(5), [0] * 5)
+    assert choose_levels(ReloadPolicy("none", max_tokens=least), None, uniform_cost(5), [0] * 5).tokens == least
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"explicit": [5]}, "no chunk 5: the videos have 5 chunks"),
+        ({"explicit": [-1]}, "no chunk -1"),
+        ({"explicit": [1.0]}, "no chunk 1.0"),
+        ({"explicit": [True]}, "no chunk True"),
+        ({"required": [9]}, "no chunk 9"),
+        ({"scores": [1.0]}, "expected 5 scores.* got 1"),
+        ({"scores": None}, "'probe' chooses by score"),
+        ({"scores": [0, math.nan, 0, 0, 0]}, "chunk 1 is NaN"),
+        ({"scores": [0, -1, 0, 0, 0], "policy": ReloadPolicy(mass=0.5)}, "mass needs finite scores"),
+    ],
+)
+def test_bad_input_is_refused(options, match):
+    arguments = {"policy": ReloadPolicy(), "scores": [0.0] * 5, "cost": uniform_cost(5), "video_of_chunk": [0] * 5}
+    with pytest.raises(ValueError, match=match):
+        choose_levels(**{**arguments, **options})
+
+
+def test_rank_puts_the_earlier_chunk_first():
+    assert rank([1.0, 2.0, 1.0, 2.0, -math.inf]) == [1, 3, 0, 2, 4]
+    assert rank([]) == []
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+def test_parse_reads_what_a_config_can_hold():
+    auto = ReloadPolicy.parse("auto")
+    assert auto == ReloadPolicy("probe", share=AUTO_SHARE) == ReloadPolicy.parse({}) == ReloadPolicy.parse("probe")
+    assert ReloadPolicy.parse({"method": "auto", "count": 3}) == ReloadPolicy(count=3)
+    assert ReloadPolicy.parse({"max_bytes": 10**9}) == ReloadPolicy(share=AUTO_SHARE, max_bytes=10**9)
+    assert ReloadPolicy.parse("none") == ReloadPolicy("none") and ReloadPolicy.parse("all").share is None
+    for value in ("auto", "none", {"method": "mean_key", "mass": 0.9, "layers": [0, 0.5], "positions": "true"}):
+        policy = ReloadPolicy.parse(value)
+        assert ReloadPolicy.parse(json.loads(json.dumps(asdict(policy)))) == policy
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (None, "method's name or a dict.* got None"),
+        (3, "got 3"),
+        ("best", "method must be one of .*'auto', 'probe'.* got 'best'"),
+        ({"method": None}, "method must be"),
+        ({"top": 3}, "no field 'top'; it has method, count"),
+        ({"count": -1}, "count must be None or an integer of at least 0, got -1"),
+        ({"count": True}, "count must be"),
+        ({"count": 2.0}, "count must be"),
+        ({"share": 1.5}, "share must be None or a number from 0 to 1, got 1.5"),
+        ({"share": math.nan}, "share must be"),
+        ({"mass": "0.9"}, "mass must be"),
+        ({"max_tokens": 0}, "max_tokens must be None or an integer of at least 1"),
+        ({"max_bytes": 1e9}, "max_bytes must be"),
+        ({"positions": "real"}, "positions must be one of .*compact.*true"),
+        ({"layers": [0.5]}, "layers must be"),
+        ({"layers": [0.5, 0.5]}, "layers must be"),
+        ({"layers": "ab"}, "layers must be"),
+        ({"method": "none", "count": 1}, "count must be None with 'none'"),
+    ],
+)
+def test_parse_names_the_field_that_is_wrong(value, match):
+    with pytest.raises(ValueError, match=f"sparse_attention.reload.*{match}"):
+        ReloadPolicy.parse(value)
+
+
+# --- times in a question --------------------------------------------------------------------------------------------
+INF = math.inf
+TIMES = [
+    ("What is shown at 12:34?", [(754, 754)]),
+    ("1:02:03", [(3723, 3723)]),
+    ("at 00:01:02.5.", [(62.5, 62.5)]),
+    ("at 125:30", [(7530, 7530)]),
+    ("at 75 s", [(75, 75)]),
+    ("at 75s, before the goal", [(75, 75)]),
+    ("75 seconds", [(75, 75)]),
+    ("at about 75 sec", [(75, 75)]),
+    ("at 2 minutes 5 s", [(125, 125)]),
+    ("at 2 minutes and 5 seconds", [(125, 125)]),
+    ("at 2 minutes, 5 seconds into the video", [(125, 125)]),
+    ("at 1 hour 2 min 5 s", [(3725, 3725)]),
+    ("1 hour and 5 seconds", [(3605, 3605)]),
+    ("at 1h02m03s", [(3723, 3723)]),
+    ("at 2m5s and at 2m 9s", [(125, 125), (129, 129)]),
+    ("at 1.5 min", [(90, 90)]),
+    ("the 30-second mark", [(30, 30)]),
+    ("30 seconds into the video", [(30, 30)]),
+    ("at 10 s and 20 s", [(10, 10), (20, 20)]),
+    ("between 40 s and 55 s", [(40, 55)]),
+    ("between 40 and 55 seconds", [(40, 55)]),
+    ("between 1 minute and 90 seconds", [(60, 90)]),
+    ("between\n55 s and  40 s", [(40, 55)]),
+    ("from 0:40 to 0:55", [(40, 55)]),
+    ("from 1 to 2 minutes", [(60, 120)]),
+    ("What happens from 25:50-30:15?", [(1550, 1815)]),
+    ("25:50 – 30:15", [(1550, 1815)]),
+    ("40-55 s", [(40, 55)]),
+    ("in the first 30 seconds", [(0, 30)]),
+    ("the first 30-second part", [(0, 30)]),
+    ("from the start to 0:40", [(0, 40)]),
+    ("before 3:20", [(0, 200)]),
+    ("until 3:20", [(0, 200)]),
+    ("after 3:20", [(200, INF)]),
+    ("from 3:20 on", [(200, INF)]),
+    ("from 3:20 to the end", [(200, INF)]),
+    ("after the first 30 seconds", [(30, INF)]),
+    ("in the last 10 seconds", [(-10, INF)]),
+    ("10 seconds before the end", [(-10, INF)]),
+    ("视频在12:34发生了什么", [(754, 754)]),
+    # no times
+    ("", []),
+    ("Are there 2 cats?", []),
+    ("at 5 pm", []),
+    ("at 4:30 pm", []),
+    ("from 2:30-3:30 p.m.", []),
+    ("is it 16:9 or 4:3?", []),
+    ("an aspect ratio of 16:10", []),
+    ("the 3:2 score", []),
+    ("they won 12:10", []),
+    ("a score of 21:19", []),
+    ("at 0:75, 12:5, 1:2:03 or 01:02:03:04", []),
+    ("2024-05-03 12:34", []),
+    ("in 2019, since the 1990s and the 80s", []),
+    ("1920x1080 at 60 fps", []),
+    ("Time 4.0s:", []),
+    ("a 10-second clip", []),
+    ("the 10 second clip", []),
+    ("for 10 seconds", []),
+    ("for about 10 to 20 seconds", []),
+    ("every 5 seconds", []),
+    ("lasts 3 minutes", []),
+    ("5 seconds later", []),
+    ("3 minutes long", []),
+    ("100 m in 2 h", []),
+    ("1,000 seconds", []),
+    ("version 1.2.3 s", []),
+]
+
+
+@pytest.mark.parametrize(("text", "times"), TIMES)
+def test_times_in_text(text, times):
+    assert times_in_text(text) == times
+
+
+@pytest.mark.parametrize(
+    "piece", ["1", "1:", "12:34 ", "12:34-", "between ", "1 h ", "1 minute and ", "1 s-", " ", "1 to ", "<", "1.", "0"]
+)
+def test_hostile_text_takes_linear_time(piece):
+    text = (piece * 60000)[:60000]
+    start = time.perf_counter()
+    times_in_text(text)
+    assert time.perf_counter() - start < 5
+
+
+@given(st.text(alphabet="0123456789:.,-– smhinutecodbrwafl<>\0T", max_size=60))
+@settings(deadline=None, max_examples=300)
+def test_any_text_gives_intervals(text):
+    for start, end in times_in_text(text):
+        assert start <= end and end >= 0 and not math.isnan(start)
+
+
+STARTS, ENDS = [0.0, 10.0, 20.0, 30.0], [9.0, 19.0, 29.0, 35.0]
+
+
+@pytest.mark.parametrize(
+    ("times", "chunks"),
+    [
+        ([(0, 0)], [0]),
+        ([(9.5, 9.5)], [0]),
+        ([(10, 10)], [1]),
+        ([(36, 36)], []),
+        ([(5, 25)], [0, 1, 2]),
+        ([(9.5, 12)], [1]),
+        ([(9.2, 9.8)], [0]),
+        ([(10, 20)], [1]),
+        ([(0, 20)], [0, 1]),
+        ([(25, INF)], [2, 3]),
+        ([(-10, INF)], [2, 3]),
+        ([(-100, INF)], [0, 1, 2, 3]),
+        ([(31, 31), (0, 1)], [0, 3]),
+        ([], []),
+    ],
+)
+def test_chunks_at(times, chunks):
+    assert chunks_at(times, STARTS, ENDS, 35.0) == chunks
+
+
+def test_chunks_at_of_a_video_of_single_frames():
+    assert chunks_at([(1, 2)], [0, 1, 2, 3], [0, 1, 2, 3], 3) == [1]
+    assert chunks_at([(1, 1)], [], [], 0) == []
+
+
+# --- scorers --------------------------------------------------------------------------------------------------------
+def naive_weights(query, key, scaling):
+    """[1, H, n, L] softmax with all keys spelled out."""
+    repeated = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query.double() @ repeated.transpose(2, 3) * scaling
+    queries, length = query.shape[2], key.shape[2]
+    future = torch.ones(queries, length, dtype=torch.bool).triu(length - queries + 1)
+    return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "past"), [(4, 4, 3, 30), (6, 2, 5, 41), (4, 1, 1, 7), (2, 2, 4, 0)]
+)
+@pytest.mark.parametrize("blocks", [(2**23, 2**22), (64, 24), (1, 1)])
+def test_attention_mass_is_the_softmax(monkeypatch, heads, kv_heads, queries, past, blocks):
+    monkeypatch.setattr(selection_videoxl, "MAX_WEIGHTS", blocks[0])
+    monkeypatch.setattr(selection_videoxl, "MAX_KEY_ELEMENTS", blocks[1])
+    torch.manual_seed(0)
+    # The model's queries are a transposed view.
+    query = torch.randn(1, queries, heads, 8).transpose(1, 2) * 3
+    key = torch.randn(1, kv_heads, past + queries, 8) * 3
+    for scaling in (None, 0.7):
+        expected = naive_weights(query, key, 8**-0.5 if scaling is None else scaling).sum(dim=(0, 1, 2))
+        torch.testing.assert_close(attention_mass(query, key, scaling).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_mass_survives_large_logits_and_half_precision():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 3, 8) * 100, torch.randn(1, 2, 20, 8) * 100
+    for dtype in (torch.float16, torch.bfloat16):
+        half_query, half_key = query.to(dtype), key.to(dtype)
+        expected = naive_weights(half_query, half_key, 8**-0.5).sum(dim=(0, 1, 2))
+        torch.testing.assert_close(attention_mass(half_query, half_key).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_probe_scores_are_the_mean_attention_per_key():
+    torch.manual_seed(0)
+    # Two chunks of four keys, a short one, and one that pooling left without keys; text and timestamps between.
+    key_chunk = torch.tensor([-1, -1, 0, 0, 0, 0, -1, 1, 1, 1, 1, -1, 2])
+    probe, expected = AttentionProbe(key_chunk, 4, range(1, 3), "probe"), torch.zeros(4, dtype=torch.float64)
+    for layer in range(4):
+        query, key = torch.randn(1, 4, 3, 8) * 2, torch.randn(1, 2, 16, 8) * 2
+        probe.record(layer, query, key, 8**-0.5)
+        if layer in (1, 2):
+            mass = naive_weights(query, key, 8**-0.5).sum(dim=(0, 1, 2))
+            expected += torch.tensor([mass[2:6].mean(), mass[7:11].mean(), mass[12], 0])
+    scores = probe.scores()
+    assert sum(scores) == pytest.approx(1) and scores[3] == 0
+    assert scores == pytest.approx((expected / expected.sum()).tolist(), rel=1e-5)
+
+
+def test_probe_takes_a_question_in_pieces():
+    torch.manual_seed(0)
+    key_chunk = torch.tensor([-1, 0, 0, 1, 1, 2])
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 11, 8)
+    whole, pieces = AttentionProbe(key_chunk, 3, {0}), AttentionProbe(key_chunk, 3, {0})
+    whole.record(0, query, key)
+    pieces.record(0, query[:, :, :2], key[:, :, :8])
+    pieces.record(0, query[:, :, 2:], key)
+    assert pieces.scores() == pytest.approx(whole.scores(), rel=1e-5)
+
+
+def test_equal_chunks_score_equally_whatever_their_length():
+    key = torch.cat([torch.ones(1, 1, 9, 4), torch.randn(1, 1, 2, 4)], dim=2)
+    probe = AttentionProbe(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3, {0})
+    probe.record(0, torch.randn(1, 2, 2, 4), key)
+    assert probe.scores() == pytest.approx([1 / 3] * 3, rel=1e-5)
+
+
+def naive_mean_key(queries, keys):
+    layers = []
+    for query, key in zip(queries, keys, strict=True):
+        group = query.shape[0] // key.shape[1]
+        score = torch.tensor(
+            [sum(float(query[head] @ chunk[head // group]) for head in range(len(query))) for chunk in key],
+            dtype=torch.float64,
+        )
+        layers.append((score - score.mean()) / score.std(correction=0))
+    mean = torch.stack(layers).mean(dim=0)
+    return ((mean - mean.min()) / (mean.max() - mean.min())).tolist()
+
+
+def test_mean_key_scores():
+    torch.manual_seed(0)
+    queries, keys = [torch.randn(6, 8) for _ in range(3)], [torch.randn(7, 2, 8) for _ in range(3)]
+    scores = mean_key_scores(queries, keys)
+    assert scores == pytest.approx(naive_mean_key(queries, keys), abs=1e-5)
+    assert min(scores) == 0 and max(scores) == 1
+    assert mean_key_scores([query * 50 for query in queries], keys) == pytest.approx(scores, abs=1e-5)
+    same = [key[:1].expand(7, 2, 8) for key in keys]
+    assert mean_key_scores(queries, same) == [0.0] * 7 and mean_key_scores(queries, [key[:1] for key in keys]) == [0.0]
+
+
+def test_probe_collects_mean_keys():
+    torch.manual_seed(0)
+    keys = {layer: torch.randn(4, 2, 8) for layer in (1, 2)}
+    probe = AttentionProbe(
+        torch.zeros(0), 4, range(1, 3), "mean_key", unrotate=lambda query: query / 2, mean_keys=keys
+    )
+    queries = torch.randn(4, 1, 6, 5, 8)
+    for layer, query in enumerate(queries):
+        probe.record(layer, query[:, :, :2], None)
+        probe.record(layer, query[:, :, 2:], None)
+    expected = naive_mean_key([queries[layer][0].mean(dim=1) for layer in (1, 2)], [keys[1], keys[2]])
+    assert probe.scores() == pytest.approx(expected, abs=1e-5)
+
+
+def test_probe_works_in_inference_mode_with_queries_that_require_grad():
+    query = torch.randn(1, 2, 2, 4, requires_grad=True)
+    for mode in (torch.inference_mode(), torch.enable_grad()):
+        probe = AttentionProbe(torch.tensor([0, 1]), 2, {0})
+        with mode:
+            probe.record(0, query, torch.randn(1, 1, 4, 4))
+        assert sum(probe.scores()) == pytest.approx(1)
