@@ -12,6 +12,9 @@ OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
+# The models of the tests are tiny, so threads gain little; beside another process they spin for a core that is taken.
+test test-all test-oldest: export OMP_NUM_THREADS := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-oldest style format clean
 
@@ -30,7 +33,7 @@ test: style ## style, then the tests that take seconds
 test-all: style ## style, then all tests that need no GPU
 	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
 
-test-oldest: $(OLDEST)/.installed ## loading, chat and parity tests on the oldest supported transformers
+test-oldest: $(OLDEST)/.installed ## loading, chat, bi-level and parity tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 style: $(VENV)/.installed ## ruff: rules and format

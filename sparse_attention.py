@@ -1,17 +1,18 @@
-"""Who may see whom: where videos lie in a sequence, the chunk plan of sparse prefill, and the attention that follows it.
+"""Who may see whom: where videos lie in a sequence, the chunk plan of sparse prefill, the attention that follows it.
 
 What is surprising:
-* One rule covers all modes. A *visual* key is hidden from a query of the same video that is more than `window_chunks` chunks
-  later, and from every query of another video; text and timestamps are visible to all that follow. Queries that are text
-  see everything before them; in `mask` mode so do timestamp queries (rule e of the reference), in `streaming` mode they are
-  treated like any token of their chunk. Everything is causal, also inside a chunk.
-* The plan is a list of `AttentionStep`s. A step's keys are some gathered positions, then a contiguous run that ends with the
-  queries themselves, so "causal, aligned at the lower right" is all the masking that is left and no L x L tensor exists.
-* Visibility depends on positions alone. Any split of a sequence into calls, also in the middle of a chunk, is the same model.
+* One rule covers all modes. A *visual* key is hidden from a query of the same video that is more than `window_chunks`
+  chunks later, and from every query of another video; text and timestamps are visible to all that follow. Queries that
+  are text see everything before them; in `mask` mode so do timestamp queries (rule e of the reference), in `streaming`
+  mode they are treated like any token of their chunk. Everything is causal, also inside a chunk.
+* The plan is a list of `AttentionStep`s. A step's keys are some gathered positions, then a contiguous run that ends
+  with the queries themselves, so "causal, aligned at the lower right" is all the masking that is left and no L x L
+  tensor exists.
+* Visibility depends on positions alone. Any split of a sequence into calls, also inside a chunk, is the same model.
 
-The reference's rules (public Video-XL-2 code, `w_chunk`), for one prefix token P, four groups of one timestamp T and one
-visual token V, one group per chunk, a window of one chunk, and a question Q; rows are queries, `mask` mode on the left and
-`streaming` (no rule e) on the right:
+The reference's rules (public Video-XL-2 code, `w_chunk`), for one prefix token P, four groups of one timestamp T and
+one visual token V, one group per chunk, a window of one chunk, and a question Q; rows are queries, `mask` mode on the
+left and `streaming` (no rule e) on the right:
 
         P T V T V T V T V Q           P T V T V T V T V Q
     P   1 0 0 0 0 0 0 0 0 0       P   1 0 0 0 0 0 0 0 0 0     a) the prefix is visible to all
@@ -42,8 +43,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Queries per attention call where a mask has to be built: bounds the mask to this many rows of keys.
 MAX_STEP_QUERIES = 1024
-# Of these, queries per kernel call on a CPU, whose kernel computes masked pairs too: its own block of rows. Measured at 612
-# queries of 3,400 keys: 128 to 320 are alike, 612 is 6 % slower.
+# Of these, queries per kernel call on a CPU: its kernel computes masked pairs too, so smaller blocks waste fewer. The
+# kernel's own blocks have 256 rows. Measured at 612 queries: 256 and 320 are alike, 128 and 612 are 4 to 6 % slower.
 MASK_ROWS = 256
 
 
@@ -81,8 +82,8 @@ class VisualLayout:
         """Finds the groups of one unpadded sequence.
 
         Placeholders decide where visual tokens are; the timestamp of a group is the text from the last
-        `time_start_token_id` before it, if the token just before its placeholders is `time_end_token_id`. So these ids may
-        occur anywhere else, in a question for instance, without meaning.
+        `time_start_token_id` before it, if the token just before its placeholders is `time_end_token_id`. So these ids
+        may occur anywhere else, in a question for instance, without meaning.
 
         Args:
             input_ids: [L] ids, on any device.
@@ -90,17 +91,17 @@ class VisualLayout:
             offset: Position of the first id.
 
         Raises:
-            ValueError: If the number of placeholders is not the number of visual tokens, or placeholders of a group are
-                torn apart.
+            ValueError: If the number of placeholders is not the number of visual tokens, or placeholders of a group
+                are torn apart.
         """
         ids = input_ids.tolist()
         is_placeholder = [token == video_token_id for token in ids]
         found, expected = sum(is_placeholder), sum(groups_per_video) * tokens_per_group
         if found != expected:
             raise ValueError(
-                f"the prompt has {found} video placeholders (id {video_token_id}), but its videos have {expected} visual "
-                f"tokens ({sum(groups_per_video)} groups of {tokens_per_group}). Build the prompt with the processor, and "
-                "keep the placeholder out of the text."
+                f"the prompt has {found} video placeholders (id {video_token_id}), but its videos have {expected} "
+                f"visual tokens ({sum(groups_per_video)} groups of {tokens_per_group}). Build the prompt with the "
+                "processor, and keep the placeholder out of the text."
             )
         videos, cursor = [], 0
         for group_count in groups_per_video:
@@ -227,7 +228,7 @@ def _with_wide(step: AttentionStep, wide: torch.Tensor) -> AttentionStep:
 
 
 def dense_mask(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int) -> torch.Tensor:
-    """The oracle: the same visibility as a dense mask, written from the reference's rules. For tests and baselines only.
+    """The oracle: the same visibility as a dense mask, from the reference's rules. For tests and baselines only.
 
     Returns:
         [L, L] bool, True where the query (row) sees the key (column).
@@ -256,8 +257,8 @@ def dense_mask(layout: VisualLayout, prefill: str, chunk_groups: int, window_chu
 def register_attention(base: str) -> str:
     """Registers the attention that follows a plan where there is one and is `base` elsewhere; returns its name.
 
-    The language model's config names the attention for all its calls, so one function has to serve the planned prefill and
-    the ordinary calls (decoding, training, text).
+    The language model's config names the attention for all its calls, so one function has to serve the planned prefill
+    and the ordinary calls (decoding, training, text).
     """
     name = base if base.startswith("videoxl_") else f"videoxl_{base}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -338,8 +339,8 @@ def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=causal_lower_right(queries, keys), **options
         )
-    # Elsewhere `is_causal` means the upper left. Blocks of rows, each with the keys up to its last row, need one small mask:
-    # that of the last block; the others are the lower rows and right columns of it.
+    # Elsewhere `is_causal` means the upper left. Blocks of rows, each with the keys up to its last row, need one small
+    # mask: that of the last full block; the others' are its lower rows and right columns.
     rows = min(MASK_ROWS, queries)
     mask = query.new_zeros(rows, keys)
     mask[:, keys - rows :] = query.new_full((rows, rows), -torch.inf).triu(1)

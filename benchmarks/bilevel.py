@@ -1,9 +1,10 @@
 """Which rule reloads chunks, and at which positions: bi-level decoding against decoding with all key-values.
 
 What is surprising:
-* The yardstick is the model itself: how far the distribution of the answer's first token moves from that of full decoding
-  (Kullback-Leibler divergence in nats, mean over questions and videos). It needs no labels, so it also runs on random
-  weights; but only a trained model's attention means something, so on random weights it compares mechanics and cost.
+* The yardstick is the model itself: how far the distribution of the answer's first token moves from that of full
+  decoding (Kullback-Leibler divergence in nats, mean over questions and videos). It needs no labels, so it also runs
+  on random weights; but only a trained model's attention means something, so on random weights it compares mechanics
+  and cost.
 * Every rule reloads the same number of chunks, so that the kept share is equal; `random` is the yardstick of a rule.
 
     python benchmarks/bilevel.py --frames 256 --out bilevel_small
@@ -40,7 +41,7 @@ def made_up_video(frames: int, seed: int) -> np.ndarray:
 
 
 def first_token(model, processor, video, question, **options) -> tuple[torch.Tensor, float, float]:
-    """Log-probabilities of the answer's first token, seconds to get them, and the share of tokens kept of the video."""
+    """Log-probabilities of the answer's first token, seconds to get them, share of the video's tokens kept."""
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     suffix = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]))[-1]
     input_ids = torch.cat([video.input_ids, torch.tensor(suffix)])[None].to(model.device)

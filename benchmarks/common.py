@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags of the model, a model with random weights, layouts, clocks, memory and result files.
+"""What the benchmarks share: flags, a model with random weights, layouts, clocks, memory and result files.
 
 What is surprising:
 * The flat root is imported as a package named `videoxl`, as the tests do; import this module before `videoxl.*`.
@@ -67,7 +67,7 @@ def add_llm_flags(arguments: argparse.ArgumentParser) -> None:
     ):
         model.add_argument(flag, type=int, default=default, help=text)
     video = arguments.add_argument_group("video")
-    video.add_argument("--group-tokens", type=int, default=153, help="tokens of a group of 4 frames, with its timestamp")
+    video.add_argument("--group-tokens", type=int, default=153, help="tokens of a group, with its timestamp")
     video.add_argument("--timestamp-tokens", type=int, default=9, help="how many of them are the timestamp")
     video.add_argument("--chunk-groups", type=int, default=4, help="groups in a prefill chunk")
     video.add_argument("--window-chunks", type=int, default=3, help="earlier chunks that a chunk sees in full")
@@ -115,7 +115,7 @@ def load_config(args):
 
 
 def build_model(config, args):
-    """A model with random weights (seed 0) through the Auto classes; `config` is ours, or its `text_config` for stock Qwen2."""
+    """A model with random weights (seed 0) through the Auto classes, of our config or of its `text_config`."""
     if config.model_type == "videoxl":
         model_class = import_module("videoxl.modeling_videoxl").VideoXLForConditionalGeneration
         AutoConfig.register("videoxl", type(config), exist_ok=True)
@@ -212,7 +212,7 @@ def table(header: list[str], rows: list[list]) -> None:
 
 
 def report(name: str, args, results) -> None:
-    """Ends a benchmark: one line of JSON with results, configuration, versions and hardware; also a file with --out."""
+    """Ends a benchmark: one line of JSON with results, configuration, versions, hardware; a file with --out."""
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     line = {
         "benchmark": name,

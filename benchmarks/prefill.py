@@ -1,13 +1,13 @@
 """Language-model prefill against length: time, arithmetic and peak memory, sparse and dense.
 
 What is surprising:
-* Four ways to fill the same cache. `dense-mask` is what the public Video-XL-2 code does: an additive L x L mask of 0 and
-  -1e9 through stock Qwen2, one forward; its time includes building the mask, in place and in the model's dtype (the public
-  code takes several such tensors). `dense` is stock Qwen2 with causal attention and no mask. `full`, `streaming` and `mask`
-  are ours, through `extend_cache`.
+* Four ways to fill the same cache. `dense-mask` is what the public Video-XL-2 code does: an additive L x L mask of 0
+  and -1e9 through stock Qwen2, one forward; its time includes building the mask, in place and in the model's dtype
+  (the public code takes several such tensors). `dense` is stock Qwen2 with causal attention and no mask. `full`,
+  `streaming` and `mask` are ours, through `extend_cache`.
 * Every measurement runs in a fresh process, after a short warm-up: its first run gives the memory, all runs the time.
-* FLOPs are counted, not estimated: linear layers plus two products per pair of query and key. A mask hides results, not
-  arithmetic, so `dense-mask` counts L x L pairs; the others count the pairs that are visible, from the layout.
+* FLOPs are counted, not estimated: linear layers plus two products per pair of query and key. A mask hides results,
+  not arithmetic, so `dense-mask` counts L x L pairs; the others count the pairs that are visible, from the layout.
 """
 
 import torch
@@ -33,20 +33,22 @@ from transformers import DynamicCache
 MODES = ("dense-mask", "dense", "full", "streaming", "mask")
 # Stands for "not visible" in the public code's mask.
 HIDDEN = -1e9
+# Rows of that mask that are made causal at once.
+MASK_ROWS = 1024
 # Chunks that run before the clock starts: threads, kernels and allocators wake up.
 WARM_UP_CHUNKS = 6
 
 EPILOG = """\
 examples:
   python benchmarks/prefill.py
-      The comparison of issue 3: a small model in float32 on two CPU threads, 20,000 and 40,000 tokens (some minutes, 12 GB).
+      A small model in float32 on two CPU threads, 20,000 and 40,000 tokens (some minutes, 12 GB).
 
   python benchmarks/prefill.py --lengths 5000 10000 --modes dense streaming --out prefill_short
       Two of the ways, shorter; the result also goes to benchmarks/results/prefill_short.json.
 
   python benchmarks/prefill.py --preset video-xl-2-8b --lengths 20000 78000 382000
-      True size with random weights in bfloat16 on a GPU: about 512, 2,048 and 10,000 frames. What does not fit is reported
-      as out of memory.
+      True size with random weights in bfloat16 on a GPU: about 512, 2,048 and 10,000 frames. What does not fit is
+      reported as out of memory.
 """
 
 
@@ -90,7 +92,10 @@ def additive_mask(layout, args) -> torch.Tensor:
     block = 1024
     for begin in range(0, length, block):
         rows = mask[begin : begin + block]
-        later = torch.arange(length, device=mask.device) > torch.arange(begin, begin + len(rows), device=mask.device)[:, None]
+        later = (
+            torch.arange(length, device=mask.device)
+            > torch.arange(begin, begin + len(rows), device=mask.device)[:, None]
+        )
         rows.masked_fill_(later, HIDDEN)
     return mask[None, None]
 

@@ -325,11 +325,10 @@ def test_offloaded_prefill_is_the_same(model, tokenizer, prefill):
         model.config.sparse_attention = sparse
         answers = [model.chat(video, tokenizer, "What?", **options) for video in (*at_once, *grown)]
         assert len(set(answers)) == 1
-    model.config.sparse_attention = {**plan, "offload": True}
-    _, history = model.chat(FRAMES, tokenizer, "What?", timestamps=TIMES, generation_config=SHORT)
-    two_videos = model.chat(FRAMES[:9], tokenizer, "And?", history, False, timestamps=TIMES[:9], generation_config=SHORT)
-    model.config.sparse_attention = plan
-    _, history = model.chat(FRAMES, tokenizer, "What?", timestamps=TIMES, generation_config=SHORT)
-    assert two_videos == model.chat(
-        FRAMES[:9], tokenizer, "And?", history, False, timestamps=TIMES[:9], generation_config=SHORT
-    )
+    two_videos = []
+    for chosen in ({**plan, "offload": True}, plan):
+        model.config.sparse_attention = chosen
+        _, history = model.chat(FRAMES, tokenizer, "What?", timestamps=TIMES, generation_config=SHORT)
+        second = {"timestamps": TIMES[:9], "chat_history": history, **options}
+        two_videos.append(model.chat(FRAMES[:9], tokenizer, "And?", **second))
+    assert two_videos[0] == two_videos[1]

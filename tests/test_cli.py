@@ -70,7 +70,7 @@ def test_sparse_attention_chunks_save_and_load(cli, root, tmp_path):
     saved, questions = tmp_path / "demo.videoxl", ["What happens at 0:09?", "Why?"]
     decode = ["--decode", "bilevel", "--decode-chunk-groups", "1", "--pool-size", "8", "--max-new-tokens", "6"]
     prefill = ["--prefill", "streaming", "--chunk-groups", "2", "--window-chunks", "1"]
-    done = cli(CLIP, "--json", *questions, "--show-chunks", "--save", saved, *prefill, *decode)
+    done = cli(root / CLIP, "--json", *questions, "--show-chunks", "--save", saved, *prefill, *decode)
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
     attention = {"prefill": "streaming", "chunk_groups": 2, "window_chunks": 1}

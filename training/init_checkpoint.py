@@ -94,6 +94,7 @@ def main() -> None:
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     print(f"{sum(tensor.numel() for tensor in state.values()):,} parameters in {folder / 'model.safetensors'}")
 
 

@@ -1,0 +1,177 @@
+"""From a file to visual tokens: frames per second of the vision tower with compressor, and of decoding the file.
+
+What is surprising:
+* The tower's numbers are for random pixels through `get_video_features`; the language model is a stub that only gives the
+  projector its width. Without `--preset` the tower is much smaller than the published one, for a CPU.
+* Decoding seeks: a file of 30 frames per second, sampled at one, is not decoded at 30 times the speed of one that is
+  sampled in full. The number is of *chosen* frames, resized, as `chat` reads them; the rate of the file is beside it.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from common import (
+    MIB,
+    PeakMemory,
+    build_model,
+    clock,
+    in_fresh_process,
+    load_config,
+    median,
+    parse,
+    parser,
+    report,
+    table,
+)
+
+# The clip that is made where no file is given: moving stripes, H.264.
+CLIP = {"seconds": 60, "rate": 25, "width": 640, "height": 360}
+
+EPILOG = """\
+examples:
+  python benchmarks/encode.py
+      A small tower on two CPU threads, and a clip that is made on the spot.
+
+  python benchmarks/encode.py --video talk.mp4 --sample-fps 1 4 --max-num-frames 2048
+      Decoding of a file of yours at two sampling rates.
+
+  python benchmarks/encode.py --preset video-xl-2-8b --frames 512 2048 --out encode_8b
+      The published tower and compressor with random weights in bfloat16 on a GPU.
+"""
+
+
+def tower_config(args):
+    """The config to measure: the flags' tower, or the preset's, over a language model of one thin layer."""
+    config = load_config(args)
+    text = config.text_config.to_dict()
+    text |= {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64, "layer_types": None}
+    vision = config.vision_config.to_dict()
+    compressor = config.compressor_config.to_dict()
+    if not args.preset:
+        side = args.image_size // 14
+        vision |= {"hidden_size": args.vision_hidden, "intermediate_size": 4 * args.vision_hidden}
+        vision |= {"num_hidden_layers": args.vision_layers + 1, "num_attention_heads": args.vision_hidden // 64}
+        vision |= {"image_size": args.image_size}
+        compressor |= {"hidden_size": args.vision_hidden, "grid_size": side // 2 * 2}
+    settings = {"vision_feature_layer": config.vision_feature_layer, "vision_chunk_frames": args.chunk_frames}
+    return type(config)(vision_config=vision, compressor_config=compressor, text_config=text, **settings)
+
+
+def measure_tower(frames: int, args) -> dict:
+    """Times `get_video_features` on one number of frames, in this process."""
+    config = tower_config(args)
+    model = build_model(config, args)
+    side = config.vision_config.image_size
+    pixels = torch.randn(frames, 3, side, side, dtype=getattr(torch, args.dtype), device=args.device)
+    model.get_video_features([pixels[: args.chunk_frames]])
+    memory, seconds = PeakMemory(args.device), []
+    for _ in range(args.repeats):
+        started = clock(args.device)
+        tokens = model.get_video_features([pixels]).pooler_output[0]
+        seconds.append(round(clock(args.device) - started, 6))
+        if len(seconds) == 1:
+            peak_bytes = memory.growth()
+    return {
+        "frames": frames,
+        "image_size": side,
+        "seconds": median(seconds),
+        "runs": seconds,
+        "frames_per_second": round(frames / median(seconds), 3),
+        "visual_tokens": tokens.shape[0] * tokens.shape[1],
+        "peak_bytes": peak_bytes,
+    }
+
+
+def make_clip(path: Path) -> None:
+    """Writes the clip of `CLIP`."""
+    import av
+    import numpy as np
+
+    rows = np.arange(CLIP["height"])[:, None, None]
+    columns = np.arange(CLIP["width"])[None, :, None]
+    picture = ((rows // 9 * 37 + columns // 16 * 53) * np.array([1, 2, 3]) % 256).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=CLIP["rate"])
+        stream.width, stream.height, stream.pix_fmt = CLIP["width"], CLIP["height"], "yuv420p"
+        for index in range(CLIP["seconds"] * CLIP["rate"]):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 4 * index, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def measure_decoding(path: str, sample_fps: float, args) -> dict:
+    """Times reading a file's chosen frames."""
+    from videoxl.video_processing_videoxl import open_video
+
+    seconds = []
+    for _ in range(args.repeats):
+        started = clock("cpu")
+        options = {"max_num_frames": args.max_num_frames, "sample_fps": sample_fps, "max_sample_fps": None}
+        with open_video(path, size=args.image_size, batch_frames=args.chunk_frames, **options) as reader:
+            count = sum(len(batch.timestamps) for batch in reader)
+            duration = reader.duration
+        seconds.append(round(clock("cpu") - started, 6))
+    return {
+        "sample_fps": sample_fps,
+        "frames": count,
+        "seconds": median(seconds),
+        "runs": seconds,
+        "frames_per_second": round(count / median(seconds), 3),
+        "video_seconds_per_second": round(duration / median(seconds), 3),
+    }
+
+
+def main() -> None:
+    arguments = parser(__doc__, EPILOG)
+    arguments.add_argument("--frames", type=int, nargs="+", default=[32, 64], help="frames through the tower at once")
+    arguments.add_argument("--image-size", type=int, default=224, help="side of a frame in pixels (without --preset)")
+    arguments.add_argument("--vision-hidden", type=int, default=256, help="tower's width, a multiple of 64")
+    arguments.add_argument("--vision-layers", type=int, default=4, help="layers of the tower (without --preset)")
+    arguments.add_argument("--chunk-frames", type=int, default=32, help="frames per call of the tower")
+    arguments.add_argument("--video", help="file to decode; without it a clip is made")
+    arguments.add_argument("--sample-fps", type=float, nargs="+", default=[1.0, 4.0], help="frames taken per second")
+    arguments.add_argument("--max-num-frames", type=int, default=512, help="at most so many frames of the file")
+    # Of the language model only the width matters here.
+    arguments.set_defaults(hidden=512, layers=1, heads=8, kv_heads=2, mlp=64)
+    args = parse(arguments)
+    if args.preset:
+        args.image_size = load_config(args).vision_config.image_size
+    tower = []
+    for frames in args.frames:
+        result = in_fresh_process(measure_tower, frames, args)
+        tower.append(result if isinstance(result, dict) else {"frames": frames, "failed": result})
+    rows = [
+        [f"{result['frames']:,}", result["failed"], *["-"] * 4]
+        if "failed" in result
+        else [
+            f"{result['frames']:,}",
+            f"{result['image_size']}",
+            f"{result['seconds']:.3f}",
+            f"{result['frames_per_second']:,.1f}",
+            f"{result['visual_tokens']:,}",
+            f"{result['peak_bytes'] / MIB:,.0f}",
+        ]
+        for result in tower
+    ]
+    table(["frames", "pixels", "seconds", "tower frames/s", "visual tokens", "peak MiB"], rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.video
+        if path is None:
+            path = str(Path(folder) / "clip.mp4")
+            make_clip(Path(path))
+        decoding = [in_fresh_process(measure_decoding, path, rate, args) for rate in args.sample_fps]
+    rows = [
+        [f"{result['sample_fps']:g}", f"{result['frames']:,}", f"{result['seconds']:.3f}"]
+        + [f"{result['frames_per_second']:,.1f}", f"{result['video_seconds_per_second']:,.1f}"]
+        for result in decoding
+    ]
+    print()
+    table(["taken per s", "frames", "seconds", "decoded frames/s", "x real time"], rows)
+    video = Path(args.video).name if args.video else CLIP
+    args.video = None
+    report("encode", args, {"tower": tower, "decoding": decoding, "video": video})
+
+
+if __name__ == "__main__":
+    main()
