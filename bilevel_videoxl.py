@@ -12,6 +12,7 @@ What is surprising:
 C chunks over all videos of a prompt, G groups, N visual tokens per group, n question tokens.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,12 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     for video, wanted in enumerate(per_video):
         numbers = [number for number, chunk in enumerate(chunks) if chunk.video == video]
         for index in wanted:
-            if not isinstance(index, int) or not 0 <= index < len(numbers):
+            if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < len(numbers):
                 raise ValueError(
                     f"dense_chunks names chunk {index!r} of video {video}, which has chunks 0 to "
                     f"{len(numbers) - 1} of decode_chunk_groups groups"
                 )
-            named.append(numbers[index])
+            named.append(numbers[int(index)])
     return sorted(set(named))
 
 
@@ -159,6 +160,11 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
     groups = layout.groups
     visual = [(group.visual_start, group.end) for group in groups]
     tokens_per_group = groups[0].end - groups[0].visual_start
+    if settings.pool_size > tokens_per_group:
+        raise ValueError(
+            f"sparse_attention.pool_size={settings.pool_size} would leave nothing of a group of {tokens_per_group} "
+            "visual tokens; choose at most that many"
+        )
     stamps = [sum(groups[g].visual_start - groups[g].start for g in chunk.groups) for chunk in chunks]
     sizes = [len(chunk.groups) for chunk in chunks]
     keys = cache.layers[0].keys

@@ -191,7 +191,10 @@ class VideoXLChatMixin:
                 "this EncodedVideo was made by another model, from a file that has changed since, or behind another "
                 "prompt; encode it again, or give the system_prompt that it was encoded with"
             )
-        reload = self._reload_options([video], None, dense_chunks, None)
+        reloads = [self._reload_options([video], prompt, dense_chunks, None) for prompt in user_prompts]
+        reload = reloads[0]
+        if any("required_chunks" in each for each in reloads):
+            reload = {"required_chunks": tuple(each.get("required_chunks", ()) for each in reloads)}
         return self._answer(video, self._question_cache(video), suffixes, generation_config, tokenizer, None, reload)
 
     @torch.no_grad()
@@ -219,8 +222,9 @@ class VideoXLChatMixin:
         """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
         if encoded is None:
             return None
-        cache = fork_cache(encoded.cache)
-        if self.config.resolve_sparse_attention().decode == "full":
+        full = self.config.resolve_sparse_attention().decode == "full"
+        cache = fork_cache(encoded.cache, make_room=full and encoded.cache.layers[0].keys.device == self.device)
+        if full:
             move_cache(cache, self.device)
         return cache
 
@@ -298,7 +302,7 @@ class VideoXLChatMixin:
             if encoded is not None:
                 before = torch.cat([encoded.input_ids, before])
             if getattr(video, "is_encoded_video", False):
-                if video.continues(self, before):
+                if video.continues(self, before, encoded):
                     encoded = video
                     video.adopt(processor)
                     continue
@@ -309,10 +313,12 @@ class VideoXLChatMixin:
                     )
                 logger.warning_once("a video is encoded again: the conversation before it, or its file, has changed")
                 sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
-                video, options = str(video), {**options, **sampling}
-            new_frames = video is items[-1]["video"]
-            frame_options = options if new_frames else {**options, "timestamps": None}
-            encoded = item["video"] = self._encode(processor, video, encoded, prefix, frame_options, progress)
+                video, own_options = str(video), {**options, **sampling, "timestamps": None}
+            elif item is items[-1]:
+                own_options = options
+            else:
+                own_options = {**options, "timestamps": None}
+            encoded = item["video"] = self._encode(processor, video, encoded, prefix, own_options, progress)
         return encoded, pieces[-1]
 
     def _encode(self, processor, source, base, prefix, options, progress) -> EncodedVideo:
@@ -328,6 +334,7 @@ class VideoXLChatMixin:
                 model=self,
                 cache=cache,
                 input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
+                behind=None if base is None else base.mark,
                 sampling=reader.sampling,
             )
             if progress is None:

@@ -128,8 +128,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         pool_size: Kernel and stride of the pooling over a group's visual KV.
         reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
             `ReloadPolicy`).
-        offload: Keep the key-values of finished chunks in host memory. Frees the device in `streaming` prefill; `mask`
-            works, but moves a layer's past to the device for every chunk.
+        offload: `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in
+            `streaming` prefill; `mask` works, but moves a layer's past to the device for every chunk.
 
     Raises:
         ValueError: On an unknown field or a value outside its range.
@@ -160,7 +160,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         offload=False,
         **kwargs,
     ):
-        known = set(PreTrainedConfig().to_dict()) | {"model_type", "transformers_version", "attn_implementation"}
+        # Looked up only where there is something to look up: this runs at every decode step.
+        known = kwargs and {*PreTrainedConfig().to_dict(), "model_type", "transformers_version", "attn_implementation"}
         if unknown := sorted(key for key in kwargs if key not in known and not key.startswith("_")):
             raise ValueError(f"sparse_attention has no field {', '.join(unknown)}; it has {', '.join(self.fields)}")
         super().__init__(**kwargs)
@@ -173,6 +174,11 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         self.reload = reload
         self.offload = offload
         self.check()
+
+    @property
+    def plan(self) -> dict:
+        """What decides who sees whom during prefill."""
+        return {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
 
     def check(self) -> None:
         """Raises ValueError if a field is outside its range (fields may have been set after construction)."""

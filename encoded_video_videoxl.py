@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from .kv_cache import fork_cache, move_cache, new_cache
+from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache
 from .sparse_attention import GroupSpan, VisualLayout
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
@@ -41,17 +41,13 @@ class EncodedVideo(str):
     def __new__(cls, source, **state):
         return super().__new__(cls, source or "")
 
-    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None):
+    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None, behind=None):
         super().__init__()
         self._processor, self._model = processor, model
         self.cache, self.input_ids = cache, input_ids
         self.sampling = sampling
-        plan = model.config.resolve_sparse_attention()
-        self.prefill = {
-            "prefill": plan.prefill,
-            "chunk_groups": plan.chunk_groups,
-            "window_chunks": plan.window_chunks,
-        }
+        self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
+        self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
         self.duration = 0.0
         self._tail = None  # frames of a last, partial group: they are encoded again when more frames come
@@ -71,8 +67,9 @@ class EncodedVideo(str):
         return sum(layer.nbytes for layer in self.cache.layers)
 
     def is_current(self) -> bool:
-        """Whether the file it was made from is still the same (always true for frames from memory)."""
-        return _file_stamp(str(self)) == self._stamp
+        """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
+        stamp = _file_stamp(str(self))
+        return stamp is None or stamp == self._stamp
 
     def to(self, device) -> "EncodedVideo":
         """Moves the key-values to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
@@ -88,10 +85,11 @@ class EncodedVideo(str):
         """Visual tokens of this video."""
         return sum(group.end - group.visual_start for group in self.layout.videos[-1])
 
-    def continues(self, model, ids) -> bool:
+    def continues(self, model, ids, base=None) -> bool:
         """Whether this model made it (or loaded it) behind exactly these token ids [.], and its file is unchanged."""
         start = self.layout.videos[-1][0].start
-        return self._model is model and self.is_current() and torch.equal(self.input_ids[:start], ids)
+        same_base = self._behind is (None if base is None else base.mark)
+        return self._model is model and same_base and self.is_current() and torch.equal(self.input_ids[:start], ids)
 
     def chunks(self, chunk_groups) -> list[tuple[float, float]]:
         """(start, end) seconds of the video's chunks of `chunk_groups` groups each."""
@@ -177,6 +175,9 @@ class EncodedVideo(str):
     @torch.no_grad()
     def extend(self, batch) -> None:
         """Adds a `FrameBatch`, see `append`."""
+        self.mark = object()
+        if not isinstance(self.cache.layers[0], VideoXLOffloadedLayer):
+            move_cache(self.cache, self._model.device)
         frames, times = batch.frames, list(batch.timestamps)
         if self._tail is not None:
             kept = len(self._tail)
@@ -187,7 +188,7 @@ class EncodedVideo(str):
         processor = self._processor
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
         time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
-        ids = self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps))
+        ids = self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps), self.prefill)
         self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
         self.timestamps += times
         self.duration = max(self.duration, times[-1])

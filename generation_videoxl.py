@@ -40,7 +40,7 @@ class VideoXLGenerationMixin(GenerationMixin):
         return cache
 
     @torch.no_grad()
-    def prefill_frames(self, cache, pixels, time_ids, continues):
+    def prefill_frames(self, cache, pixels, time_ids, continues, plan=None):
         """Encodes further frames of a video and runs them behind a cached sequence.
 
         Args:
@@ -48,6 +48,7 @@ class VideoXLGenerationMixin(GenerationMixin):
             pixels: [F, 3, H, W]; a partial group is filled by repeating the last frame.
             time_ids: Per group, the token ids of its timestamp.
             continues: Whether the groups belong to the sequence's last video; else they start a new one.
+            plan: See `extend_cache`.
 
         Returns:
             The token ids that were appended.
@@ -64,8 +65,8 @@ class VideoXLGenerationMixin(GenerationMixin):
         embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
         is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
         visual = tokens.to(embeds.device, embeds.dtype)
-        embeds = embeds.masked_scatter(is_visual[None, :, None].expand_as(embeds), visual)
-        self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=1)
+        embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
+        self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=1, plan=plan)
         return ids
 
     @staticmethod

@@ -3,8 +3,8 @@ values.
 
 What is surprising:
 * A layer appends into a buffer with spare room, so a long prefill does not copy the whole cache for every chunk, as
-  `torch.cat` does. `fork` shares the tensors with any number of followers. One follower at a time also borrows the
-  spare room behind them, so a question usually copies nothing; any other copies at its first write.
+  `torch.cat` does. `fork` shares the buffer with any number of followers. Whoever holds the most tokens of it may
+  append in place, so one question at a time copies nothing; any other copies at its first write.
 * A layer may hold fewer keys than tokens went by (pooled or dropped ones). `get_seq_length` is then the logical
   length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
 * Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
@@ -15,6 +15,7 @@ B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head
 group.
 """
 
+import threading
 import weakref
 from typing import NamedTuple
 
@@ -26,6 +27,33 @@ GROWTH = 0.25
 MIN_SPARE_TOKENS = 256
 # Tokens that are rotated at once in float32: bounds the temporary copies.
 ROTATED_AT_ONCE = 65536
+
+
+class _Room:
+    """Buffers that a layer and its forks share. Whoever holds the most tokens may append in place; the others copy."""
+
+    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor]):
+        self.buffers = buffers
+        self.ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # living layer -> tokens it looks at
+        self._lock = threading.Lock()  # two questions may be asked from two threads
+
+    def claim(self, layer, length: int, end: int) -> bool:
+        """Whether nobody else looks at tokens from `length` on; if so, they are `layer`'s up to `end` now."""
+        with self._lock:
+            if any(tokens > length for other, tokens in self.ends.items() if other is not layer):
+                return False
+            self.ends[layer] = end
+            return True
+
+    def set_end(self, layer, end: int | None) -> None:
+        """Notes how many tokens a layer looks at; None if it left."""
+        with self._lock:
+            self.ends.pop(layer, None)
+            if end is not None:
+                self.ends[layer] = end
+
+    def __deepcopy__(self, memo):
+        return None  # a copied layer makes its own at its first write
 
 
 class VideoXLCacheLayer(DynamicLayer):
@@ -42,11 +70,9 @@ class VideoXLCacheLayer(DynamicLayer):
         self.hidden = 0
         self.row_padding: torch.Tensor | None = None
         self.row_shift: torch.Tensor | None = None
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._room: _Room | None = None
         self._reserved = 0
-        self._shared = 0  # tokens that a fork may be looking at: never overwritten in place
-        self._borrower = None  # weak reference to the fork that writes into the spare room
-        self._pooled: dict = {}  # pool size -> pooled groups, shared with forks
+        self._pooled: dict = {}  # pool size -> pooled groups; shared by forks until either one's content changes
 
     @property
     def held(self) -> int:
@@ -62,22 +88,23 @@ class VideoXLCacheLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         # override: append in place instead of concatenating
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self._buffers = None
+            self._leave_room()
+            self._pooled = {}
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, added = self.held, key_states.shape[-2]
-        lent = self._borrower is not None and self._borrower() is not None
-        if lent or length < self._shared or not self._has_room(length + added):
+        if not (self._has_room(length + added) and self._room.claim(self, length, length + added)):
             self._grow(key_states, value_states, length, added)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+        for buffer, states in zip(self._room.buffers, (key_states, value_states), strict=True):
             buffer[:, :, length : length + added] = states
-        self.keys, self.values = (buffer[:, :, : length + added] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, : length + added] for buffer in self._room.buffers)
+        self._pooled = {}
         return self.keys, self.values
 
     def reserve(self, tokens: int) -> None:
         """Makes the next growth leave room for `tokens` in all, so that a known length is allocated once."""
-        self._reserved = tokens
+        self._reserved = max(self._reserved, tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         # override: 5.17 reads a positive number as the length to keep; and the buffer stays behind the shortened view
@@ -87,11 +114,14 @@ class VideoXLCacheLayer(DynamicLayer):
             keep = max(self.held - removed, 0)
             self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
             self._pooled = {}
+            if self._room is not None:
+                self._room.set_end(self, keep)
 
     def reset(self) -> None:
         super().reset()
         self.hidden, self.row_padding, self.row_shift = 0, None, None
-        self._buffers, self._shared, self._borrower, self._pooled = None, 0, None, {}
+        self._leave_room()
+        self._pooled = {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -109,21 +139,28 @@ class VideoXLCacheLayer(DynamicLayer):
         self.row_padding = None if self.row_padding is None else function(self.row_padding)
         self.row_shift = None if self.row_shift is None else function(self.row_shift)
 
-    def fork(self) -> "VideoXLCacheLayer":
-        """A layer with the same content that may be extended without changing this one."""
-        self._shared = max(self._shared, self.held)
+    def fork(self, make_room=False) -> "VideoXLCacheLayer":
+        """A layer with the same content that may be extended without changing this one.
+
+        Args:
+            make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
+        """
+        if make_room and self.held and not self._has_room(self.held + MIN_SPARE_TOKENS):
+            self._grow(self.keys, self.values, self.held, 0)
+            self.keys, self.values = (buffer[:, :, : self.held] for buffer in self._room.buffers)
         other = VideoXLCacheLayer()
         other.set_content(self.keys, self.values)
-        if (self._borrower is None or self._borrower() is None) and self._has_room(self.held):
-            other._buffers, other._shared = self._buffers, self.held
-            self._borrower = weakref.ref(other)
+        if self._room is not None and self._has_room(self.held):
+            other._room = self._room
+            self._room.set_end(other, self.held)
         other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
         other._pooled = self._pooled
         return other
 
     def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """Takes over keys and values [B, K, L, D] as they are."""
-        self.keys, self.values, self._buffers = keys, values, None
+        self._leave_room()
+        self.keys, self.values = keys, values
         self.is_initialized = keys is not None
         if self.is_initialized:
             self.dtype, self.device = keys.dtype, keys.device
@@ -140,7 +177,7 @@ class VideoXLCacheLayer(DynamicLayer):
         Returns:
             Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
         """
-        if pool_size not in self._pooled or self._pooled[pool_size][0] != len(groups):
+        if pool_size not in self._pooled:
             pooled = ([], [])
             size = groups[0][1] - groups[0][0]
             used = size // pool_size * pool_size
@@ -153,20 +190,20 @@ class VideoXLCacheLayer(DynamicLayer):
                 for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
                     target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
             keys, values = (torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
-            self._pooled[pool_size] = (len(groups), keys, values)
-        return self._pooled[pool_size][1:]
+            self._pooled[pool_size] = (keys, values)
+        return self._pooled[pool_size]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values and of what was pooled from them."""
-        pooled = sum(keys.nbytes + values.nbytes for _, keys, values in self._pooled.values())
-        return self.keys.nbytes + self.values.nbytes + pooled if self.is_initialized else 0
+        """Bytes of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def _has_room(self, tokens: int) -> bool:
         # Any method of the base class that replaces `keys` (reordering, repeating, moving) leaves the buffer behind.
-        if self._buffers is None or self._buffers[0].shape[2] < tokens:
+        if self._room is None or self._room.buffers[0].shape[2] < tokens:
             return False
-        same = self.keys.data_ptr() == self._buffers[0].data_ptr() and self.keys.shape[0] == self._buffers[0].shape[0]
+        first = self._room.buffers[0]
+        same = self.keys.data_ptr() == first.data_ptr() and self.keys.shape[0] == first.shape[0]
         return same or self.held == 0
 
     def _grow(self, key_states, value_states, length, added) -> None:
@@ -181,7 +218,14 @@ class VideoXLCacheLayer(DynamicLayer):
                 if length:
                     buffer[:, :, :length] = previous
                 buffers.append(buffer)
-        self._buffers, self._shared, self._borrower = tuple(buffers), 0, None
+        self._leave_room()
+        self._room = _Room(tuple(buffers))
+        self._room.set_end(self, length + added)
+
+    def _leave_room(self) -> None:
+        if self._room is not None:
+            self._room.set_end(self, None)
+        self._room = None
 
 
 class VideoXLOffloadedLayer(VideoXLCacheLayer):
@@ -300,23 +344,18 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
     """
     length = cache.get_seq_length()
     size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
-    dense_from, dense_to, pooled_from, pooled_to, cursor = [torch.arange(0)], [torch.arange(0)], [], [], 0
-    for span in spans:
-        kept = span.stop - span.start if span.group is None else size
-        target = torch.arange(cursor, cursor + kept)
-        if span.group is None:
-            dense_from.append(torch.arange(span.start, span.stop))
-            dense_to.append(target)
-        else:
-            pooled_from.append(span.group)
-            pooled_to.append(target)
-        cursor += kept
-    device, home = inv_freq.device, cache.layers[0].keys.device
-    dense_from, dense_to = torch.cat(dense_from), torch.cat(dense_to)
+    dense = torch.tensor([span.group is None for span in spans], dtype=torch.bool)
+    starts = torch.tensor([span.start for span in spans], dtype=torch.long)
+    kept = torch.tensor([span.stop - span.start if span.group is None else size for span in spans], dtype=torch.long)
+    targets, cursor = kept.cumsum(0) - kept, int(kept.sum())
+    dense_from, dense_to = _runs(starts[dense], kept[dense]), _runs(targets[dense], kept[dense])
+    pooled_from = [span.group for span in spans if span.group is not None]
+    pooled_to = _runs(targets[~dense], kept[~dense])
+    device = inv_freq.device
     stay = true_positions or torch.equal(dense_from, dense_to)
     dense_to = dense_to.to(device)
     pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
-    pooled_to = torch.cat(pooled_to).to(device) if pooled_to else None
+    pooled_to = pooled_to.to(device) if len(pooled_from) else None
     mixed = DynamicCache()
     mixed.layers = []
     for layer in cache.layers:
@@ -324,7 +363,7 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
         keys, values = (layer.keys.new_empty(shape, device=device) for _ in range(2))
         for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
             part = slice(begin, begin + ROTATED_AT_ONCE)
-            source, target = dense_from[part].to(home), dense_to[part]
+            source, target = dense_from[part].to(layer.keys.device), dense_to[part]
             moved = layer.keys.index_select(2, source).to(device)
             if not stay:
                 moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
@@ -347,6 +386,12 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
         mixed.layers.append(new_layer)
     mixed.layer_class_to_replicate = None
     return mixed
+
+
+def _runs(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The numbers of adjacent runs: start, start + 1, ... of each."""
+    offsets = starts - (lengths.cumsum(0) - lengths)
+    return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def own_layers(cache: DynamicCache, num_layers: int) -> bool:
@@ -384,9 +429,11 @@ def new_cache(num_layers: int) -> DynamicCache:
 def move_cache(cache: DynamicCache, device) -> None:
     """Moves keys and values to a device, in place, and ends offloading; a no-op where they are there already."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, VideoXLOffloadedLayer) or (layer.held and layer.keys.device != torch.device(device)):
+        moved = layer.keys.to(device) if layer.held else layer.keys
+        if isinstance(layer, VideoXLOffloadedLayer) or moved is not layer.keys:
             cache.layers[index] = layer.fork()
-            cache.layers[index].set_content(layer.keys.to(device), layer.values.to(device))
+            if moved is not layer.keys:
+                cache.layers[index].set_content(moved, layer.values.to(device))
 
 
 def offload_cache(cache: DynamicCache, device) -> None:
@@ -400,18 +447,17 @@ def offload_cache(cache: DynamicCache, device) -> None:
         cache.layers[index] = layer
 
 
-def fork_cache(cache: DynamicCache) -> DynamicCache:
-    """A cache with the same content that may be extended without changing the original."""
+def fork_cache(cache: DynamicCache, make_room=False) -> DynamicCache:
+    """A cache with the same content that may be extended without changing the original (see the layers' `fork`)."""
     other = DynamicCache()
     other.__dict__.update(cache.__dict__)
-    other.layers = [layer.fork() for layer in cache.layers]
+    other.layers = [layer.fork(make_room) for layer in cache.layers]
     return other
 
 
-def stack_caches(cache: DynamicCache, rows: list[DynamicCache]) -> None:
-    """Stacks single-row caches of any lengths into `cache`, in place, padded on the left with zeros."""
+def stack_caches(cache: DynamicCache, rows: list[DynamicCache], length: int) -> None:
+    """Stacks single-row caches into `cache`, in place, padded on the left with zeros; `length` counts all padding."""
     held = [row.layers[0].held for row in rows]
-    logical = max(row.get_seq_length() for row in rows)
     cache.layers = []
     for layers in zip(*(row.layers for row in rows), strict=True):
         stacked = VideoXLCacheLayer()
@@ -423,7 +469,7 @@ def stack_caches(cache: DynamicCache, rows: list[DynamicCache]) -> None:
                 batch[row, :, max(held) - content.shape[2] :] = content[0]
             pair.append(batch)
         stacked.set_content(*pair)
-        stacked.hidden = logical - max(held)
+        stacked.hidden = length - max(held)
         device = pair[0].device
         stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
         shifts = [layer.row_shift for layer in layers]

@@ -130,11 +130,16 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
                     f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
                     f"one frame, got {tuple(pixels.shape)}; the processor builds it"
                 )
-            parts = [self._encode_frames(chunk) for chunk in pixels.split(self.config.resolve_vision_chunk_frames())]
-            tokens.append(torch.cat([part[0] for part in parts]))
+            parts, features = [], []
+            for chunk in pixels.split(self.config.resolve_vision_chunk_frames()):
+                visual, tower = self._encode_frames(chunk)
+                parts.append(visual)
+                if output_tower_features:
+                    features.append(tower)
+                del tower  # else the next chunk's would live beside it
+            tokens.append(torch.cat(parts))
             if output_tower_features:
-                towers.append(torch.cat([part[1] for part in parts]))
-            del parts
+                towers.append(torch.cat(features))
         output = VideoXLVideoFeatures(tuple(tokens), tuple(towers) if output_tower_features else None)
         return output if return_dict else output.to_tuple()
 
@@ -254,8 +259,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         if settings.decode == "bilevel" or (use_cache and settings.prefill != "full"):
             raise ValueError(
                 f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r} needs a dynamic "
-                "cache and no output_hidden_states or output_attentions; leave cache_implementation unset, or set both "
-                "to 'full'"
+                "cache and no output_hidden_states or output_attentions; leave cache_implementation unset, or set "
+                "both to 'full'"
             )
         if settings.prefill != "full":
             return self._run_rows_without_cache(embeds, rows, settings)
@@ -317,7 +322,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
             for group in layout.groups:
                 is_visual[row, columns[group.visual_start - begin : group.end - begin]] = True
         visual = torch.cat([tokens.flatten(0, 1) for tokens in features]).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(is_visual[..., None].expand_as(embeds), visual)
+        return embeds.index_put((is_visual,), visual)
 
 
 class VideoXLForConditionalGeneration(

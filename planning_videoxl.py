@@ -200,8 +200,11 @@ class _Planner(MemoryFormulas):
         ends = self.header + np.cumsum(stamps + self.visual)
         total, capacity = int(ends[-1]), self.capacity(ends, groups)[0]
         stages = {"vision": [], "prefill": []}
-        # The last full batch is the worst of the full ones, as what it sees grows; a last, partial one may lie behind.
-        for last in sorted({groups // self.batch * self.batch, groups} - {0}):
+        # The last full batch is the worst of the full ones, as what it sees grows. A partial one may lie behind it, and
+        # before it the one in which the layers grew for the last time.
+        grown_from = self.capacity(ends, groups)[1] or 0
+        grown = (int(np.searchsorted(ends, grown_from, side="right")) // self.batch + 1) * self.batch
+        for last in sorted({groups // self.batch * self.batch, groups, min(grown, groups)} - {0}):
             first = (last - 1) // self.batch * self.batch
             in_batch = min(frames - first * self.frames_per_group, self.batch_frames)
             pixels, before = self.pixels(frames, in_batch), self.end(ends, first)
@@ -258,7 +261,8 @@ class _Planner(MemoryFormulas):
         """Lengths up to `frames` of which one needs the most: it, and those behind which less is needed."""
         groups = -(-frames // self.frames_per_group)
         ends = self.header + np.cumsum(self._stamps_until(groups) + self.visual)
-        # The fullest buffers before the last growth; and whole chunks of decoding, the last one dense while it is last.
+        # The fullest buffers before the last growth; and whole chunks of decoding, the last one dense while it is
+        # last.
         full = int(np.searchsorted(ends, self.capacity(ends, groups)[2], side="right"))
         whole = groups // self.settings.decode_chunk_groups * self.settings.decode_chunk_groups
         return {min(count * self.frames_per_group, frames) for count in (groups, full, whole) if count}

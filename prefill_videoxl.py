@@ -25,7 +25,7 @@ SEGMENT_TOKENS = 4096
 class VideoXLPrefillMixin:
     """Prefill for a model with a `language_model`, whose attention follows plans, and a `config`."""
 
-    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0) -> torch.Tensor:
+    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None) -> torch.Tensor:
         """Runs further positions of one sequence through the language model, segment by segment, into its dense cache.
 
         Args:
@@ -33,6 +33,7 @@ class VideoXLPrefillMixin:
             layout: `VisualLayout` of the whole sequence; it becomes the cache's.
             cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
             keep_hidden: How many of the last positions' hidden states to return; 0 for all.
+            plan: `prefill`, `chunk_groups` and `window_chunks`, if not those in force now.
 
         Returns:
             [1, keep_hidden or n, hidden], after the final norm.
@@ -43,21 +44,22 @@ class VideoXLPrefillMixin:
                 "a video cannot follow a cache that bi-level decoding has thinned; start from the dense one"
             )
         assert cache.get_seq_length() == begin, "the cache must hold exactly the positions before these"
-        settings = self.config.resolve_sparse_attention()
-        steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks, start=begin)
+        plan = self.config.resolve_sparse_attention().plan if plan is None else plan
+        steps = plan_prefill(layout, **plan, start=begin, device=inputs_embeds.device)
         for layer in cache.layers:
             layer.reserve(layout.length)
         cache.layout = layout
         positions = torch.arange(begin, layout.length, device=inputs_embeds.device)[None]
         return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden)
 
-    def run_text(self, inputs_embeds, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
+    def run_text(self, inputs_embeds, cache, keep_hidden=0, attention_probe=None, before=None) -> torch.Tensor:
         """Runs text behind a cache of one row, dense or mixed; every token sees all that is held.
 
         Args:
             inputs_embeds: [1, n, hidden].
             cache: Dynamic cache with our layers; it grows by n.
             keep_hidden: See `extend_cache`.
+            before: Tokens before these, without padding; by default all that the cache counts.
             attention_probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
 
         Returns:
@@ -65,13 +67,15 @@ class VideoXLPrefillMixin:
         """
         held, count = cache.layers[0].held, inputs_embeds.shape[1]
         steps = plan_prefill(VisualLayout(length=held + count), "full", 1, 1, start=held)
-        positions = self.positions_after(cache, count)
+        positions = self.positions_after(cache, count, before)
         return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden, attention_probe)
 
-    def positions_after(self, cache, count) -> torch.Tensor:
+    def positions_after(self, cache, count, before=None) -> torch.Tensor:
         """[1, count] positions of the next tokens behind a cache of one row."""
         layer = cache.layers[0]
-        first = layer.get_seq_length() - (0 if layer.row_shift is None else int(layer.row_shift))
+        first = layer.get_seq_length() if before is None else before
+        if layer.row_shift is not None:
+            first -= int(layer.row_shift)
         return torch.arange(first, first + count, device=self.device)[None]
 
     def _run_steps(self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
@@ -81,7 +85,8 @@ class VideoXLPrefillMixin:
         offloaded = cache is not None and isinstance(cache.layers[0], VideoXLOffloadedLayer)
         while steps:
             count = 1
-            while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
+            # Without a cache later tokens could not see earlier ones: everything at once.
+            while count < len(steps) and (cache is None or steps[count].stop - steps[0].start <= SEGMENT_TOKENS):
                 count += 1
             segment, steps = steps[:count], steps[count:]
             start, stop = segment[0].start, segment[-1].stop
@@ -112,6 +117,7 @@ class VideoXLPrefillMixin:
                 "a cache that already holds tokens can be continued with videos one prompt at a time only"
             )
         per_row = split_per_row(dense_chunks, [len(layout.videos) for _, layout, _ in rows])
+        past, length = cache.get_seq_length(), embeds.shape[1]
         states, caches = [], []
         for row, ((columns, layout, _), wanted) in enumerate(zip(rows, per_row, strict=True)):
             row_cache = cache if single else new_cache(len(cache.layers))
@@ -120,7 +126,7 @@ class VideoXLPrefillMixin:
             earlier = getattr(row_cache, "layout", VisualLayout()).videos
             layout = VisualLayout(earlier + layout.videos, layout.length)
             if settings.decode == "full" or not layout.videos:
-                states.append(self.extend_cache(row_embeds, layout, row_cache, keep_hidden if single else 0))
+                states.append(self.extend_cache(row_embeds, layout, row_cache, keep_hidden))
             else:
                 begin = layout.length - len(columns)
                 if layout.end == layout.length:
@@ -133,8 +139,16 @@ class VideoXLPrefillMixin:
                 states.append(self.run_text(question, row_cache))
             caches.append(row_cache)
         if not single:
-            stack_caches(cache, caches)
-        hidden = pad_left(states, embeds.shape[1] if settings.decode == "full" and not keep_hidden else None)
+            stack_caches(cache, caches, past + length)
+        elif length > len(columns):
+            for layer in cache.layers:
+                layer.hidden += length - len(columns)
+        if settings.decode == "full" and not keep_hidden:
+            hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
+            for row, ((columns, _, _), part) in enumerate(zip(rows, states, strict=True)):
+                hidden[row, columns] = part[0]
+        else:
+            hidden = pad_left(states)
         if num_expanded > 1:
             cache.batch_repeat_interleave(num_expanded)
             hidden = hidden.repeat_interleave(num_expanded, dim=0)
@@ -159,19 +173,25 @@ class VideoXLPrefillMixin:
         valid = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
         if attention_mask is not None:
             valid = attention_mask[::repeats, -count:].bool()
-        pending = pending_choice(cache, settings)
+        pending, past = pending_choice(cache, settings), cache.get_seq_length()
         states, caches = [], []
         for row in range(batch):
             row_cache = cache if batch == 1 else fork_cache(cache)
             columns = valid[row].nonzero().flatten()
             text = embeds[row : row + 1, columns]
             if pending:
-                self._mix(row_cache, text[:, : None if asked is None else int((columns < asked).sum())], settings,
-                          dense_chunks, required_chunks)  # fmt: skip
-            states.append(self.run_text(text, row_cache))
+                question = text[:, : None if asked is None else int((columns < asked).sum())]
+                own = (
+                    required_chunks[row]
+                    if required_chunks and isinstance(required_chunks[0], tuple)
+                    else required_chunks
+                )
+                self._mix(row_cache, question, settings, dense_chunks, own)
+            before = None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum())
+            states.append(self.run_text(text, row_cache, before=before))
             caches.append(row_cache)
         if batch > 1:
-            stack_caches(cache, caches)
+            stack_caches(cache, caches, past + count)
             cache.choices = [getattr(row, "choices", None) for row in caches]
         hidden = pad_left(states, count)
         if repeats > 1:
@@ -183,7 +203,7 @@ class VideoXLPrefillMixin:
         """Sparse prefill of whole prompts at once, without a cache: differentiable, for training."""
         outputs = []
         for row, (columns, layout, _) in enumerate(rows):
-            steps = plan_prefill(layout, settings.prefill, settings.chunk_groups, settings.window_chunks)
+            steps = plan_prefill(layout, **settings.plan, device=embeds.device)
             hidden = embeds.new_zeros(embeds.shape[1:])
             positions = torch.arange(layout.length, device=embeds.device)[None]
             states = self._run_steps(embeds[row : row + 1, columns], positions, steps, None)

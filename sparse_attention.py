@@ -147,10 +147,12 @@ class VisualLayout:
     @cached_property
     def non_visual(self) -> torch.Tensor:
         """[.] positions of text and timestamps, ascending."""
-        keep = torch.ones(self.length, dtype=torch.bool)
-        for group in self.groups:
-            keep[group.visual_start : group.end] = False
-        return keep.nonzero().flatten()
+        steps = torch.zeros(self.length + 1, dtype=torch.int8)
+        if groups := self.groups:
+            _, starts, ends = torch.tensor(groups).unbind(1)
+            steps.index_fill_(0, starts, 1)
+            steps[ends] -= 1  # after the starts: adjacent visual runs (no timestamps) cancel out
+        return (steps[:-1].cumsum(0) == 0).nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class AttentionStep:
 
 
 def plan_prefill(
-    layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int, start=0
+    layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int, start=0, device="cpu"
 ) -> list[AttentionStep]:
     """Steps for the positions [start, layout.length) of a sequence whose earlier positions are cached.
 
@@ -182,6 +184,7 @@ def plan_prefill(
         chunk_groups: Groups in a chunk. Chunks are counted from the start of each video.
         window_chunks: Earlier chunks that a chunk sees in full.
         start: First position that is not cached yet.
+        device: Where the steps' tensors go: once for the whole plan, not once per layer.
 
     Returns:
         Steps in order, covering [start, layout.length) without gaps, each with at most `MAX_STEP_QUERIES` queries.
@@ -197,8 +200,8 @@ def plan_prefill(
     if prefill == "full":
         add(0, layout.length)
         return steps
-    non_visual = layout.non_visual
-    cursor = 0
+    non_visual, cursor = layout.non_visual, 0
+    non_visual_there = non_visual.to(device)  # every step's `gathered` is a view of it
     for video in layout.videos:
         add(cursor, video[0].start)
         for first in range(0, len(video), chunk_groups):
@@ -206,7 +209,7 @@ def plan_prefill(
             if chunk[-1].end <= start:
                 continue
             window_start = video[max(first - window_chunks * chunk_groups, 0)].start
-            gathered = non_visual[: int(torch.searchsorted(non_visual, window_start))]
+            gathered = non_visual_there[: int(torch.searchsorted(non_visual, window_start))]
             if len(gathered) == window_start:
                 add(chunk[0].start, chunk[-1].end)
                 continue
@@ -216,15 +219,17 @@ def plan_prefill(
             before = len(steps)
             add(chunk[0].start, chunk[-1].end, window_start=window_start, gathered=gathered)
             if wide is not None:
-                steps[before:] = [_with_wide(step, wide) for step in steps[before:]]
+                steps[before:] = [_with_wide(step, wide, device) for step in steps[before:]]
         cursor = video[-1].end
     add(cursor, layout.length)
     return steps
 
 
-def _with_wide(step: AttentionStep, wide: torch.Tensor) -> AttentionStep:
+def _with_wide(step: AttentionStep, wide: torch.Tensor, device) -> AttentionStep:
     inside = wide[(wide >= step.start) & (wide < step.stop)]
-    return AttentionStep(step.start, step.stop, step.window_start, step.gathered, inside if len(inside) else None)
+    return AttentionStep(
+        step.start, step.stop, step.window_start, step.gathered, inside.to(device) if len(inside) else None
+    )
 
 
 def dense_mask(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int) -> torch.Tensor:

@@ -353,7 +353,7 @@ def open_video(
         seconds = _memory_timestamps(timestamps, len(source), sample_fps)
         read = partial(_read_memory, source, seconds)
         last = seconds[-1] - seconds[-2] if len(seconds) > 1 else 1 / (sample_fps or 1)
-        duration = seconds[-1] - seconds[0] + last
+        duration = seconds[-1] + last
     else:
         raise ValueError(
             "Expected a path, a list of PIL images or uint8 arrays [H, W, 3], or one uint8 array or tensor "

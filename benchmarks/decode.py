@@ -1,12 +1,12 @@
 """Questions about a video that is already encoded: time to the first token, and per further token.
 
 What is surprising:
-* The first question's time is prefill of the video's tokens plus question plus first token. The vision tower is left out,
-  so the share that a second question takes is an upper bound of what users see.
-* Everything after the prefill goes through `generate`, over a `fork_cache` of the encoded video, as `chat` does; so the
-  times include `generate`'s own.
-* With `bilevel` each question chooses its chunks and runs over dense and pooled key-values. Its first question also pools
-  the video once, which later questions find done.
+* The first question's time is prefill of the video's tokens plus question plus first token. The vision tower is left
+  out, so the share that a second question takes is an upper bound of what users see.
+* Everything after the prefill goes through `generate`, over a `fork_cache` of the encoded video, as `chat` does; so
+  the times include `generate`'s own.
+* With `bilevel` each question chooses its chunks and runs over dense and pooled key-values. Its first question also
+  pools the video once, which later questions find done.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """From a file to visual tokens: frames per second of the vision tower with compressor, and of decoding the file.
 
 What is surprising:
-* The tower's numbers are for random pixels through `get_video_features`; the language model is a stub that only gives the
-  projector its width. Without `--preset` the tower is much smaller than the published one, for a CPU.
-* Decoding seeks: a file of 30 frames per second, sampled at one, is not decoded at 30 times the speed of one that is
-  sampled in full. The number is of *chosen* frames, resized, as `chat` reads them; the rate of the file is beside it.
+* The tower's numbers are for random pixels through `get_video_features`; the language model is a stub that only gives
+  the projector its width. Without `--preset` the tower is much smaller than the published one, for a CPU.
+* Decoding is counted in *chosen* frames, resized, as `chat` reads them. A file has to be decoded between them too, so
+  fewer frames per second of video make fewer of them per second; "x real time" is what stays comparable.
 """
 
 import tempfile

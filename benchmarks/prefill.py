@@ -1,11 +1,12 @@
 """Language-model prefill against length: time, arithmetic and peak memory, sparse and dense.
 
 What is surprising:
-* Four ways to fill the same cache. `dense-mask` is what the public Video-XL-2 code does: an additive L x L mask of 0
+* Five ways to fill the same cache. `dense-mask` is what the public Video-XL-2 code does: an additive L x L mask of 0
   and -1e9 through stock Qwen2, one forward; its time includes building the mask, in place and in the model's dtype
   (the public code takes several such tensors). `dense` is stock Qwen2 with causal attention and no mask. `full`,
   `streaming` and `mask` are ours, through `extend_cache`.
-* Every measurement runs in a fresh process, after a short warm-up: its first run gives the memory, all runs the time.
+* Every measurement runs in a fresh process, after a short warm-up; the first run gives the memory. On a CPU the ways
+  take turns, one run each, so that a machine that becomes busy is unfair to none.
 * FLOPs are counted, not estimated: linear layers plus two products per pair of query and key. A mask hides results,
   not arithmetic, so `dense-mask` counts L x L pairs; the others count the pairs that are visible, from the layout.
 """
@@ -100,8 +101,8 @@ def additive_mask(layout, args) -> torch.Tensor:
     return mask[None, None]
 
 
-def measure(mode: str, length: int, args) -> dict:
-    """Times one way of prefilling one length, in this process."""
+def measure(mode: str, length: int, runs: int, args) -> dict:
+    """Times one way of prefilling one length, in this process; `seconds` and `mask_build_seconds` list the runs."""
     config = load_config(args)
     layout = video_layout(length, args)
     warm_up = video_layout(
@@ -134,11 +135,11 @@ def measure(mode: str, length: int, args) -> dict:
     prefill(embeds[:, : warm_up.length], warm_up)
     seconds, build_seconds, kv_bytes = [], [], 0
     memory = PeakMemory(args.device)
-    for _ in range(args.repeats):
+    for _ in range(runs):
         started = clock(args.device)
         cache, built = prefill(embeds, layout)
         seconds.append(round(clock(args.device) - started, 6))
-        build_seconds.append(built)
+        build_seconds.append(round(built, 6))
         if not kv_bytes:
             peak_bytes = memory.growth()
             kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -151,14 +152,37 @@ def measure(mode: str, length: int, args) -> dict:
     return {
         "mode": mode,
         "tokens": length,
-        "seconds": median(seconds),
-        "runs": seconds,
-        "mask_build_seconds": median(build_seconds),
+        "seconds": seconds,
+        "mask_build_seconds": build_seconds,
         "tflop": round((2 * linear * length + attention) / 1e12, 6),
         "pairs": pairs,
         "peak_bytes": peak_bytes,
         "kv_bytes": kv_bytes,
     }
+
+
+def measure_all(length: int, args) -> list[dict]:
+    """Measures all ways at one length: a dict per way, with the median and the single runs, or with `failed`."""
+    rounds, runs = (args.repeats, 1) if args.device == "cpu" else (1, args.repeats)
+    merged = {}
+    for _ in range(rounds):
+        for mode in args.modes:
+            if "failed" in merged.get(mode, {}):
+                continue
+            result = in_fresh_process(measure, mode, length, runs, args)
+            if not isinstance(result, dict):
+                merged[mode] = {"mode": mode, "tokens": length, "failed": result}
+            elif mode in merged:
+                merged[mode]["seconds"] += result["seconds"]
+                merged[mode]["mask_build_seconds"] += result["mask_build_seconds"]
+            else:
+                merged[mode] = result
+    for result in merged.values():
+        if "failed" not in result:
+            result["runs"] = result["seconds"]
+            result["seconds"] = median(result["runs"])
+            result["mask_build_seconds"] = median(result["mask_build_seconds"])
+    return list(merged.values())
 
 
 def show(results: list[dict], lengths) -> None:
@@ -205,9 +229,7 @@ def main() -> None:
     args = parse(arguments)
     results = []
     for length in args.lengths:
-        for mode in args.modes:
-            result = in_fresh_process(measure, mode, length, args)
-            results.append(result if isinstance(result, dict) else {"mode": mode, "tokens": length, "failed": result})
+        results += measure_all(length, args)
     show(results, args.lengths)
     report("prefill", args, results)
 

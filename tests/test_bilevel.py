@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modeling import logits_of, pixels, prompt
 from videoxl.bilevel_videoxl import chunks_of, explicit_chunks, kept_spans
-from videoxl.kv_cache import KeptSpan, mix_cache, new_cache, rotate
+from videoxl.kv_cache import KeptSpan, fork_cache, mix_cache, new_cache, rotate
 from videoxl.selection_videoxl import Levels
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 
@@ -168,7 +168,6 @@ def test_times_in_the_question_and_a_selector_choose(model, tokenizer, video):
 def test_token_budget_holds(model, tokenizer, video, budget):
     model.config.sparse_attention = {**BILEVEL, "reload": {"max_tokens": budget}}
     ids = torch.cat([video.input_ids, torch.tensor([20, 21])])[None]
-    from videoxl.kv_cache import fork_cache
 
     with torch.no_grad():
         out = model(ids[:, -2:], past_key_values=fork_cache(video.cache), attention_mask=torch.ones_like(ids))
@@ -332,3 +331,83 @@ def test_offloaded_prefill_is_the_same(model, tokenizer, prefill):
         second = {"timestamps": TIMES[:9], "chat_history": history, **options}
         two_videos.append(model.chat(FRAMES[:9], tokenizer, "And?", **second))
     assert two_videos[0] == two_videos[1]
+
+
+def test_forks_of_forks_never_see_each_other():
+    def states(value, count):
+        return torch.full((1, 1, count, 2), float(value))
+
+    def content(cache):
+        return cache.layers[0].keys[0, 0, :, 0].tolist()
+
+    cache = new_cache(1)
+    cache.update(states(0, 3), states(0, 3), 0)
+    first = fork_cache(cache, make_room=True)
+    second = fork_cache(first)
+    del first
+    second.update(states(1, 2), states(1, 2), 0)
+    cache.update(states(2, 2), states(2, 2), 0)
+    third = fork_cache(second)
+    third.crop(-1)
+    third.update(states(3, 1), states(3, 1), 0)
+    assert content(cache) == [0, 0, 0, 2, 2]
+    assert content(second) == [0, 0, 0, 1, 1]
+    assert content(third) == [0, 0, 0, 1, 3]
+
+
+def test_a_question_copies_nothing_of_the_video(model, tokenizer, video, tmp_path):
+    video.save(tmp_path / "video.videoxl")
+    loaded = model.load_video(tmp_path / "video.videoxl", tokenizer)
+    for each in (video, loaded):
+        model.chat(each, tokenizer, "What?", generation_config=SHORT)
+        keys = each.cache.layers[0].keys
+        fork = fork_cache(each.cache, make_room=True)
+        fork.update(keys[:, :, :1], keys[:, :, :1], 0)
+        assert fork.layers[0].keys.data_ptr() == each.cache.layers[0].keys.data_ptr()
+
+
+def test_pooled_keys_do_not_leak_between_branches_of_one_video(model, tokenizer, video):
+    branches = [copy.deepcopy(video), copy.deepcopy(video)]
+    model.config.sparse_attention = {**BILEVEL, "reload": "none"}
+    for branch, frames in zip(branches, (FRAMES[:8], FRAMES[8:16]), strict=True):
+        model.chat(branch, tokenizer, "What?", generation_config=SHORT)
+        branch.append(frames, [20.0 + 0.5 * index for index in range(8)])
+    fresh = copy.deepcopy(video)
+    fresh.append(FRAMES[8:16], [20.0 + 0.5 * index for index in range(8)])
+    options = {"return_history": False, "generation_config": SHORT}
+    model.chat(branches[0], tokenizer, "What?", **options)
+    assert model.chat(branches[1], tokenizer, "What?", **options) == model.chat(fresh, tokenizer, "What?", **options)
+
+
+def test_append_keeps_the_plan_the_video_was_made_with(model, tokenizer):
+    model.config.sparse_attention = {"prefill": "streaming", "chunk_groups": 1, "window_chunks": 1}
+    at_once = model.encode_video(FRAMES, tokenizer, timestamps=TIMES)
+    grown = model.encode_video(FRAMES[:20], tokenizer, timestamps=TIMES[:20])
+    model.config.sparse_attention = {}
+    grown.append(FRAMES[20:], TIMES[20:])
+    assert grown.prefill == at_once.prefill
+    torch.testing.assert_close(grown.cache.layers[-1].keys, at_once.cache.layers[-1].keys, atol=1e-4, rtol=1e-4)
+
+
+def test_several_questions_with_times_equal_single_calls(model, tokenizer, video):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"method": "none"}}
+    questions = ["What happens at 0:09?", "What moves?", "And between 10 s and 13 s?"]
+    alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
+    assert model.chat_batch(video, tokenizer, questions, generation_config=SHORT) == alone
+    with pytest.raises(ValueError, match="pool_size"):
+        model.config.sparse_attention = {**BILEVEL, "pool_size": 17}
+        model.chat(video, tokenizer, "What?")
+
+
+def test_an_earlier_video_that_was_replaced_is_not_reused(model, tokenizer, clips):
+    eight = {"max_num_frames": 8, "sample_fps": None, "generation_config": SHORT}
+    _, history = model.chat(clips[0], tokenizer, "What moves?", **eight)
+    _, longer = model.chat(clips[1], tokenizer, "And here?", history, generation_config=SHORT)
+    other = np.flip(FRAMES[: longer[0]["content"][0]["video"].num_frames]).copy()
+    times = longer[0]["content"][0]["video"].timestamps
+    edited = copy.deepcopy(longer)
+    edited[0]["content"][0]["video"] = model.encode_video(other, tokenizer, timestamps=times)
+    answer, _ = model.chat(None, tokenizer, "Compare.", edited, generation_config=SHORT)
+    again = [message if index else edited[0] for index, message in enumerate(json.loads(json.dumps(longer)))]
+    sampling = {"sample_fps": 1, "max_num_frames": 512}
+    assert answer == model.chat(None, tokenizer, "Compare.", again, False, generation_config=SHORT, **sampling)

@@ -1,6 +1,7 @@
 """forward and generate: counts, modes of running, precision, gradients, batches, beams."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -274,3 +275,34 @@ def test_a_user_cache_is_continued(model):
                 torch.tensor([both[split:]]), pixel_values_videos=videos[1:], past_key_values=first.past_key_values
             )
         torch.testing.assert_close(second.logits[0], expected[split:], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", (*PREFILLS, {"decode": "bilevel", "decode_chunk_groups": 1}))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_that_all_rows_share(model, settings, rows):
+    model.config.sparse_attention = settings
+    row, videos = prompt(model, [5]), [pixels(model, 20)] * rows
+    ids, mask = torch.tensor([[0] * 4 + row] * rows), torch.tensor([[0] * 4 + [1] * len(row)] * rows)
+    alone = model.generate(input_ids=torch.tensor([row]), pixel_values_videos=videos[:1], max_new_tokens=5)
+    padded = model.generate(input_ids=ids, attention_mask=mask, pixel_values_videos=videos, max_new_tokens=5)
+    assert padded[:, 4:].tolist() == alone.tolist() * rows
+    if settings.get("decode") == "bilevel":
+        return
+    right = torch.tensor([row + [0] * 4] * rows)
+    for use_cache in (True, False):
+        with torch.no_grad():
+            logits = model(right, attention_mask=mask.flip(1), pixel_values_videos=videos, use_cache=use_cache).logits
+        torch.testing.assert_close(
+            logits[:, : len(row)], logits_of(model, row, videos[:1]).expand(rows, -1, -1), atol=2e-4, rtol=0
+        )
+
+
+def test_sparse_prefill_of_several_segments_with_and_without_cache(model, monkeypatch):
+    for module in {type(model.model).extend_cache.__module__, "videoxl.prefill_videoxl"} & set(sys.modules):
+        monkeypatch.setattr(sys.modules[module], "SEGMENT_TOKENS", 50)
+    ids, video = prompt(model, [9]), pixels(model, 36)
+    for settings in PREFILLS:
+        model.config.sparse_attention = settings
+        torch.testing.assert_close(
+            logits_of(model, ids, [video]), logits_of(model, ids, [video], use_cache=False), atol=2e-4, rtol=0
+        )

@@ -1,0 +1,166 @@
+"""`plan`: tokens and key-values equal what is made, peaks equal what is allocated, and `max_frames` is its inverse."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from videoxl.bilevel_videoxl import choose_for_question
+from videoxl.planning_videoxl import parse_memory
+
+PREFILLS = ("full", "streaming", "mask")
+FRAMES = np.zeros((150, 8, 8, 3), np.uint8)
+
+
+def kv_bytes(cache):
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def encode(model, tokenizer, count, step=1.0):
+    return model.encode_video(FRAMES[:count], tokenizer, timestamps=[index * step for index in range(count)])
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 37, 150])
+def test_tokens_and_key_values_are_exact(model, tokenizer, prefill, count):
+    model.config.sparse_attention = {"prefill": prefill}
+    video = encode(model, tokenizer, count)
+    for plan in (model.plan(count, tokenizer=tokenizer), model.plan(count)):
+        assert plan.frames == video.num_frames
+        assert plan.total_tokens == len(video.input_ids)
+        assert plan.visual_tokens == int(sum(id == model.config.video_token_id for id in video.input_ids))
+        assert plan.total_tokens == plan.visual_tokens + plan.timestamp_tokens + plan.text_tokens
+        assert plan.kv_bytes == kv_bytes(video.cache)
+        assert plan.mixed_tokens is None
+    assert (plan.counted_by, model.plan(count, tokenizer=tokenizer).counted_by) == ("time_format", "tokenizer")
+
+
+def test_more_digits_are_more_tokens(model, tokenizer):
+    video = encode(model, tokenizer, 9, step=300.0)
+    plan = model.plan(9, tokenizer=tokenizer, sample_fps=1 / 300)
+    assert plan.total_tokens == len(video.input_ids) > model.plan(9, tokenizer=tokenizer).total_tokens
+
+
+@pytest.mark.parametrize("sampling", [{}, {"max_num_frames": 6}, {"sample_fps": None, "max_num_frames": 11}])
+def test_a_file_is_planned_as_it_is_encoded(model, tokenizer, clips, sampling):
+    for clip in clips:
+        video = model.encode_video(clip, tokenizer, **sampling)
+        plan = model.plan(video_path=clip, tokenizer=tokenizer, **sampling)
+        assert (plan.frames, plan.total_tokens) == (video.num_frames, len(video.input_ids))
+        assert plan.kv_bytes == kv_bytes(video.cache)
+
+
+@pytest.mark.parametrize("count", [5, 16, 37, 49, 150])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pool_size": 3, "decode_chunk_groups": 3},
+        {"reload": {"method": "probe", "share": 0.5}},
+        {"reload": "none"},
+        {"reload": {"method": "mean_key", "count": 1, "max_tokens": 700}},
+    ],
+)
+def test_mixed_key_values_are_exact(model, tokenizer, count, settings):
+    model.config.sparse_attention = {"prefill": "streaming", "decode": "bilevel", **settings}
+    video = encode(model, tokenizer, count)
+    plan = model.plan(count, tokenizer=tokenizer)
+    question = model.get_input_embeddings()(torch.tensor([tokenizer("What moves?")["input_ids"]]))
+    with torch.no_grad():
+        resolved = model.config.resolve_sparse_attention()
+        mixed, _ = choose_for_question(model.model, video.cache, question, resolved)
+    assert plan.mixed_tokens == mixed.layers[0].held
+    assert plan.mixed_kv_bytes == kv_bytes(mixed)
+    assert plan.kv_bytes == kv_bytes(video.cache)
+    assert plan.pooled_kv_bytes == video.nbytes - plan.kv_bytes
+
+
+def test_settings_are_read_at_call_time(model):
+    before = model.plan(150)
+    model.config.vision_chunk_frames = 64
+    assert model.plan(150).stages["vision"]["tower's features"] == 2 * before.stages["vision"]["tower's features"]
+    model.config.sparse_attention = {"decode": "bilevel"}
+    assert model.plan(150).mixed_tokens < before.total_tokens
+
+
+def allocated_peak(function) -> int:
+    """Bytes of the allocator at the peak of a call, above those before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(np.cumsum([event.nbytes() for event in events]).max())
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_peak_is_what_the_allocator_sees(model, tokenizer, prefill):
+    model.config.sparse_attention = {"prefill": prefill}
+    encode(model, tokenizer, 4)
+    videos = []
+    peak = allocated_peak(lambda: videos.append(encode(model, tokenizer, 150)))
+    plan = model.plan(150, tokenizer=tokenizer)
+    buffers = sum(buffer.nbytes for layer in videos[0].cache.layers for buffer in layer._buffers)
+    expected = max(plan.beyond("vision"), plan.beyond("prefill")) + buffers - plan.kv_bytes
+    # The number of decoded frames that wait is up to the threads.
+    assert abs(expected / peak - 1) < 0.15, (expected, peak)
+
+
+@pytest.mark.parametrize("settings", [{"prefill": "streaming"}, {"decode": "bilevel"}, {"prefill": "mask"}])
+def test_max_frames_is_monotone_and_the_inverse(model, settings):
+    model.config.sparse_attention = settings
+    weights = model.plan(1).weight_bytes
+    assert model.plan(1, memory=weights).max_frames_in_memory == 0
+    found = []
+    for extra in (3, 8, 9, 15, 30):
+        memory = weights + extra * 10**6
+        plan = model.plan(1, memory=memory)
+        frames = plan.max_frames_in_memory
+        assert frames == plan.max_frames(memory) > 0
+        assert model.plan(frames).peak_bytes <= memory
+        found.append(frames)
+        # Every length up to it fits, and the next ones do not all.
+        assert all(model.plan(length).peak_bytes <= memory for length in range(1, frames, 7))
+        assert any(model.plan(length).peak_bytes > memory for length in range(frames + 1, frames + 64))
+    assert found == sorted(found)
+
+
+def test_plan_is_printed_and_written(model):
+    model.config.sparse_attention = {"decode": "bilevel"}
+    plan = model.plan(150, memory="1GB")
+    facts = json.loads(json.dumps(plan.to_dict()))
+    assert facts["peak_bytes"] == plan.peak_bytes == max(sum(terms.values()) for terms in plan.stages.values())
+    assert all(stage in str(plan) for stage in ("vision", "prefill", "question", "decode"))
+    assert "frames that fit 1.00 GB" in str(plan)
+    assert len({len(line) for line in str(plan).splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(5, 5), ("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("80g", 8 * 10**10), ("7", 7)]
+)
+def test_memory_is_read(memory, expected):
+    assert parse_memory(memory) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "neither"),
+        ({"num_frames": 4, "video_path": "a.mp4"}, "both"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"num_frames": -4}, "num_frames"),
+        ({"num_frames": 4.0}, "num_frames"),
+        ({"num_frames": 4, "memory": "much"}, "24GB"),
+        ({"num_frames": 4, "memory": -1}, "24GB"),
+        ({"num_frames": 4, "memory": "24 apples"}, "24GB"),
+        ({"num_frames": 4, "question_tokens": 0}, "question_tokens"),
+        ({"num_frames": 4, "max_new_tokens": -1}, "max_new_tokens"),
+        ({"num_frames": 4, "sample_fps": 0}, "sample_fps"),
+    ],
+)
+def test_bad_input_says_what_to_do(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        model.plan(**arguments)
+    with pytest.raises(FileNotFoundError):
+        model.plan(video_path="no/such/file.mp4")
