@@ -74,6 +74,8 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     """
     if dense_chunks is None:
         return None
+    if isinstance(dense_chunks, (str, Integral)) or not hasattr(dense_chunks, "__iter__"):
+        raise ValueError(f"dense_chunks must be a list of chunk numbers, or one list per video, got {dense_chunks!r}")
     videos = chunks[-1].video + 1
     nested = [list(entry) if isinstance(entry, (list, tuple, range)) else entry for entry in dense_chunks]
     listed = all(isinstance(entry, list) for entry in nested) and (nested or videos > 1)

@@ -8,7 +8,6 @@ What is surprising:
 """
 
 import copy
-import os
 import sys
 
 import torch
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .conversation_videoxl import is_encoded, place_video, read_history, video_items
 from .encoded_video_videoxl import SAMPLING, EncodedVideo
 from .kv_cache import fork_cache, move_cache
 from .processing_videoxl import VideoXLProcessor
@@ -28,9 +28,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 1024
 # From this many frames on, encoding shows a progress bar on a terminal.
 PROGRESS_MIN_FRAMES = 256
-# The video's place in a message of the published code, and its role strings.
-PUBLISHED_VIDEO_MARK = "<image>\n"
-PUBLISHED_ROLE_PREFIX = "<|im_start|>"
 
 
 class VideoXLChatMixin:
@@ -77,7 +74,7 @@ class VideoXLChatMixin:
         prefix = processor.prompt_pieces(processor.render(messages))[0]
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        return self._encode(processor, video_path, None, prefix, options, progress)
+        return self._encode(processor, video_path, None, prefix, options, progress, system_prompt)
 
     @torch.no_grad()
     def chat(
@@ -134,19 +131,21 @@ class VideoXLChatMixin:
         if not isinstance(user_prompt, str) or not user_prompt.strip():
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
-        messages = _normalise_history(chat_history, video_path)
-        known = [item["video"] for item in _video_items(messages)]
-        if video_path is None or any(_same_video(video_path, video) for video in known):
-            if timestamps is not None:
-                raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
+        messages = read_history(chat_history, video_path)
+        if not messages and is_encoded(video_path) and video_path.system_prompt is not None:
+            messages.append({"role": "system", "content": video_path.system_prompt})
+        if place_video(messages, video_path):
             messages.append({"role": "user", "content": user_prompt})
         else:
             content = [{"type": "video", "video": video_path}, {"type": "text", "text": user_prompt}]
             messages.append({"role": "user", "content": content})
+        fresh = not is_encoded(video_path) and any(item["video"] is video_path for item in video_items(messages))
+        if timestamps is not None and not fresh:
+            raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        encoded, suffix = self._encode_conversation(processor, messages, options, progress)
-        videos = [item["video"] for item in _video_items(messages)]
+        encoded, suffix = self._encode_conversation(processor, messages, video_path, options, progress)
+        videos = [item["video"] for item in video_items(messages)]
         reload = self._reload_options(videos, user_prompt, dense_chunks, selector)
         cache = self._question_cache(encoded)
         answer = self._answer(encoded, cache, [suffix], generation_config, tokenizer, streamer, reload)[0]
@@ -157,9 +156,7 @@ class VideoXLChatMixin:
         return tuple(result) if len(result) > 1 else answer
 
     @torch.no_grad()
-    def chat_batch(
-        self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None, system_prompt=None
-    ) -> list[str]:
+    def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
         """Answers several questions about one encoded video in one call of `generate`.
 
         Args:
@@ -167,20 +164,18 @@ class VideoXLChatMixin:
             tokenizer: The checkpoint's tokenizer.
             user_prompts: The questions, each by itself.
             generation_config, dense_chunks: See `chat`; `dense_chunks` holds for every question.
-            system_prompt: The one that the video was encoded with.
-
         Returns:
             One answer per question, equal to what single calls give.
 
         Raises:
             ValueError: On a video that is not encoded, or no questions.
         """
-        if not getattr(video, "is_encoded_video", False):
+        if not is_encoded(video):
             raise ValueError("chat_batch asks an EncodedVideo: call model.encode_video first")
         if isinstance(user_prompts, str) or not list(user_prompts):
             raise ValueError(f"user_prompts must be a list of questions, got {user_prompts!r}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        system = [] if video.system_prompt is None else [{"role": "system", "content": video.system_prompt}]
         suffixes = []
         for prompt in user_prompts:
             content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
@@ -188,8 +183,8 @@ class VideoXLChatMixin:
             suffixes.append(suffix)
         if not video.continues(self, torch.tensor(prefix)):
             raise ValueError(
-                "this EncodedVideo was made by another model, from a file that has changed since, or behind another "
-                "prompt; encode it again, or give the system_prompt that it was encoded with"
+                "this EncodedVideo was made by another model or behind earlier turns; ask it with chat and its "
+                "history, or encode it again"
             )
         reloads = [self._reload_options([video], prompt, dense_chunks, None) for prompt in user_prompts]
         reload = reloads[0]
@@ -291,9 +286,9 @@ class VideoXLChatMixin:
             fact.update(level=choice.level, score=choice.score)
         return facts
 
-    def _encode_conversation(self, processor, messages, options, progress):
+    def _encode_conversation(self, processor, messages, given, options, progress):
         """The conversation's last video, encoded behind all before it (None without one), and the ids that follow."""
-        items = _video_items(messages)
+        items = video_items(messages)
         pieces = processor.prompt_pieces(processor.render(messages))
         encoded = None
         for item, piece in zip(items, pieces[:-1], strict=True):
@@ -301,27 +296,26 @@ class VideoXLChatMixin:
             before = torch.tensor(prefix)
             if encoded is not None:
                 before = torch.cat([encoded.input_ids, before])
-            if getattr(video, "is_encoded_video", False):
+            own_options = options if video is given else {**options, "timestamps": None}
+            if is_encoded(video):
                 if video.continues(self, before, encoded):
                     encoded = video
                     video.adopt(processor)
                     continue
-                if not str(video):
+                if not str(video) or video.appended:
                     raise ValueError(
-                        "this EncodedVideo was made behind another prompt (system message, earlier turns or videos) "
-                        "or by another model, and has no file to be encoded from again; pass its frames"
+                        "this EncodedVideo was made behind another prompt (system message, earlier turns, videos) "
+                        "or by another model, and its frames are in no file to be encoded from again. Ask it behind "
+                        "the prompt it was made with (its system_prompt), or pass its frames"
                     )
-                logger.warning_once("a video is encoded again: the conversation before it, or its file, has changed")
+                logger.warning(f"{video} is encoded again: the conversation before it has changed")
                 sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
                 video, own_options = str(video), {**options, **sampling, "timestamps": None}
-            elif item is items[-1]:
-                own_options = options
-            else:
-                own_options = {**options, "timestamps": None}
-            encoded = item["video"] = self._encode(processor, video, encoded, prefix, own_options, progress)
+            system = messages[0]["content"] if messages[0]["role"] == "system" else None
+            encoded = item["video"] = self._encode(processor, video, encoded, prefix, own_options, progress, system)
         return encoded, pieces[-1]
 
-    def _encode(self, processor, source, base, prefix, options, progress) -> EncodedVideo:
+    def _encode(self, processor, source, base, prefix, options, progress, system_prompt) -> EncodedVideo:
         """Streams a video through tower and language model, behind `base` and the prefix ids."""
         reader = open_video(
             source, size=processor.image_size, batch_frames=self.config.resolve_vision_chunk_frames(), **options
@@ -336,6 +330,7 @@ class VideoXLChatMixin:
                 input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
                 behind=None if base is None else base.mark,
                 sampling=reader.sampling,
+                system_prompt=system_prompt,
             )
             if progress is None:
                 progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
@@ -348,8 +343,12 @@ class VideoXLChatMixin:
 
     def _generation_settings(self, given, tokenizer) -> GenerationConfig:
         settings = copy.deepcopy(self.generation_config)
+        if given is not None and not isinstance(given, (dict, GenerationConfig)):
+            raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {given!r}")
         given = given.to_diff_dict() if isinstance(given, GenerationConfig) else dict(given or {})
         given = {key: value for key, value in given.items() if value is not None}
+        if not isinstance(given.get("temperature", 0), (int, float)):
+            raise ValueError(f"generation_config: temperature must be a number, got {given['temperature']!r}")
         if until := given.pop("until", None):
             given["stop_strings"] = [until] if isinstance(until, str) else list(until)
         known = set(GenerationConfig().to_dict())
@@ -361,6 +360,8 @@ class VideoXLChatMixin:
         if given.get("do_sample") and given.get("temperature") == 0:
             given["do_sample"] = False
         settings.update(**given)
+        # The answer is text, and it is decoded over the video's key-values: neither is a matter of choice here.
+        settings.return_dict_in_generate, settings.use_cache = False, True
         if not settings.do_sample:
             settings.do_sample = False
             settings.temperature = settings.top_p = settings.top_k = None
@@ -373,48 +374,3 @@ class VideoXLChatMixin:
                 tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             )
         return settings
-
-
-def _normalise_history(history, video_path) -> list[dict]:
-    """A copy of the history in our form; the published form (role strings, `<image>` mark) is understood."""
-    messages = []
-    for message in history or []:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f'chat_history must be a list of {{"role", "content"}} messages, got {message!r}')
-        role = message["role"].removeprefix(PUBLISHED_ROLE_PREFIX)
-        content = message["content"]
-        if isinstance(content, str):
-            if content.startswith(PUBLISHED_VIDEO_MARK) and video_path is not None and not _video_items(messages):
-                text = content.removeprefix(PUBLISHED_VIDEO_MARK)
-                content = [{"type": "video", "video": video_path}, {"type": "text", "text": text}]
-        else:
-            content = [_normalise_item(item) for item in content]
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _normalise_item(item) -> dict:
-    item = dict(item)
-    if item.get("type") == "video":
-        source = next((item[key] for key in ("video", "path") if item.get(key) is not None), None)
-        if source is None or (isinstance(source, str) and not source and not hasattr(source, "is_encoded_video")):
-            raise ValueError(
-                "a video in chat_history has no path: frames from memory do not survive JSON. Pass the frames again"
-            )
-        item = {"type": "video", "video": source}
-    return item
-
-
-def _video_items(messages) -> list[dict]:
-    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [item for content in contents for item in content if item.get("type") == "video"]
-
-
-def _same_video(given, known) -> bool:
-    if given is known:
-        return True
-    if not isinstance(given, (str, os.PathLike)) or not isinstance(known, (str, os.PathLike)):
-        return False
-    if getattr(given, "is_encoded_video", False) and getattr(known, "is_encoded_video", False):
-        return given.cache is known.cache
-    return bool(str(known)) and os.path.realpath(given) == os.path.realpath(known)

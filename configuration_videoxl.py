@@ -258,8 +258,11 @@ class VideoXLConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         # override: users may assign a dict between calls; fields that are missing from it take their defaults.
-        if name == "sparse_attention" and isinstance(value, dict):
-            value = VideoXLSparseAttentionConfig(**value)
+        if name == "sparse_attention" and (value is None or isinstance(value, dict)):
+            value = VideoXLSparseAttentionConfig(**(value or {}))
+        elif name == "sparse_attention" and not hasattr(value, "prefill"):
+            fields = ", ".join(VideoXLSparseAttentionConfig.fields)
+            raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r}")
         super().__setattr__(name, value)
 
     @property
@@ -294,7 +297,10 @@ class VideoXLConfig(PreTrainedConfig):
         """Frames per call of the tower: a whole number of groups, at least one; the published switch wins."""
         frames = self.vision_chunk_frames
         if getattr(self, "enable_chunk_prefill", False):
-            frames = (getattr(self, "prefill_config", None) or {}).get("chunk_size_for_vision_tower", frames)
+            published = (getattr(self, "prefill_config", None) or {}).get("chunk_size_for_vision_tower")
+            frames = frames if published is None else published
+        if not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r}")
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
 
     @classmethod

@@ -30,6 +30,8 @@ class EncodedVideo(str):
         timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
         duration: Seconds of the whole video.
         sampling: The sampling settings.
+        system_prompt: The system message it was encoded behind, None for the template's.
+        appended: Whether frames were added that its file does not hold.
         prefill: The prefill settings it was made with; later changes of the config do not touch it.
         input_ids: [L] token ids of everything up to the end of the video: prompt header, timestamps, placeholders.
         layout: Where the visual tokens are among them.
@@ -41,11 +43,12 @@ class EncodedVideo(str):
     def __new__(cls, source, **state):
         return super().__new__(cls, source or "")
 
-    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None, behind=None):
+    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None, behind=None, system_prompt=None):
         super().__init__()
         self._processor, self._model = processor, model
         self.cache, self.input_ids = cache, input_ids
-        self.sampling = sampling
+        self.sampling, self.system_prompt = sampling, system_prompt
+        self.appended = False  # holds frames that its file does not
         self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
         self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
@@ -86,10 +89,10 @@ class EncodedVideo(str):
         return sum(group.end - group.visual_start for group in self.layout.videos[-1])
 
     def continues(self, model, ids, base=None) -> bool:
-        """Whether this model made it (or loaded it) behind exactly these token ids [.], and its file is unchanged."""
+        """Whether this model made it (or loaded it) behind exactly these token ids [.] and this earlier video."""
         start = self.layout.videos[-1][0].start
         same_base = self._behind is (None if base is None else base.mark)
-        return self._model is model and same_base and self.is_current() and torch.equal(self.input_ids[:start], ids)
+        return self._model is model and same_base and torch.equal(self.input_ids[:start], ids)
 
     def chunks(self, chunk_groups) -> list[tuple[float, float]]:
         """(start, end) seconds of the video's chunks of `chunk_groups` groups each."""
@@ -107,7 +110,7 @@ class EncodedVideo(str):
         Raises:
             FileNotFoundError, ValueError: If the file cannot be written there, or the video file has changed since.
         """
-        if not self.is_current():
+        if not self.is_current() and not self.appended:
             raise ValueError(f"{self} has changed since it was encoded: encode it again before saving")
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
@@ -117,12 +120,15 @@ class EncodedVideo(str):
         facts = {
             "model": model_fingerprint(self._model),
             "source": os.path.abspath(self) if self else "",
-            "source_fingerprint": source_fingerprint(str(self)),
+            # A video that grew beyond its file is bound to no file.
+            "source_fingerprint": None if self.appended else source_fingerprint(str(self)),
             "sampling": self.sampling,
             "prefill": self.prefill,
             "timestamps": self.timestamps,
             "duration": self.duration,
             "videos": self.layout.videos,
+            "system_prompt": self.system_prompt,
+            "appended": self.appended,
         }
         save_video_file(path, tensors, facts)
 
@@ -133,7 +139,7 @@ class EncodedVideo(str):
         source = os.fspath(source) if source is not None else facts["source"]
         expected = {
             "model": model_fingerprint(model),
-            "source_fingerprint": source_fingerprint(source),
+            "source_fingerprint": None if facts["appended"] else source_fingerprint(source),
             "sampling": sampling or None,
         }
         require_match(facts, expected, f"the saved video {os.fspath(path)}")
@@ -142,8 +148,9 @@ class EncodedVideo(str):
             layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
-        state = {"cache": cache, "input_ids": tensors["input_ids"], "sampling": facts["sampling"]}
-        video = cls(source, model=model, processor=processor, **state)
+        state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
+        video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
+        video.appended = facts["appended"]
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
         video._tail = tensors.get("tail")
         return video
@@ -167,6 +174,7 @@ class EncodedVideo(str):
                     f"appended frames must be later than the last one at {self.timestamps[-1]} s, the first new one "
                     f"is at {reader.timestamps[0]} s"
                 )
+            self.appended = True
             for batch in reader:
                 self.extend(batch)
         if len(self.timestamps) > 1:

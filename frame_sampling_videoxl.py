@@ -6,7 +6,7 @@ the reference does; only a truly variable rate is sampled in the time domain.
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def check_sampling(max_num_frames: int, sample_fps: float | None, max_sample_fps
     for name, value in (("sample_fps", sample_fps), ("max_sample_fps", max_sample_fps)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (Real, np.floating)) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be frames per second above 0, or None, got {value!r}.")
 
 

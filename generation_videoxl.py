@@ -90,12 +90,23 @@ class VideoXLGenerationMixin(GenerationMixin):
             return kwargs[name] if kwargs.get(name) is not None else from_config
 
         past = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values_videos") is not None and setting("prefill_chunk_size") is not None:
+        prefilled = isinstance(past, Cache) and past.get_seq_length() > 0
+        videos = kwargs.get("pixel_values_videos") is not None
+        if (videos or prefilled) and setting("prefill_chunk_size") is not None:
             raise ValueError(
                 "prefill_chunk_size cannot be used with a video: its prefill runs in bounded segments already"
             )
         assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
-        if assisted and isinstance(past, Cache) and past.get_seq_length():
+        if prefilled and setting("use_cache") is False:
+            raise ValueError(
+                "use_cache=False has no meaning beside a cache that holds the prompt; leave one of them out"
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "generate continues at the right end of every row: pad prompts on the left, not on the right"
+            )
+        if assisted and prefilled:
             raise ValueError(
                 "assisted decoding and prompt lookup over a prefilled cache give wrong answers in transformers; pass "
                 "the video itself (pixel_values_videos) instead of an encoded one, or decode without assistance"

@@ -123,6 +123,13 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
             ValueError: On pixels of another shape.
         """
         side, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        listed = isinstance(pixel_values_videos, (list, tuple)) and len(pixel_values_videos) > 0
+        if not (torch.is_tensor(pixel_values_videos) or listed and all(map(torch.is_tensor, pixel_values_videos))):
+            raise ValueError(
+                f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of "
+                f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
+                "processor builds it"
+            )
         tokens, towers = [], []
         for pixels in pixel_values_videos:
             if pixels.ndim != 4 or pixels.shape[0] == 0 or tuple(pixels.shape[1:]) != (channels, side, side):
@@ -171,6 +178,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         """See `VideoXLForConditionalGeneration.forward`; with `keep_hidden` a prefill returns its last positions."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length], got {tuple(input_ids.shape)}")
         settings = self.config.resolve_sparse_attention()
         if dense_chunks is not None and settings.decode != "bilevel":
             raise ValueError("dense_chunks needs bi-level decoding: set config.sparse_attention with decode='bilevel'")
@@ -237,6 +246,13 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
         past_length = cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
             attention_mask = torch.ones(input_ids.shape[0], past_length + input_ids.shape[1], device=input_ids.device)
+        if attention_mask.shape != (input_ids.shape[0], past_length + input_ids.shape[1]):
+            raise ValueError(
+                f"attention_mask must be [{input_ids.shape[0]}, {past_length + input_ids.shape[1]}] (cached and new "
+                f"tokens), got {tuple(attention_mask.shape)}"
+            )
+        if not attention_mask[:, past_length:].any(dim=1).all():
+            raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output
         prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
         rows = self._rows(prompts, masks, features, past_length, prompt_length)
@@ -377,6 +393,7 @@ class VideoXLForConditionalGeneration(
         num_expanded=1,
         dense_chunks=None,
         required_chunks=(),
+        return_dict=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Language-model outputs of prompts that may hold videos.
@@ -397,6 +414,7 @@ class VideoXLForConditionalGeneration(
             dense_chunks: Bi-level decoding: the chunks to keep dense, instead of choosing by the question. 0-based
                 chunks of `decode_chunk_groups` groups, one list per video (or a plain list for one video); `[]` keeps
                 only the first and the last, which always are dense.
+            return_dict: False returns a plain tuple.
             required_chunks: Bi-level decoding: chunks, numbered over all videos, that the automatic choice must
                 include.
 
@@ -407,8 +425,13 @@ class VideoXLForConditionalGeneration(
         Raises:
             ValueError: If the number of placeholders differs from the number of visual tokens.
         """
+        bilevel = self.config.resolve_sparse_attention().decode == "bilevel"
+        if bilevel and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
+            raise ValueError(
+                "with decode='bilevel' logits exist behind the last video only: give logits_to_keep a number"
+            )
         if labels is not None:
-            if self.config.resolve_sparse_attention().decode == "bilevel":
+            if bilevel:
                 raise ValueError(
                     "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
                 )
@@ -436,13 +459,14 @@ class VideoXLForConditionalGeneration(
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.video_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output.to_tuple() if return_dict is False else output
 
 
 def build_vision_tower(config: VideoXLConfig) -> PreTrainedModel:

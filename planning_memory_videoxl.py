@@ -191,14 +191,19 @@ class MemoryFormulas:
     def question(self, total, room, question_tokens, new_tokens) -> tuple[list, list]:
         """Candidates for the peaks of a question's run and of decoding behind all key-values."""
         asked, answered = total + question_tokens, total + question_tokens + new_tokens
-        always = self.cached(total, room) | self._rows(answered)
-        # They run in the spare room behind the video; without enough of it the whole cache is copied.
-        copied = with_spare(asked) if asked > room else 0
         run = self.forward(question_tokens, question_tokens, question_tokens, asked)
-        first = always | self._behind(total, asked, copied) | run
+        candidates = []
+        if room < total + MIN_SPARE_TOKENS:
+            # The video's layers are given room, one after the other.
+            room = with_spare(total)
+            candidates.append(self.cached(total, room) | {"layer that grows": total * self.per_layer})
+        # A question and its answer run in the room behind the video; without enough of it the whole cache is copied.
+        always = self.cached(total, room) | self._rows(answered)
+        copied = with_spare(asked) if asked > room else 0
+        candidates.append(always | self._behind(total, asked, copied) | run)
         if answered > (copied or room):
             copied = with_spare((copied or room) + 1)
-        return [first], [always | self._behind(total, answered, copied)]
+        return candidates, [always | self._behind(total, answered, copied)]
 
     def _rows(self, tokens) -> dict[str, int]:
         # Ids, mask and positions in int64; one row of logits, and its float32 copy that `generate` picks from.

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from .kv_cache import MIN_SPARE_TOKENS
 from .planning_memory_videoxl import MemoryFormulas, largest
 from .processing_videoxl import VideoXLProcessor
-from .selection_videoxl import ChunkCost, ReloadPolicy, choose_levels
+from .selection_videoxl import POOLED, ChunkCost, Levels, ReloadPolicy, choose_levels
 from .video_processing_videoxl import open_video
 
 # Tokens in front of a video where no tokenizer is given: the default prompt's header under Qwen2's tokenizer.
@@ -200,8 +201,8 @@ class _Planner(MemoryFormulas):
         ends = self.header + np.cumsum(stamps + self.visual)
         total, capacity = int(ends[-1]), self.capacity(ends, groups)[0]
         stages = {"vision": [], "prefill": []}
-        # The last full batch is the worst of the full ones, as what it sees grows. A partial one may lie behind it, and
-        # before it the one in which the layers grew for the last time.
+        # The last full batch is the worst of the full ones, as what it sees grows. A partial one may lie behind it,
+        # and before it the one in which the layers grew for the last time.
         grown_from = self.capacity(ends, groups)[1] or 0
         grown = (int(np.searchsorted(ends, grown_from, side="right")) // self.batch + 1) * self.batch
         for last in sorted({groups // self.batch * self.batch, groups, min(grown, groups)} - {0}):
@@ -219,8 +220,9 @@ class _Planner(MemoryFormulas):
         if self.settings.decode == "full":
             stages["question"], stages["decode"] = self.question(*sizes)
         else:
-            mixed, scored = self._mixed(stamps)
-            pooled = groups * (self.visual // self.settings.pool_size)
+            levels, scored = self._levels(stamps)
+            mixed, everything = levels.tokens, groups * (self.visual // self.settings.pool_size)
+            pooled = everything if scored or POOLED in levels.levels else 0
             probed = self.header + int(stamps.sum()) + pooled if scored else 0
             stages["question"], stages["decode"] = self.mixed_question(*sizes, mixed, pooled, probed)
         return VideoPlan(
@@ -261,16 +263,17 @@ class _Planner(MemoryFormulas):
         """Lengths up to `frames` of which one needs the most: it, and those behind which less is needed."""
         groups = -(-frames // self.frames_per_group)
         ends = self.header + np.cumsum(self._stamps_until(groups) + self.visual)
-        # The fullest buffers before the last growth; and whole chunks of decoding, the last one dense while it is
-        # last.
-        full = int(np.searchsorted(ends, self.capacity(ends, groups)[2], side="right"))
+        # Buffers that are nearly full, now or before the last growth: a long answer copies them, unless hardly
+        # anything fits. And whole chunks of decoding: the last one is dense while it is last.
+        room, _, earlier = self.capacity(ends, groups)
+        full = np.searchsorted(ends, np.array([room, earlier, earlier + MIN_SPARE_TOKENS]) - MIN_SPARE_TOKENS, "right")
         whole = groups // self.settings.decode_chunk_groups * self.settings.decode_chunk_groups
-        return {min(count * self.frames_per_group, frames) for count in (groups, full, whole) if count}
+        return {min(count * self.frames_per_group, frames) for count in (groups, whole, *full.tolist()) if count}
 
-    def _mixed(self, stamps) -> tuple[int, bool]:
-        """Tokens of the mixed cache, and whether a scorer chooses for it.
+    def _levels(self, stamps) -> tuple[Levels, bool]:
+        """What bi-level decoding keeps, and whether a scorer chooses it.
 
-        Which chunks are chosen does not change the number: only the last one, always dense, may be shorter.
+        Which chunks are chosen does not change how much that is: only the last one, always dense, may be shorter.
         """
         size, visual = self.settings.decode_chunk_groups, self.visual
         starts = range(0, len(stamps), size)
@@ -284,7 +287,7 @@ class _Planner(MemoryFormulas):
         )
         scored = len(groups) > 2 and self.policy.method in ("probe", "mean_key")
         scores = [1.0] * len(groups) if scored else None
-        return choose_levels(self.policy, scores, cost, [0] * len(groups)).tokens, scored
+        return choose_levels(self.policy, scores, cost, [0] * len(groups)), scored
 
 
 def parse_memory(memory) -> int:

@@ -141,7 +141,12 @@ def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fp
             f"Frames came without timestamps; they are taken to be {step:g} s apart, from 0. Pass timestamps=[…]."
         )
         return [number * step for number in range(count)]
-    seconds = [float(value) for value in timestamps]
+    try:
+        seconds = [float(value) for value in timestamps]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"timestamps must be {count} numbers, the seconds of the frames; got {timestamps!r}."
+        ) from error
     rising = all(later > earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
     if len(seconds) != count or not all(map(math.isfinite, seconds)) or not rising or seconds[0] < 0:
         raise ValueError(

@@ -299,3 +299,69 @@ def test_every_real_file(model, tokenizer, test_data):
             assert video.num_frames == 24 or video.num_frames < 24 and video.duration < 2
         assert model.chat(video, tokenizer, "What is shown?", return_history=False, generation_config=SHORT)
     assert unreadable == ["derived/truncated_no_moov.mp4"]
+
+
+def test_settings_that_mean_nothing_here_change_nothing(model, tokenizer, clips):
+    options = {"return_history": False, "max_num_frames": 8}
+    expected = model.chat(clips[0], tokenizer, "What?", generation_config=SHORT, **options)
+    for extra in ({"use_cache": False}, {"return_dict_in_generate": True}, {"temperature": 0.0, "do_sample": True}):
+        assert model.chat(clips[0], tokenizer, "What?", generation_config={**SHORT, **extra}, **options) == expected
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.chat(clips[0], tokenizer, "What?", generation_config={"prefill_chunk_size": 8}, **options)
+    for wrong in ([1], "x", {"temperature": "hot"}):
+        with pytest.raises(ValueError, match="generation_config"):
+            model.chat(clips[0], tokenizer, "What?", generation_config=wrong, **options)
+
+
+def test_appended_frames_are_never_lost(model, tokenizer, clips):
+    video = model.encode_video(clips[0], tokenizer, max_num_frames=8)
+    last = video.timestamps[-1]
+    video.append(FRAMES, [last + 1, last + 2, last + 3])
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    with pytest.raises(ValueError, match="in no file"):
+        model.chat(video, tokenizer, "What?", chat_history=turn)
+    assert model.chat(video, tokenizer, "What?", return_history=False, generation_config=SHORT)
+
+
+def test_an_encoded_video_finds_its_place_in_any_history(model, tokenizer, clips):
+    video = model.encode_video(clips[0], tokenizer, max_num_frames=8, sample_fps=None)
+    _, history = model.chat(video, tokenizer, "What moves?", generation_config=SHORT)
+    expected = model.chat(video, tokenizer, "And?", history, False, generation_config=SHORT)
+    for form in (json.loads(json.dumps(history)), copy.deepcopy(history)):
+        assert model.chat(video, tokenizer, "And?", form, False, generation_config=SHORT) == expected
+    memory = model.encode_video(FRAMES, tokenizer, timestamps=[0, 1, 2])
+    _, history = model.chat(memory, tokenizer, "What moves?", generation_config=SHORT)
+    expected = model.chat(None, tokenizer, "And?", history, False, generation_config=SHORT)
+    restored = json.loads(json.dumps(history))
+    assert model.chat(memory, tokenizer, "And?", restored, False, generation_config=SHORT) == expected
+    again = model.chat(FRAMES, tokenizer, "And?", restored, False, timestamps=[0, 1, 2], generation_config=SHORT)
+    assert again == expected
+    with pytest.raises(ValueError, match="path"):
+        model.chat(None, tokenizer, "And?", [{"role": "user", "content": "<image>\nWhat moves?"}])
+
+
+def test_a_video_keeps_its_system_prompt(model, tokenizer):
+    system = "You are terse."
+    video = model.encode_video(FRAMES, tokenizer, timestamps=[0, 1, 2], system_prompt=system)
+    answer, history = model.chat(video, tokenizer, "What?", generation_config=SHORT)
+    assert history[0] == {"role": "system", "content": system}
+    assert model.chat_batch(video, tokenizer, ["What?"], generation_config=SHORT) == [answer]
+    longer = [{"role": "system", "content": system}]
+    assert model.chat(video, tokenizer, "What?", longer, False, generation_config=SHORT) == answer
+
+
+def test_a_deleted_file_does_not_matter(model, tokenizer, clips, tmp_path):
+    path = tmp_path / "clip.mp4"
+    shutil.copyfile(clips[0], path)
+    video = model.encode_video(path, tokenizer, max_num_frames=8)
+    answer = model.chat(video, tokenizer, "What?", return_history=False, generation_config=SHORT)
+    path.unlink()
+    assert model.chat(video, tokenizer, "What?", return_history=False, generation_config=SHORT) == answer
+
+
+@pytest.mark.parametrize("message", [{"role": 3, "content": "a"}, {"role": "user", "content": None}, {"content": "a"}])
+def test_malformed_history(model, tokenizer, message):
+    with pytest.raises(ValueError, match="chat_history"):
+        model.chat(None, tokenizer, "What?", [message])
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.chat(None, None, "What?")

@@ -306,3 +306,31 @@ def test_sparse_prefill_of_several_segments_with_and_without_cache(model, monkey
         torch.testing.assert_close(
             logits_of(model, ids, [video]), logits_of(model, ids, [video], use_cache=False), atol=2e-4, rtol=0
         )
+
+
+def test_bad_arguments_say_what_to_do(model):
+    ids, videos = torch.tensor([prompt(model, [2])]), [pixels(model, 8)]
+    ones = torch.ones_like(ids)
+    for wrong, says in (
+        ({"input_ids": ids[0], "pixel_values_videos": videos}, "input_ids"),
+        ({"input_ids": ids, "pixel_values_videos": videos, "attention_mask": ones[:, 1:]}, "attention_mask"),
+        ({"input_ids": ids, "pixel_values_videos": videos, "attention_mask": 0 * ones}, "hides every token"),
+        ({"input_ids": ids, "pixel_values_videos": [videos[0].numpy()]}, "pixel_values_videos"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model(**wrong)
+    with pytest.raises(ValueError, match="pixel_values_videos"):
+        model.get_video_features([])
+    right = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], dim=1)
+    mask = torch.cat([ones, torch.zeros(1, 2, dtype=torch.long)], dim=1)
+    with pytest.raises(ValueError, match="left"):
+        model.generate(input_ids=right, attention_mask=mask, pixel_values_videos=videos, max_new_tokens=2)
+    plain = model(ids, pixel_values_videos=videos, return_dict=False)
+    assert isinstance(plain, tuple) and torch.equal(plain[0], model(ids, pixel_values_videos=videos).logits)
+    for wrong in ("streaming", 3):
+        with pytest.raises(ValueError, match="sparse_attention"):
+            model.config.sparse_attention = wrong
+    model.config.sparse_attention = {"decode": "bilevel"}
+    for chunks in (2, "0"):
+        with pytest.raises(ValueError, match="dense_chunks"):
+            logits_of(model, ids[0].tolist(), videos, dense_chunks=chunks)
