@@ -29,6 +29,7 @@ left and `streaming` (no rule e) on the right:
 B batch (1 on the sparse path), H query heads, K key-value heads, L sequence, n queries of a step, D head size.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -275,7 +276,8 @@ def register_attention(base: str) -> str:
             if attention_probe is not None:
                 attention_probe.record(module.layer_idx, query, key, kwargs.get("scaling"))
             if attention_steps is None:
-                return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+                caller = module if base in ("eager", "sdpa") else _NamedCaller(module, base)
+                return _base_attention(base, module)(caller, query, key, value, attention_mask, **kwargs)
             dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
             layer = None if attention_cache is None else attention_cache.layers[module.layer_idx]
             return planned_attention(query, key, value, attention_steps, dropout, scaling, layer), None
@@ -284,6 +286,18 @@ def register_attention(base: str) -> str:
         if base in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+class _NamedCaller:
+    """An attention module whose config names `base`: flash attention loads its kernel by that name."""
+
+    def __init__(self, module, base: str):
+        self._module = module
+        self.config = copy.copy(module.config)
+        self.config._attn_implementation = base
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
 
 
 def _base_attention(base: str, module):
@@ -339,7 +353,7 @@ def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, **options)
     if queries == keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:
         # A bias object, not a tensor: the flash kernel aligns at the lower right itself.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=causal_lower_right(queries, keys), **options
