@@ -192,7 +192,7 @@ def choose_for_question(model, cache, question, settings, dense_chunks=None, req
         probe = _probe(
             model, cache, pooled_cache, spans, chunks, visual, settings.pool_size, policy, question.shape[1]
         )
-        model.run_text(question, pooled_cache, attention_probe=probe)
+        model.run_text(question, pooled_cache, keep_hidden=None, attention_probe=probe)
         scores = probe.scores()
     video_of_chunk = [chunk.video for chunk in chunks]
     levels = choose_levels(policy, scores, cost, video_of_chunk, tuple(required_chunks), explicit)

@@ -36,7 +36,7 @@ class VideoXLGenerationMixin(GenerationMixin):
         if ids:
             embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
             layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
-            self.model.extend_cache(embeds, layout, cache, keep_hidden=1)
+            self.model.extend_cache(embeds, layout, cache, keep_hidden=None)
         return cache
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class VideoXLGenerationMixin(GenerationMixin):
         is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
         visual = tokens.to(embeds.device, embeds.dtype)
         embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
-        self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=1, plan=plan)
+        self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=None, plan=plan)
         return ids
 
     @staticmethod

@@ -32,11 +32,11 @@ class VideoXLPrefillMixin:
             inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
             layout: `VisualLayout` of the whole sequence; it becomes the cache's.
             cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
-            keep_hidden: How many of the last positions' hidden states to return; 0 for all.
+            keep_hidden: How many of the last positions' hidden states to return; 0 for all, None for none.
             plan: `prefill`, `chunk_groups` and `window_chunks`, if not those in force now.
 
         Returns:
-            [1, keep_hidden or n, hidden], after the final norm.
+            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for.
         """
         begin = layout.length - inputs_embeds.shape[1]
         if cache.layers[0].hidden:
@@ -80,13 +80,16 @@ class VideoXLPrefillMixin:
 
     def _run_steps(self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
         begin, end = steps[0].start, steps[-1].stop
-        keep_from = end - keep_hidden if keep_hidden else begin
+        keep_from = end if keep_hidden is None else end - keep_hidden if keep_hidden else begin
         kept = []
         offloaded = cache is not None and isinstance(cache.layers[0], VideoXLOffloadedLayer)
         while steps:
             count = 1
             # Without a cache later tokens could not see earlier ones: everything at once.
+            unread = steps[0].stop <= keep_from
             while count < len(steps) and (cache is None or steps[count].stop - steps[0].start <= SEGMENT_TOKENS):
+                if cache is not None and (steps[count].stop <= keep_from) != unread:
+                    break
                 count += 1
             segment, steps = steps[:count], steps[count:]
             start, stop = segment[0].start, segment[-1].stop
@@ -99,13 +102,14 @@ class VideoXLPrefillMixin:
                 attention_steps=segment,
                 attention_probe=attention_probe,
                 attention_cache=cache if offloaded else None,
+                attention_unread=cache is not None and unread,
             ).last_hidden_state
             if offloaded:
                 for layer in cache.layers:
                     layer.retire(cache.layout.non_visual, (steps or segment[-1:])[0].window_start)
             if stop > keep_from:
                 kept.append(hidden[:, max(keep_from - start, 0) :])
-        return torch.cat(kept, dim=1)
+        return torch.cat(kept, dim=1) if kept else None
 
     def _prefill_rows(
         self, embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, dense_chunks, required_chunks
@@ -132,7 +136,7 @@ class VideoXLPrefillMixin:
                 if layout.end == layout.length:
                     raise ValueError("bi-level decoding needs a question: the prompt ends with the video")
                 dense = VisualLayout(layout.videos, layout.end)
-                self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=1)
+                self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=None)
                 asked = None if prompt_length is None else int((columns < prompt_length).sum()) + begin - layout.end
                 question = row_embeds[:, layout.end - begin :]
                 self._mix(row_cache, question[:, :asked], settings, wanted, required_chunks)

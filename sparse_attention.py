@@ -271,13 +271,16 @@ def register_attention(base: str) -> str:
 
         def forward(
             module, query, key, value, attention_mask,
-            attention_steps=None, attention_probe=None, attention_cache=None, **kwargs,
+            attention_steps=None, attention_probe=None, attention_cache=None, attention_unread=False, **kwargs,
         ):  # fmt: skip
             if attention_probe is not None:
                 attention_probe.record(module.layer_idx, query, key, kwargs.get("scaling"))
             if attention_steps is None:
                 caller = module if base in ("eager", "sdpa") else _NamedCaller(module, base)
                 return _base_attention(base, module)(caller, query, key, value, attention_mask, **kwargs)
+            if attention_unread and module.layer_idx == module.config.num_hidden_layers - 1:
+                # Its keys and values are cached by now, and nobody reads what the last layer makes of them.
+                return torch.zeros_like(query).transpose(1, 2), None
             dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
             layer = None if attention_cache is None else attention_cache.layers[module.layer_idx]
             return planned_attention(query, key, value, attention_steps, dropout, scaling, layer), None

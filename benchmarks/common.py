@@ -31,6 +31,8 @@ from transformers import AutoConfig, AutoModel
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 2**20
+# A machine is quiet when its CPUs were busy for less than this share of so many seconds.
+QUIET_SHARE, QUIET_SECONDS = 0.1, 3.0
 # Ids of the small model's prompt header, video placeholder and end; it has no tokenizer.
 SMALL_VOCABULARY = 2048
 # Tokens of the prompt header in front of a video (the published template, spec of Video-XL-2).
@@ -53,6 +55,9 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     result.add_argument("--preset", help="sizes of a published model, a name in presets/ (random weights)")
     result.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     result.add_argument("--repeats", type=int, default=3, help="runs of each measurement; the median counts")
+    result.add_argument(
+        "--patience", type=float, default=0, help="seconds to wait, before each process, for the CPUs to be idle"
+    )
     result.add_argument("--out", metavar="NAME", help="also write the JSON to benchmarks/results/NAME.json")
     return result
 
@@ -148,6 +153,30 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+def cpu_waited() -> float:
+    """Seconds so far in which some task of this machine waited for a CPU (its pressure file); 0 if unknown."""
+    try:
+        return int(Path("/proc/pressure/cpu").read_text().splitlines()[0].rsplit("total=", 1)[1]) / 1e6
+    except (OSError, IndexError):
+        return 0.0
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Returns when the CPUs have been idle for a while, or after `patience` seconds."""
+
+    def ticks():
+        counts = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return sum(counts), counts[3] + counts[4]  # all, idle and waiting for disks
+
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        before = ticks()
+        time.sleep(QUIET_SECONDS)
+        passed, idle = (now - earlier for now, earlier in zip(ticks(), before, strict=True))
+        if passed - idle < QUIET_SHARE * passed:
+            return
+
+
 class PeakMemory:
     """Growth of memory from now on: of resident memory on a CPU, of allocated memory on CUDA."""
 
@@ -180,6 +209,7 @@ def in_fresh_process(function, *arguments):
     Raises:
         Exception: Whatever else the function raised.
     """
+    wait_for_quiet(_namespace(arguments).patience)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -189,8 +219,7 @@ def in_fresh_process(function, *arguments):
 
 
 def _run_in_fresh_process(function, arguments):
-    args = next(argument for argument in arguments if isinstance(argument, argparse.Namespace))
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(_namespace(arguments).threads)
     try:
         with torch.no_grad():
             return function(*arguments)
@@ -200,6 +229,10 @@ def _run_in_fresh_process(function, arguments):
         if "allocate memory" in str(error):
             return "out of memory"
         raise
+
+
+def _namespace(arguments) -> argparse.Namespace:
+    return next(argument for argument in arguments if isinstance(argument, argparse.Namespace))
 
 
 def median(values) -> float:

@@ -43,7 +43,8 @@ QUESTION = "What is this? " * 8
 EPILOG = """\
 examples:
   python benchmarks/plan.py --out plan_cpu
-      All cases at reduced width on two CPU threads (about half an hour, 8 GB).
+      All cases at reduced width on two CPU threads (some 20 minutes, 8 GB). glibc keeps small freed blocks, so
+      resident memory is a little more; MALLOC_MMAP_THRESHOLD_=131072 MALLOC_TRIM_THRESHOLD_=131072 ends that.
 
   python benchmarks/plan.py --cases compressor mask-20k
       Two of them.

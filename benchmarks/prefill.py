@@ -18,6 +18,7 @@ from common import (
     add_llm_flags,
     build_model,
     clock,
+    cpu_waited,
     in_fresh_process,
     load_config,
     median,
@@ -102,7 +103,12 @@ def additive_mask(layout, args) -> torch.Tensor:
 
 
 def measure(mode: str, length: int, runs: int, args) -> dict:
-    """Times one way of prefilling one length, in this process; `seconds` and `mask_build_seconds` list the runs."""
+    """Times one way of prefilling one length, in this process.
+
+    Returns:
+        `seconds`, `mask_build_seconds` and `cpu_contention` (share of the time in which some task waited for a CPU)
+        list the runs; the rest is the same for all.
+    """
     config = load_config(args)
     layout = video_layout(length, args)
     warm_up = video_layout(
@@ -133,13 +139,14 @@ def measure(mode: str, length: int, runs: int, args) -> dict:
     dtype = getattr(torch, args.dtype)
     embeds = torch.randn(1, length, config.text_config.hidden_size, dtype=dtype, device=args.device)
     prefill(embeds[:, : warm_up.length], warm_up)
-    seconds, build_seconds, kv_bytes = [], [], 0
+    seconds, build_seconds, waited, kv_bytes = [], [], [], 0
     memory = PeakMemory(args.device)
     for _ in range(runs):
-        started = clock(args.device)
+        started, waited_before = clock(args.device), cpu_waited()
         cache, built = prefill(embeds, layout)
         seconds.append(round(clock(args.device) - started, 6))
         build_seconds.append(round(built, 6))
+        waited.append(round((cpu_waited() - waited_before) / seconds[-1], 3))
         if not kv_bytes:
             peak_bytes = memory.growth()
             kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -153,6 +160,7 @@ def measure(mode: str, length: int, runs: int, args) -> dict:
         "mode": mode,
         "tokens": length,
         "seconds": seconds,
+        "cpu_contention": waited,
         "mask_build_seconds": build_seconds,
         "tflop": round((2 * linear * length + attention) / 1e12, 6),
         "pairs": pairs,
@@ -173,8 +181,8 @@ def measure_all(length: int, args) -> list[dict]:
             if not isinstance(result, dict):
                 merged[mode] = {"mode": mode, "tokens": length, "failed": result}
             elif mode in merged:
-                merged[mode]["seconds"] += result["seconds"]
-                merged[mode]["mask_build_seconds"] += result["mask_build_seconds"]
+                for field in ("seconds", "cpu_contention", "mask_build_seconds"):
+                    merged[mode][field] += result[field]
             else:
                 merged[mode] = result
     for result in merged.values():
