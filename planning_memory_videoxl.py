@@ -5,7 +5,7 @@ What is surprising:
   largest one is the stage's peak: in a layer's MLP the attention's tensors are gone.
 * A cache layer has spare room (`kv_cache.GROWTH`). CUDA pays for it at once; on a CPU pages that nothing was written
   to take no memory, so there it counts as 0.
-* Attention is taken to be SDPA's fused kernels, which keep no scores. On a CPU the kernel needs a mask.
+* Attention is taken to be SDPA's fused kernels, which keep no scores. On a CPU, and in float32, they need a mask.
 * Not counted: the process itself (a CUDA context is some hundred megabytes), workspaces of cuDNN, cuBLAS and oneDNN,
   and what an allocator keeps for later. Offloading is counted as if it were off.
 
@@ -36,6 +36,7 @@ class MemoryFormulas:
         weights = model.get_input_embeddings().weight
         self.bytes, self.device = weights.element_size(), weights.device.type
         self.on_cpu = self.device == "cpu"
+        self.masks = self.on_cpu or self.bytes == 4  # flash kernels, which need no mask, have no float32
         self.head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         # Keys and values of one token, in one layer and in all.
         self.per_layer = 2 * text.num_key_value_heads * self.head_size * self.bytes
@@ -169,15 +170,14 @@ class MemoryFormulas:
         always = {"embeddings": inputs * text.hidden_size * e, "rotary tables": 2 * n * self.head_size * e}
         # The layer's input, residual and normed states; activated gate, the other half, their product.
         mlp = {"hidden states": 3 * states, "MLP": 3 * n * text.intermediate_size * e}
-        # Input and normed states; queries and finished outputs, and on a CPU the step's output in blocks and whole.
-        # Masks: the CPU's last block of rows; for wide queries bool and float, on CUDA once more per query head of a
-        # key head.
+        # Input and normed states; queries and finished outputs, and with masks the step's output in blocks and whole.
+        # Masks: one block of rows; for wide queries bool and float, on CUDA once more per query head of a key head.
         per_key_head = text.num_attention_heads // text.num_key_value_heads
-        mask = min(rows, MASK_ROWS) * keys * e if self.on_cpu and rows > 1 else 0
+        mask = min(rows, MASK_ROWS) * keys * e if self.masks and rows > 1 else 0
         wide_mask = wide * past * (1 + e + (0 if self.on_cpu else per_key_head * e))
         attention = {
             "hidden states": 2 * states,
-            "queries and outputs": 2 * queries + (queries * rows // n if self.on_cpu else 0),
+            "queries and outputs": 2 * queries + (queries * rows // n if self.masks else 0),
             "gathered keys and values": gathered * self.per_layer,
             "attention mask": max(mask, wide_mask),
         }
