@@ -9,6 +9,8 @@ What is surprising:
 * `beside KV` is the measured peak of encoding without the key-values: it should not grow with the video.
 """
 
+from pathlib import Path
+
 import numpy as np
 from common import MIB, ROOT, PeakMemory, build_model, in_fresh_process, load_config, parse, parser, report, table
 from transformers import AutoTokenizer
@@ -162,6 +164,7 @@ def main() -> None:
         result = in_fresh_process(measure, case, args)
         results.append(result if isinstance(result, dict) else {"case": str(case), "failed": result})
     show(results)
+    args.tokenizer = "bundled" if Path(args.tokenizer).resolve() == ROOT else Path(args.tokenizer).name
     report("plan", args, results)
 
 
