@@ -1,0 +1,35 @@
+"""A procedural video world: clips of shapes, signs and cards, and questions whose answers are known.
+
+Everything follows from a seed and a split; train and held-out clips never share a random stream. Training and
+evaluation both draw from here; nothing here knows of models.
+
+    from video_world import make_clip
+    clip = make_clip(7, split="held_out", seconds=64)
+    clip.frames([0, 1, 2.5])            # uint8 [3, 48, 48, 3]
+    clip.questions[0]                   # Question(type='color', text='What color is the star?', answer='red', ...)
+    clip.write_video("clip.mp4")        # H.264
+"""
+
+from .clips import SPLITS, Card, Clip, Item, haystack_frames, make_clip
+from .drawing import COLORS, DIGITS, SHAPES, SIZES, WORDS, draw_needle
+from .questions import CHOICE_PROMPT, NEEDLE_KINDS, Question, needle_questions, render_choices
+
+__all__ = [
+    "CHOICE_PROMPT",
+    "COLORS",
+    "Card",
+    "Clip",
+    "DIGITS",
+    "Item",
+    "NEEDLE_KINDS",
+    "Question",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "WORDS",
+    "draw_needle",
+    "haystack_frames",
+    "make_clip",
+    "needle_questions",
+    "render_choices",
+]
