@@ -1,0 +1,249 @@
+"""Trains a Video-XL model as a recipe says.
+
+    python training/train.py RECIPE.yaml [--set key=value ...] [--resume]
+    accelerate launch --config_file training/accelerate/fsdp.yaml training/train.py RECIPE.yaml
+
+The output folder holds the trained model with its code, tokenizer and processor (it loads through the Auto classes),
+`recipe.yaml`, `log.jsonl`, `broken_samples.jsonl` if there were any, and the last checkpoints. `--resume` continues
+from the newest complete checkpoint, and starts from the beginning if there is none yet.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoProcessor, TrainingArguments, set_seed
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
+
+from training.data import Collator, MixtureDataset  # noqa: E402
+from training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
+from training.trainer import VideoXLTrainer, module_of  # noqa: E402
+
+# Part of the SigLIP architecture, of no effect: Video-XL takes the features in front of this norm.
+_UNUSED = ("model.vision_tower.post_layernorm.",)
+
+
+def build_model(recipe: dict) -> tuple[torch.nn.Module, object]:
+    """The model that a recipe starts from, and its processor.
+
+    Args:
+        recipe: See `recipe.py`.
+
+    Returns:
+        The model in float32 and training mode, and the processor.
+
+    Raises:
+        ValueError: If a part to be loaded does not fit.
+    """
+    options = {"trust_remote_code": True}
+    attention = {"attn_implementation": recipe["attn_implementation"]} if recipe["attn_implementation"] else {}
+    if recipe["init"]:
+        source = recipe["init"]["config"]
+        set_seed(recipe["init"].get("seed", 0))
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source, **options), **options, **attention)
+    else:
+        source = recipe["model"]
+        # Master weights in float32; with bf16 the products run in bfloat16 (autocast), the sums do not.
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, **options, **attention)
+    for module, part in recipe["load"].items():
+        load_part(model, module, **({"path": part} if isinstance(part, str) else part))
+    if recipe["vision_chunk_frames"]:
+        model.config.vision_chunk_frames = recipe["vision_chunk_frames"]
+    return model, AutoProcessor.from_pretrained(source, **options)
+
+
+def load_part(model, module: str, path: str, strip: str = "") -> int:
+    """Loads one module's weights from safetensors, for example stage 1's compressor into stage 2's model.
+
+    Args:
+        model: The model.
+        module: A name of `MODULES`.
+        path: A safetensors file, or a folder with some.
+        strip: Beginning of the names in the file that stands in the module's place; tensors without it are ignored.
+
+    Returns:
+        How many tensors were loaded.
+
+    Raises:
+        ValueError: If a tensor of the module is missing or has another shape.
+    """
+    if module not in MODULES:
+        raise ValueError(f"load takes {', '.join(MODULES)}, got {module!r}")
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"{path}: no safetensors there, to load {module} from")
+    target = model.get_submodule(MODULES[module][0].rstrip("."))
+    state = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name.startswith(strip) and name[len(strip) :] in target.state_dict():
+                    state[name[len(strip) :]] = tensors.get_tensor(name)
+                elif module == "language_model" and name == "lm_head.weight":
+                    model.lm_head.weight.data.copy_(tensors.get_tensor(name))
+    missing = sorted(set(target.state_dict()) - set(state))
+    if missing:
+        raise ValueError(f"{path}: {module} lacks {len(missing)} tensors there, {missing[0]} among them; check strip")
+    wrong = [name for name, tensor in target.state_dict().items() if tensor.shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} of {module} has shape {tuple(state[wrong[0]].shape)}, another model's")
+    target.load_state_dict(state)
+    return len(state)
+
+
+def freeze(model, recipe: dict) -> None:
+    """Freezes what the recipe does not train."""
+    rates = learning_rates(recipe)
+    for name, parameter in model.named_parameters():
+        trained = rates[module_of(name)] is not None and not name.startswith(_UNUSED)
+        parameter.requires_grad_(trained)
+
+
+def add_lora(model, lora: dict):
+    """Wraps the model in peft's LoRA; everything else is frozen.
+
+    Args:
+        model: The model.
+        lora: `target` (regular expression of module names), `r`, `alpha`, `dropout`, `train_also` (modules that are
+            trained in full and saved with the adapter).
+
+    Returns:
+        The peft model.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install peft") from error
+    settings = LoraConfig(
+        target_modules=lora["target"],
+        r=lora.get("r", 16),
+        lora_alpha=lora.get("alpha", 2 * lora.get("r", 16)),
+        lora_dropout=lora.get("dropout", 0.0),
+        modules_to_save=lora.get("train_also"),
+    )
+    return get_peft_model(model, settings)
+
+
+def training_arguments(recipe: dict) -> TrainingArguments:
+    """The recipe in the library's words; the recipe's `trainer` entries win."""
+    evaluation = recipe["eval"] or {}
+    arguments = {
+        "output_dir": recipe["output_dir"],
+        "learning_rate": recipe["learning_rate"],
+        "weight_decay": recipe["weight_decay"],
+        "warmup_steps": recipe["warmup"],
+        "lr_scheduler_type": recipe["scheduler"],
+        "max_grad_norm": recipe["max_grad_norm"],
+        "per_device_train_batch_size": recipe["batch_size"],
+        "gradient_accumulation_steps": recipe["gradient_accumulation"],
+        "max_steps": recipe["max_steps"],
+        "num_train_epochs": recipe["epochs"],
+        "save_steps": recipe["save_steps"],
+        "save_total_limit": recipe["save_total_limit"],
+        "logging_steps": recipe["logging_steps"],
+        "logging_first_step": True,
+        "seed": recipe["seed"],
+        "bf16": recipe["bf16"],
+        "activation_checkpointing": recipe["gradient_checkpointing"],
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_num_workers": recipe["workers"],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "eval_strategy": "steps" if evaluation else "no",
+        "eval_steps": evaluation.get("steps", 500) if evaluation else None,
+        "per_device_eval_batch_size": evaluation.get("batch_size", recipe["batch_size"]),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        # Parameters without a gradient in some step (text-only data) must not stop distributed training.
+        "ddp_find_unused_parameters": False,
+    }
+    if not torch.cuda.is_available():
+        arguments["use_cpu"] = True
+    return TrainingArguments(**(arguments | recipe["trainer"]))
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint: its state is written last, so a checkpoint without one was interrupted."""
+
+    def complete(folder):
+        try:
+            return bool(json.loads((folder / "trainer_state.json").read_text()))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+
+    folders = sorted(output_dir.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    return next(filter(complete, folders), None)
+
+
+def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
+    """Trains, and writes the result.
+
+    Args:
+        recipe: See `recipe.py`.
+        resume: Continue from the newest complete checkpoint in the output folder.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ValueError: If the output folder holds checkpoints and `resume` is not set.
+    """
+    output = Path(recipe["output_dir"])
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
+    arguments = training_arguments(recipe)
+    output.mkdir(parents=True, exist_ok=True)
+    model, processor = build_model(recipe)
+    freeze(model, recipe)
+    if recipe["gradient_checkpointing"]:
+        model.enable_input_require_grads()  # with a frozen part in front nothing would ask for gradients
+    if recipe["lora"]:
+        model = add_lora(model, recipe["lora"])
+    options = {"seed": recipe["seed"], "max_length": recipe["max_length"], "video": recipe["video"]}
+    dataset = MixtureDataset(recipe["data"], processor, position_stretch=recipe["position_stretch"], **options)
+    evaluation = MixtureDataset(recipe["eval"]["data"], processor, **options) if recipe["eval"] else None
+    distributed = arguments.world_size > 1
+    trainer = VideoXLTrainer(
+        recipe=recipe,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=evaluation,
+        data_collator=Collator(processor, always_video=distributed),
+        eval_collator=Collator(processor),
+        processing_class=processor,
+    )
+    if arguments.process_index == 0:
+        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        if not checkpoint:
+            for name in ("log.jsonl", "broken_samples.jsonl"):
+                (output / name).unlink(missing_ok=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(output))
+    if arguments.process_index == 0:
+        (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    trainer = run(recipe, arguments.resume)
+    if trainer.args.process_index == 0:
+        print(f"{trainer.state.global_step} steps; the model is in {recipe['output_dir']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The Trainer: transformers' own, with a loss that computes logits only where labels are, per-module learning rates,
+attention plans drawn per step, a report of broken samples, and accuracy of answers by type of question.
+
+What is surprising:
+* The loss is the mean over all answer tokens of an optimizer step (all processes and accumulated batches), so long
+  answers weigh more than short ones and the number of processes changes nothing. The published code takes the mean
+  per sample.
+* Positions in a batch are shared: logits are computed for every position that has a label in any row.
+* Everything drawn in a step is drawn from (seed, step). A resumed run repeats it.
+"""
+
+import json
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from training.data import IGNORE, EpochSampler
+from training.recipe import MODULES, learning_rates, plans
+
+# Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
+MIN_SEEN = 50
+
+
+class VideoXLTrainer(Trainer):
+    """Trains with the next-token loss on answers.
+
+    Args:
+        recipe: See `recipe.py`.
+        eval_collator: Makes the batches of the held-out evaluation, if `eval_dataset` is given.
+        **kwargs: The library's.
+    """
+
+    def __init__(self, *, recipe: dict, eval_collator=None, **kwargs):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.eval_collator = eval_collator
+        self.model_accepts_loss_kwargs = True  # the loss below is a mean over the whole accumulated batch
+        self.plans = plans(recipe["sparse_attention"])
+        output = Path(self.args.output_dir)
+        self.journal = Journal(output / "log.jsonl") if self.args.process_index == 0 else None
+        self.broken = BrokenReport(output / "broken_samples.jsonl", recipe["max_broken"], self.args.process_index)
+        self.add_callback(_JournalCallback(self))
+
+    # override: an order that depends on seed and epoch alone, on request with batches from one source
+    def _get_train_sampler(self, train_dataset=None):
+        block = self.args.per_device_train_batch_size * self.args.world_size if self.recipe["group_by_source"] else 1
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        # The library counts epochs as a float that is whole when an epoch begins.
+        return EpochSampler(dataset, self.args.data_seed or self.args.seed, lambda: self.state.epoch or 0, block)
+
+    # override: learning rates per module
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            opt_model = self.model if model is None else model
+            decay = set(self.get_decay_parameter_names(opt_model))
+            rates = learning_rates(self.recipe)
+            groups = defaultdict(list)
+            for name, parameter in opt_model.named_parameters():
+                if parameter.requires_grad:
+                    rate = rates.get(module_of(name)) or self.args.learning_rate
+                    groups[rate, self.args.weight_decay if name in decay else 0.0].append(parameter)
+            if not groups:
+                raise ValueError("every module is frozen, there is nothing to train; see 'modules' in the recipe")
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+                    for (rate, weight_decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    # override: logits only where labels are
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.broken.take(inputs.pop("broken"), inputs.pop("samples"), self.state.global_step)
+        inputs.pop("answers")
+        plan = self.plans[random.Random(f"{self.args.seed}-{self.state.global_step}").randrange(len(self.plans))]
+        total, _ = self.token_losses(model, inputs, plan)
+        if num_items_in_batch is None:
+            num_items_in_batch = inputs["labels"].ne(IGNORE).sum()
+        # The library averages gradients over processes; the divisor already counts the tokens of all of them.
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = total * scale / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return (loss, None) if return_outputs else loss
+
+    def token_losses(self, model, inputs: dict, plan: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs a batch.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: A collator's batch.
+            plan: `config.sparse_attention` during the call.
+
+        Returns:
+            The summed loss of all labels, and [B, L] bool: where the most likely token is the label.
+        """
+        labels = inputs["labels"]
+        # Column i predicts column i + 1.
+        columns = labels[:, 1:].ne(IGNORE).any(dim=0).nonzero().flatten()
+        if len(columns) == 0:
+            columns = columns.new_zeros(1)  # no labels: a zero loss that still reaches every parameter
+        arguments = {"input_ids": inputs["input_ids"], "logits_to_keep": columns, "use_cache": False}
+        if "pixel_values_videos" in inputs:
+            arguments["pixel_values_videos"] = inputs["pixel_values_videos"]
+        if "position_ids" in inputs and plan.get("prefill", "full") == "full":
+            arguments["position_ids"] = inputs["position_ids"]
+        config = self.accelerator.unwrap_model(model, keep_torch_compile=False).config
+        before = config.sparse_attention
+        config.sparse_attention = plan
+        try:
+            logits = model(**arguments).logits
+        finally:
+            config.sparse_attention = before
+        targets = labels[:, columns + 1]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        right = torch.zeros_like(labels, dtype=torch.bool)
+        right[:, columns + 1] = logits.detach().argmax(dim=-1) == targets
+        return losses, right
+
+    # override: teacher-forced accuracy of whole answers
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss and share of answers of which every token is the most likely one, over all and by type of question.
+
+        Every process runs the whole set: it is meant to be small.
+
+        Returns:
+            `eval_loss`, `eval_accuracy`, `eval_accuracy/{type}`, `eval_answers`, `eval_broken`, `eval_seconds`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        settings = self.recipe["eval"] or {}
+        loader = DataLoader(
+            dataset,
+            batch_size=settings.get("batch_size", self.args.per_device_eval_batch_size),
+            collate_fn=self.eval_collator,
+            num_workers=min(self.args.dataloader_num_workers, 1),
+        )
+        model, begin = self.model_wrapped, time.perf_counter()
+        model.eval()
+        hits, total, tokens, broken = defaultdict(list), 0.0, 0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in loader:
+                batch = self._prepare_inputs(batch)
+                broken += len(batch["broken"])
+                losses, right = self.token_losses(model, batch, settings.get("sparse_attention") or {})
+                total, tokens = total + losses.item(), tokens + int(batch["labels"].ne(IGNORE).sum())
+                for row, start, stop, kind in batch["answers"]:
+                    hits[kind].append(bool(right[row, start:stop].all()))
+        model.train()
+        every = [hit for kind in hits.values() for hit in kind]
+        metrics = {"loss": total / max(tokens, 1), "accuracy": sum(every) / max(len(every), 1), "answers": len(every)}
+        metrics |= {f"accuracy/{kind}": sum(found) / len(found) for kind, found in sorted(hits.items())}
+        metrics |= {"broken": broken, "seconds": round(time.perf_counter() - begin, 1)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # override: the log says how many samples were broken
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs["broken"] = self.broken.count
+            logs["samples"] = self.broken.seen
+        super().log(logs, start_time)
+
+
+def module_of(name: str) -> str | None:
+    """The module of `MODULES` that a parameter belongs to, also behind wrappers' prefixes."""
+    for module, prefixes in MODULES.items():
+        if any(name.startswith(prefix) or f".{prefix}" in f".{name}" for prefix in prefixes):
+            return module
+    return None
+
+
+class BrokenReport:
+    """Counts broken samples and writes `broken_samples.jsonl`: one line each with step, source, name and reason.
+
+    Args:
+        path: The file. Processes append to the same one.
+        max_broken: Training stops when a larger share of the samples seen is broken.
+        process: Index of this process.
+    """
+
+    def __init__(self, path: Path, max_broken: float, process: int = 0):
+        self.path, self.max_broken, self.process = path, float(max_broken), process
+        self.seen = self.count = 0
+
+    def resume(self, step: int, samples_per_step: int) -> None:
+        """Continues at `step`: later lines of an interrupted run go, earlier ones count."""
+        lines = _keep_lines(self.path, step - 1, rewrite=self.process == 0)
+        self.count = sum(line["process"] == self.process for line in lines)
+        self.seen = step * samples_per_step
+
+    def take(self, broken: list, samples: int, step: int) -> None:
+        """Records a batch.
+
+        Raises:
+            ValueError: If too many samples are broken.
+        """
+        self.seen += samples
+        if not broken:
+            return
+        self.count += len(broken)
+        with self.path.open("a") as file:
+            for source, name, reason in broken:
+                line = {"step": step, "process": self.process, "source": source, "name": name, "reason": reason}
+                file.write(json.dumps(line) + "\n")
+        if self.count > self.max_broken * max(self.seen, MIN_SEEN):
+            raise ValueError(
+                f"{self.count} of {self.seen} samples are broken, more than max_broken = {self.max_broken:g} allows; "
+                f"the last: {name} ({reason}). All are in {self.path}: mend the data, or raise max_broken"
+            )
+
+
+class Journal:
+    """`log.jsonl`: what the Trainer logs, a line each, with the step and the seconds since the process began."""
+
+    def __init__(self, path: Path):
+        self.path, self.begin = path, time.perf_counter()
+
+    def resume(self, step: int) -> None:
+        """Continues at `step`: later lines of an interrupted run go."""
+        _keep_lines(self.path, step, rewrite=True)
+
+    def write(self, step: int, logs: dict) -> None:
+        with self.path.open("a") as file:
+            line = {"step": step, **logs, "wall_seconds": round(time.perf_counter() - self.begin, 1)}
+            file.write(json.dumps(line) + "\n")
+
+
+def _keep_lines(path, last_step, rewrite):
+    """The lines up to a step; with `rewrite` the others leave the file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # the line that was being written when the process was killed
+            continue
+        if line["step"] <= last_step:
+            lines.append(line)
+    if rewrite:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+class _JournalCallback(TrainerCallback):
+    """Writes the log, and cuts it back to the checkpoint when training resumes."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.trainer.broken.resume(state.global_step, per_step)
+        if self.trainer.journal is not None:
+            self.trainer.journal.resume(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.trainer.journal is not None:
+            self.trainer.journal.write(state.global_step, logs)
