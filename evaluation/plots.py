@@ -21,12 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-TITLES = {
-    "single": "Single-hop",
-    "multi_hop": "Multi-hop (two cards)",
-    "ordering": "Ordering",
-    "counting": "Counting",
-}
+TITLES = {"single": "Single-hop", "multi_hop": "Multi-hop (two cards)"}
 DPI = 150
 GRID = {"edgecolors": "white", "linewidth": 1.5}
 # Below this lightness of the cell's colour its number is written in white.
@@ -45,7 +40,8 @@ def draw(result: dict, path: Path) -> list[Path]:
         The pictures' paths.
     """
     written = []
-    for kind in result["overall"]:
+    # Kinds that ask for the whole video have one number a length: the table says it better.
+    for kind in dict.fromkeys(cell["kind"] for cell in result["cells"] if cell["depth"] is not None):
         figure = heat_map(result, kind)
         written.append(_save(figure, path.with_name(f"{path.stem}_{kind}.png")))
     scored = [record for record in result["questions"] if "scores" in record and record["depth"] is not None]
@@ -61,7 +57,7 @@ def heat_map(result: dict, kind: str):
     if any(cell.get("needle_reloaded") is not None for cell in cells):
         panels.append(("needle_reloaded", "needle's chunks dense"))
     lengths = sorted({cell["length"] for cell in cells})
-    depths = sorted({cell["depth"] for cell in cells}, key=lambda depth: (depth is None, depth))
+    depths = sorted({cell["depth"] for cell in cells})
     width, height = 1.7 + 0.62 * len(lengths), 1.5 + 0.5 * len(depths)
     figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), height), squeeze=False)
     mesh = None
@@ -81,12 +77,10 @@ def heat_map(result: dict, kind: str):
         axis.invert_yaxis()
         axis.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
         axis.tick_params(axis="x", rotation=45)
-        axis.set_yticks(
-            [row + 0.5 for row in range(len(depths))], ["" if depth is None else f"{depth:g}" for depth in depths]
-        )
+        axis.set_yticks([row + 0.5 for row in range(len(depths))], [f"{depth:g}" for depth in depths])
         axis.tick_params(length=0)
         axis.set_xlabel("frames")
-        axis.set_ylabel("whole video" if depths == [None] else "depth of the needle (%)")
+        axis.set_ylabel("depth of the needle (%)")
         means = [entry for entry in result["lengths"] if entry["kind"] == kind and entry.get(field) is not None]
         total = sum(entry["total"] for entry in means)
         mean = sum(entry[field] * entry["total"] for entry in means) / total
