@@ -239,7 +239,7 @@ class MixtureDataset(Dataset):
     Args:
         mixture: See `load_mixture`.
         processor: The checkpoint's processor.
-        seed: Of everything random: `random:N`, sampling rates, sampling offsets, positions.
+        seed: At least 0; of everything random: `random:N`, sampling rates, sampling offsets, positions.
         max_length: Longest sequence in tokens; longer samples are broken ones. None for no limit.
         video: `max_num_frames`, `sample_fps`, `max_sample_fps` for video files; missing ones are the processor's.
         position_stretch: See `stretch_positions`; 0 for plain positions.
@@ -317,7 +317,7 @@ class MixtureDataset(Dataset):
             "name": name,
         }
         if self.position_stretch:
-            rng = np.random.default_rng([abs(hash_text(f"{self.seed}")), index])
+            rng = np.random.default_rng([self.seed, index])
             sample["position_ids"] = stretch_positions(sample["input_ids"], self.processor, self.position_stretch, rng)
         return sample
 
@@ -328,11 +328,6 @@ class MixtureDataset(Dataset):
         batches = list(open_video(path, size=self.processor.image_size, **settings))
         frames = torch.cat([batch.frames for batch in batches]).permute(0, 2, 3, 1)
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
-
-
-def hash_text(text: str) -> int:
-    """A number from a text, the same in every process."""
-    return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "big")
 
 
 class _JsonSamples:

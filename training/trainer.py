@@ -119,10 +119,11 @@ class VideoXLTrainer(Trainer):
         finally:
             config.sparse_attention = before
         targets = labels[:, columns + 1]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        labelled = targets != IGNORE
+        logits, targets = logits[labelled].float(), targets[labelled]
         right = torch.zeros_like(labels, dtype=torch.bool)
-        right[:, columns + 1] = logits.detach().argmax(dim=-1) == targets
-        return losses, right
+        right[:, 1:][labels[:, 1:] != IGNORE] = logits.detach().argmax(dim=-1) == targets
+        return F.cross_entropy(logits, targets, reduction="sum"), right
 
     # override: teacher-forced accuracy of whole answers
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
