@@ -106,7 +106,9 @@ def world_videos(args: argparse.Namespace, size: int) -> Iterator[Video]:
             kinds=None if args.kinds is None else tuple(args.kinds),
             choice_share=args.choice_share,
         )
-        questions = tuple(Asked(q.type, q.text, q.answer, q.choices, q.evidence) for q in clip.questions)
+        # What is seen nowhere ("how many cards": none) takes the whole clip to know.
+        whole = ((clip.start, clip.start + clip.seconds),)
+        questions = tuple(Asked(q.type, q.text, q.answer, q.choices, q.evidence or whole) for q in clip.questions)
 
         def encode(model, tokenizer, clip=clip):
             if args.encode == "frames":
