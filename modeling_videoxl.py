@@ -130,25 +130,39 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
                 f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
                 "processor builds it"
             )
-        tokens, towers = [], []
         for pixels in pixel_values_videos:
             if pixels.ndim != 4 or pixels.shape[0] == 0 or tuple(pixels.shape[1:]) != (channels, side, side):
                 raise ValueError(
                     f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
                     f"one frame, got {tuple(pixels.shape)}; the processor builds it"
                 )
-            parts, features = [], []
-            for chunk in pixels.split(self.config.resolve_vision_chunk_frames()):
-                visual, tower = self._encode_frames(chunk)
-                parts.append(visual)
-                if output_tower_features:
-                    features.append(tower)
-                del tower  # else the next chunk's would live beside it
-            tokens.append(torch.cat(parts))
+        tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
+        for owners, chunk in self._vision_chunks(pixel_values_videos):
+            visual, tower = self._encode_frames(chunk)
+            groups = [-(-frames // self.config.compressor_config.frames_per_group) for _, frames in owners]
+            for (video, _), part in zip(owners, visual.split(groups), strict=True):
+                tokens[video].append(part)
             if output_tower_features:
-                towers.append(torch.cat(features))
+                for (video, _), part in zip(owners, tower.split([frames for _, frames in owners]), strict=True):
+                    towers[video].append(part)
+            del tower  # else the next chunk's would live beside it
+        tokens, towers = [torch.cat(parts) for parts in tokens], [torch.cat(p) for p in towers if p]
         output = VideoXLVideoFeatures(tuple(tokens), tuple(towers) if output_tower_features else None)
         return output if return_dict else output.to_tuple()
+
+    def _vision_chunks(self, videos):
+        """Yields ([(video, frames)], pixels): short videos share a chunk as long as groups stay whole."""
+        limit, size = self.config.resolve_vision_chunk_frames(), self.config.compressor_config.frames_per_group
+        owners, parts, total = [], [], 0
+        for video, pixels in enumerate(videos):
+            for part in pixels.split(limit):
+                if parts and (total % size or total + part.shape[0] > limit or part.device != parts[0].device):
+                    yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
+                    owners, parts, total = [], [], 0
+                owners.append((video, part.shape[0]))
+                parts.append(part)
+                total += part.shape[0]
+        yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C]."""

@@ -12,7 +12,7 @@ evaluation both draw from here; nothing here knows of models.
 
 from .clips import SPLITS, Card, Clip, Item, haystack_frames, make_clip
 from .drawing import COLORS, DIGITS, SHAPES, SIZES, WORDS, draw_needle
-from .questions import CHOICE_PROMPT, NEEDLE_KINDS, Question, needle_questions, render_choices
+from .questions import CHOICE_PROMPT, NEEDLE_KINDS, TEXTS, Question, needle_questions, render_choices
 
 __all__ = [
     "CHOICE_PROMPT",
@@ -26,6 +26,7 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "SPLITS",
+    "TEXTS",
     "WORDS",
     "draw_needle",
     "haystack_frames",

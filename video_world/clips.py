@@ -244,7 +244,7 @@ def _cards(rng, seconds, items, cards, chains) -> tuple[Card, ...]:
     chains = int(cards >= 2 and rng.random() < 0.5) if chains is None else chains
     busy = {edge + shift for item in items for span in item.spans for edge in span for shift in (-1, 0)}
     busy |= {item.change[0] + shift for item in items if item.change for shift in (-1, 0)}
-    free = [second for second in range(seconds) if second not in busy] if seconds > 4 else []
+    free = [second for second in range(seconds) if second not in busy]
     seconds_free = []
     for second in map(int, rng.permutation(free)):
         # Apart, so that no group of four frames holds two.
