@@ -243,18 +243,20 @@ class MixtureDataset(Dataset):
         max_length: Longest sequence in tokens; longer samples are broken ones. None for no limit.
         video: `max_num_frames`, `sample_fps`, `max_sample_fps` for video files; missing ones are the processor's.
         position_stretch: See `stretch_positions`; 0 for plain positions.
+        answers: False for videos alone: conversations are not read and may be missing.
 
     Raises:
         ValueError: On a malformed mixture or file.
         FileNotFoundError: If a JSON file is missing.
     """
 
-    def __init__(self, mixture, processor, seed=0, max_length=None, video=None, position_stretch=0):
+    def __init__(self, mixture, processor, seed=0, max_length=None, video=None, position_stretch=0, answers=True):
         self.processor = processor
         self.seed = seed
         self.max_length = max_length
         self.video = video or {}
         self.position_stretch = position_stretch
+        self.answers = answers
         if not set(self.video) <= _VIDEO_KEYS:
             raise ValueError(f"video takes {', '.join(sorted(_VIDEO_KEYS))}, got {', '.join(self.video)}")
         self.entries, folder = load_mixture(mixture)
@@ -293,10 +295,14 @@ class MixtureDataset(Dataset):
         samples = self._samples[number]
         source, name = self.entries[number].get("source") or samples.name, samples.sample_name(inner)
         if isinstance(samples, _WorldSamples):
-            messages, types, videos = samples.load(inner)  # an error here is a bug of the world, not a broken file
+            # An error here is a bug of the world, not a broken file.
+            messages, types, videos = samples.load(inner)
+            if not self.answers:
+                messages, types = _without_text(videos)
             return self._prepare(messages, types, videos, source, name, index)
         try:
-            messages, types, videos = samples.load(inner, self._open_scaled)
+            videos = samples.videos(inner, self._open_scaled)
+            messages, types = samples.conversation(inner, len(videos)) if self.answers else _without_text(videos)
             return self._prepare(messages, types, videos, source, name, index)
         except Exception as error:  # decoders raise what they like; the reason is reported by name
             return BrokenSample(source, name, f"{type(error).__name__}: {error}")
@@ -330,6 +336,12 @@ class MixtureDataset(Dataset):
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
 
 
+def _without_text(videos):
+    if not videos:
+        raise ValueError("the sample has neither a video nor an image")
+    return [{"role": "user", "content": [{"type": "video"}] * len(videos)}], []
+
+
 class _JsonSamples:
     """Samples of one JSON file in the published schema."""
 
@@ -357,7 +369,7 @@ class _JsonSamples:
         media = known.get("video") or known.get("image") or ""
         return f"{known.get('id', index)} {media if isinstance(media, str) else ', '.join(map(str, media))}".strip()
 
-    def load(self, index, open_scaled):
+    def videos(self, index, open_scaled):
         record = self.records[index]
         if not isinstance(record, dict) or ("image" in record and "video" in record):
             raise ValueError("a sample is a dict with conversations and at most one of image and video")
@@ -378,8 +390,10 @@ class _JsonSamples:
         elif "image" in record:
             images = record["image"] if isinstance(record["image"], list) else [record["image"]]
             videos = [{"video": [Image.open(self.root / image)], "timestamps": [0.0]} for image in images]
-        messages, types = read_conversation(record, len(videos))
-        return messages, types, videos
+        return videos
+
+    def conversation(self, index, num_videos):
+        return read_conversation(self.records[index], num_videos)
 
 
 class _WorldSamples:

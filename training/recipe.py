@@ -121,6 +121,8 @@ def check_recipe(given: dict) -> dict:
         raise ValueError(f"modules has no {', '.join(unknown)}; it takes {', '.join(MODULES)}")
     learning_rates(recipe)
     plans(recipe["sparse_attention"])
+    if recipe["stage"] == "dts" and (recipe["lora"] or recipe["modules"] or recipe["gradient_checkpointing"]):
+        raise ValueError("stage dts trains the compressor and its decoder: leave lora, modules, checkpointing out")
     if recipe["lora"] and recipe["modules"]:
         raise ValueError("with lora everything else is frozen: leave modules out; lora.train_also names exceptions")
     return recipe

@@ -4,8 +4,9 @@
     accelerate launch --config_file training/accelerate/fsdp.yaml training/train.py RECIPE.yaml
 
 The output folder holds the trained model with its code, tokenizer and processor (it loads through the Auto classes),
-`recipe.yaml`, `log.jsonl`, `broken_samples.jsonl` if there were any, and the last checkpoints. `--resume` continues
-from the newest complete checkpoint, and starts from the beginning if there is none yet.
+`recipe.yaml`, `log.jsonl`, `broken_samples.jsonl` if there were any, and the last checkpoints; after stage dts also
+`dts.safetensors`, the compressor alone; with lora the adapter instead of the model (see merge_lora.py). `--resume`
+continues from the newest complete checkpoint, and starts from the beginning if there is none yet.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, TrainingArguments, set_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
 from training.data import Collator, MixtureDataset  # noqa: E402
+from training.dts import DTSPretraining, DTSTrainer  # noqa: E402
 from training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
 from training.trainer import VideoXLTrainer, module_of  # noqa: E402
 
@@ -202,32 +205,48 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     arguments = training_arguments(recipe)
     output.mkdir(parents=True, exist_ok=True)
     model, processor = build_model(recipe)
-    freeze(model, recipe)
+    pretraining = recipe["stage"] == "dts"
+    if pretraining:
+        trained = DTSPretraining(model, recipe["dts"])
+        trained.vision_tower.requires_grad_(False)
+    elif recipe["lora"]:
+        trained = add_lora(model, recipe["lora"])
+    else:
+        trained = model
+        freeze(model, recipe)
     if recipe["gradient_checkpointing"]:
         model.enable_input_require_grads()  # with a frozen part in front nothing would ask for gradients
-    if recipe["lora"]:
-        model = add_lora(model, recipe["lora"])
     options = {"seed": recipe["seed"], "max_length": recipe["max_length"], "video": recipe["video"]}
+    options["answers"] = not pretraining
     dataset = MixtureDataset(recipe["data"], processor, position_stretch=recipe["position_stretch"], **options)
     evaluation = MixtureDataset(recipe["eval"]["data"], processor, **options) if recipe["eval"] else None
-    distributed = arguments.world_size > 1
-    trainer = VideoXLTrainer(
+    needs_video = pretraining or arguments.world_size > 1
+    trainer = (DTSTrainer if pretraining else VideoXLTrainer)(
         recipe=recipe,
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluation,
-        data_collator=Collator(processor, always_video=distributed),
-        eval_collator=Collator(processor),
+        data_collator=Collator(processor, always_video=needs_video),
+        eval_collator=Collator(processor, always_video=pretraining),
         processing_class=processor,
     )
+    if pretraining and trainer.is_fsdp_enabled:
+        raise ValueError("stage dts is small and runs with plain data parallelism: launch it without FSDP")
     if arguments.process_index == 0:
         (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         if not checkpoint:
             for name in ("log.jsonl", "broken_samples.jsonl"):
                 (output / name).unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(output))
+    if pretraining:
+        if arguments.process_index == 0:
+            model.save_pretrained(output)
+            processor.save_pretrained(output)
+            state = {name: tensor.contiguous() for name, tensor in trained.compressor.state_dict().items()}
+            save_file(state, output / "dts.safetensors", metadata={"format": "pt"})
+    else:
+        trainer.save_model(str(output))
     if arguments.process_index == 0:
         (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
     return trainer
