@@ -15,6 +15,8 @@ SCRIPT = """
 import json, sys
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 import transformers
+import transformers.modeling_utils  # imports accelerate by itself where that is installed
+theirs = set(sys.modules)
 source, clip, save_to = sys.argv[1:]
 options = {"trust_remote_code": True}
 model, loading = AutoModel.from_pretrained(source, output_loading_info=True, **options)
@@ -37,7 +39,7 @@ optional = {"torchvision", "decord", "torchcodec", "flash_attn", "accelerate", "
 print(json.dumps({
     "names": names, "answer": answer, "reply": reply, "processor": type(processor).__name__,
     "missing": sorted(map(str, loading["missing_keys"])), "unexpected": sorted(map(str, loading["unexpected_keys"])),
-    "optional": sorted(optional & set(sys.modules)), "dtype": str(model.dtype),
+    "optional": sorted(optional & (set(sys.modules) - theirs)), "dtype": str(model.dtype),
 }))
 """
 
