@@ -26,6 +26,8 @@ DPI = 150
 GRID = {"edgecolors": "white", "linewidth": 1.5}
 # Below this lightness of the cell's colour its number is written in white.
 DARK = 0.45
+# Scores below this share of the largest are drawn as this share.
+SCORE_RANGE = 1e-6
 DENSE_COLOR, POOLED_COLOR, NEEDLE_COLOR = "#1a9850", "#b8bcc2", "#d62728"
 
 
@@ -104,13 +106,15 @@ def chunk_plot(result: dict, records: Sequence[dict]):
     figure, axes = plt.subplots(len(records), 1, figsize=(9, 1.1 + 1.25 * len(records)), sharex=True, squeeze=False)
     for axis, record in zip(axes[:, 0], records, strict=True):
         scores, dense = record["scores"], set(parse_ranges(record["reloaded"]))
-        smallest = min((score for score in scores if score > 0), default=1.0)
-        floor = smallest / 2
-        colors = [DENSE_COLOR if chunk in dense else POOLED_COLOR for chunk in range(len(scores))]
+        floor = max(min((score for score in scores if score > 0), default=1.0) / 2, max(scores) * SCORE_RANGE)
         heights = [max(score, floor) for score in scores]
-        axis.vlines(range(len(scores)), floor, heights, colors=colors, linewidth=_line_width(len(scores)))
+        # The dense ones last and never hair-thin: they must not vanish between the others.
+        others, width = [chunk for chunk in range(len(scores)) if chunk not in dense], _line_width(len(scores))
+        axis.vlines(others, floor, [heights[chunk] for chunk in others], colors=POOLED_COLOR, linewidth=width)
+        chosen = sorted(dense)
+        axis.vlines(chosen, floor, [heights[chunk] for chunk in chosen], colors=DENSE_COLOR, linewidth=max(width, 1.5))
         # Dense chunks lie between many others: a strip below the axis shows them at a width that is seen.
-        axis.plot(sorted(dense), [-0.06] * len(dense), "s", color=DENSE_COLOR, markersize=3, clip_on=False,
+        axis.plot(chosen, [-0.06] * len(chosen), "s", color=DENSE_COLOR, markersize=3, clip_on=False,
                   transform=axis.get_xaxis_transform())  # fmt: skip
         axis.set_yscale("log")
         axis.set_ylim(floor, max(heights) * 4)
