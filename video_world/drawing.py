@@ -23,8 +23,9 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.24, "large": 0.42}  # of a frame's side
-WORDS = tuple(
-    ["sun", "cat", "dog", "key", "cup", "box", "car", "hat", "bus", "fox", "pig", "cow", "bee", "egg", "jam", "map"]
+WORDS = (
+    *("sun", "cat", "dog", "key", "cup", "box", "car", "hat"),
+    *("bus", "fox", "pig", "cow", "bee", "egg", "jam", "map"),
 )
 DIGITS = tuple("0123456789")
 INK, PAPER = (15, 15, 15), (250, 250, 250)
@@ -83,7 +84,7 @@ def _sprite(mask: Image.Image, color, width: int, height: int) -> np.ndarray:
 
 
 def paste(frame: np.ndarray, sprite: np.ndarray, x: float, y: float) -> None:
-    """Blends a sprite into a float frame [S, S, 3] in place, its centre at (x, y) in pixels; what sticks out is cut."""
+    """Blends a sprite into a float frame [S, S, 3] in place, centred at (x, y) in pixels; what sticks out is cut."""
     height, width = sprite.shape[:2]
     left, top = round(x - width / 2), round(y - height / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, frame.shape[1]), min(top + height, frame.shape[0])

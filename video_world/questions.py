@@ -237,7 +237,7 @@ def _ask_about_cards(cards, asker, start, kinds=None):
             near = [_time(max(span[0] + shift, start)) for shift in (-9, -6, -3, 3, 6, 9)]
             asker.ask("when_card", _time(span[0]), [span], near, **names)
     if "card_count" in kinds:
-        asker.ask("card_count", str(len(cards)), spans, "01234")
+        asker.ask("card_count", str(len(cards)), spans or whole, "01234")
     if "card_order" in kinds and len(cards) > 1:
         asker.ask("card_order", ", ".join(card.value for card in cards), spans)
     if "card_first" in kinds:
