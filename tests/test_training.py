@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder
 
-from training.data import IGNORE, Collator, MixtureDataset
+from training.data import IGNORE, Collator, MixtureDataset, load_mixture
 from training.recipe import MODULES, check_recipe, load_recipe
 from training.train import build_model, newest_checkpoint, run, training_arguments
 from training.trainer import BrokenReport, VideoXLTrainer, module_of
@@ -316,6 +316,40 @@ def test_evaluation_by_type(tiny, tmp_path):
     assert {name for name in line if "/" in name} == {f"eval_accuracy/{kind}" for kind in hits}
     assert all(line[f"eval_accuracy/{kind}"] == pytest.approx(sum(hit) / len(hit)) for kind, hit in hits.items())
     assert any(every)  # it has learnt something by heart
+
+
+def test_parts_from_elsewhere(tiny, tmp_path):
+    """A language model and a tower under the names that their own repositories use."""
+    from safetensors.torch import save_file
+
+    model, _ = build_model(tiny_recipe(tiny, tmp_path, init={"config": str(tiny), "seed": 7}))
+    state = model.state_dict()
+    (tmp_path / "qwen").mkdir()
+    inner = {name.removeprefix("model.language_model."): t for name, t in state.items() if "language_model" in name}
+    save_file({f"model.{name}": tensor.clone() for name, tensor in inner.items()}, tmp_path / "qwen" / "a.safetensors")
+    tower = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.vision_tower.")}
+    names = {name.replace("vision_tower.", "vision_model."): tensor.clone() for name, tensor in tower.items()}
+    save_file(names | {"text_model.weight": torch.zeros(1)}, tmp_path / "siglip.safetensors")
+    load = {
+        "language_model": {"path": str(tmp_path / "qwen"), "strip": "model."},
+        "vision_tower": {"path": str(tmp_path / "siglip.safetensors"), "strip": "vision_model."},
+    }
+    recipe = tiny_recipe(tiny, tmp_path, load=load)
+    loaded = build_model(recipe)[0].state_dict()
+    assert moved(state, loaded) == {"compressor", "projector"}
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "siglip.safetensors")
+    with pytest.raises(ValueError, match="another model's"):
+        build_model(recipe)
+
+
+def test_shipped_recipes_are_valid():
+    recipes = sorted((ROOT / "training" / "recipes").rglob("*.yaml"))
+    assert len(recipes) >= 5
+    for path in recipes:
+        recipe = load_recipe(path)
+        training_arguments(recipe | {"bf16": False})
+        if "world" in str(recipe["data"]):
+            load_mixture(recipe["data"])
 
 
 def test_recipe_errors(tiny, tmp_path):

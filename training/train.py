@@ -83,18 +83,21 @@ def load_part(model, module: str, path: str, strip: str = "") -> int:
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"{path}: no safetensors there, to load {module} from")
     target = model.get_submodule(MODULES[module][0].rstrip("."))
-    state = {}
+    wanted, state, head = target.state_dict(), {}, False
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(strip) and name[len(strip) :] in target.state_dict():
+                if name.startswith(strip) and name[len(strip) :] in wanted:
                     state[name[len(strip) :]] = tensors.get_tensor(name)
                 elif module == "language_model" and name == "lm_head.weight":
                     model.lm_head.weight.data.copy_(tensors.get_tensor(name))
-    missing = sorted(set(target.state_dict()) - set(state))
+                    head = True
+    missing = sorted(set(wanted) - set(state))
+    if module == "language_model" and not (head or model.config.tie_word_embeddings):
+        missing.append("lm_head.weight")
     if missing:
         raise ValueError(f"{path}: {module} lacks {len(missing)} tensors there, {missing[0]} among them; check strip")
-    wrong = [name for name, tensor in target.state_dict().items() if tensor.shape != state[name].shape]
+    wrong = [name for name, tensor in wanted.items() if tensor.shape != state[name].shape]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} of {module} has shape {tuple(state[wrong[0]].shape)}, another model's")
     target.load_state_dict(state)
@@ -214,8 +217,6 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     else:
         trained = model
         freeze(model, recipe)
-    if recipe["gradient_checkpointing"]:
-        model.enable_input_require_grads()  # with a frozen part in front nothing would ask for gradients
     options = {"seed": recipe["seed"], "max_length": recipe["max_length"], "video": recipe["video"]}
     options["answers"] = not pretraining
     dataset = MixtureDataset(recipe["data"], processor, position_stretch=recipe["position_stretch"], **options)
