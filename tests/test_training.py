@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder
 
-from training.data import IGNORE, Collator, MixtureDataset, load_mixture
+from training.data import IGNORE, Collator, MixtureDataset, load_mixture, videos_of
 from training.recipe import MODULES, check_recipe, load_recipe
 from training.train import build_model, newest_checkpoint, run, training_arguments
 from training.trainer import BrokenReport, VideoXLTrainer, module_of
@@ -221,7 +222,7 @@ def test_lora(tiny, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
 
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    arguments = {"input_ids": batch["input_ids"], "pixel_values_videos": batch["pixel_values_videos"]}
+    arguments = {"input_ids": batch["input_ids"], "pixel_values_videos": videos_of(batch)}
     with torch.no_grad():
         expected = trainer.model.eval()(**arguments).logits
         loaded = AutoModel.from_pretrained(tmp_path / "base", trust_remote_code=True)
@@ -385,6 +386,12 @@ def start(recipe, path, *arguments, launcher=(), **variables):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def finish(process):
     errors = process.communicate()[1]
     assert process.returncode == 0, errors[-3000:]
@@ -396,8 +403,8 @@ def test_two_processes_give_the_loss_of_one(tiny, tmp_path):
     settings = {"max_steps": 3, "learning_rate": 0.1, "trainer": {"optim": "sgd"}}
     trainer = run(tiny_recipe(tiny, tmp_path / "one", batch_size=4, **settings))
     recipe = tiny_recipe(tiny, tmp_path / "two", batch_size=2, **settings)
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "WORLD_SIZE": "2"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **port} for rank in range(2)]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(2)]
     for process in [start(recipe, tmp_path / "r.yaml", **rank) for rank in ranks]:
         finish(process)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -411,7 +418,7 @@ def test_two_processes_with_fsdp(tiny, tmp_path):
     trainer = run(tiny_recipe(tiny, tmp_path / "one", batch_size=4, **settings))
     recipe = tiny_recipe(tiny, tmp_path / "two", batch_size=2, save_steps=2, **settings)
     config = ROOT / "training" / "accelerate" / "fsdp.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port=29532")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), f"--main_process_port={free_port()}")
     finish(start(recipe, tmp_path / "r.yaml", launcher=launcher))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = trainer.model.state_dict(), load_file(tmp_path / "two" / "model.safetensors")

@@ -21,6 +21,7 @@ from training.data import (
     answer_spans,
     choose_samples,
     stretch_positions,
+    videos_of,
 )
 
 TURNS = [
@@ -178,7 +179,7 @@ def test_broken_samples_are_reported_by_name(processor, tmp_path, clips):
     # Nothing left: one row without labels, with a video so that every module runs.
     batch = Collator(processor)(samples[:3])
     assert (batch["labels"] == IGNORE).all() and len(batch["broken"]) == 3
-    assert [len(video) for video in batch["pixel_values_videos"]] == [processor.frames_per_group]
+    assert [len(video) for video in videos_of(batch)] == [processor.frames_per_group]
 
 
 def test_mixture_errors(processor, tmp_path):

@@ -458,9 +458,10 @@ class Collator:
         """Pads on the right.
 
         Returns:
-            `input_ids`, `labels` [B, L] and, where there are any, `position_ids` [B, L] and `pixel_values_videos` (a
-            list of [F, 3, S, S]); `answers`: (row, start, stop, type); `broken`: (source, name, reason); `samples`:
-            how many came. If all are broken the batch is one row without labels, whose loss is zero.
+            `input_ids`, `labels` [B, L] and, where there are any, `position_ids` [B, L], `pixels` [frames of all
+            videos, 3, S, S] and `frame_counts` (see `videos_of`); `answers`: (row, start, stop, type); `broken`:
+            (source, name, reason); `samples`: how many came. If all are broken the batch is one row without labels,
+            whose loss is zero.
         """
         good = [sample for sample in samples if not isinstance(sample, BrokenSample)]
         broken = [
@@ -491,7 +492,8 @@ class Collator:
                     positions[row, len(own) :] = own[-1] + 1 + torch.arange(length - len(own))
             batch["position_ids"] = positions
         if pixels := [video for sample in rows for video in sample["pixel_values_videos"]]:
-            batch["pixel_values_videos"] = pixels
+            # One tensor: each costs its own way from the worker to the trainer.
+            batch["pixels"], batch["frame_counts"] = torch.cat(pixels), [len(video) for video in pixels]
         return batch
 
     def _filler(self):
@@ -509,6 +511,11 @@ class Collator:
             "pixel_values_videos": list(inputs["pixel_values_videos"]),
             "answers": [],
         }
+
+
+def videos_of(batch: dict) -> list[torch.Tensor]:
+    """The videos of a collator's batch, [F, 3, S, S] each, in order of appearance."""
+    return list(batch["pixels"].split(batch["frame_counts"])) if "pixels" in batch else []
 
 
 class EpochSampler(Sampler):

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from training.data import videos_of
 from training.trainer import VideoXLTrainer
 
 DTS_DEFAULTS = {
@@ -194,7 +195,7 @@ class DTSTrainer(VideoXLTrainer):
     # override: there are no answers here
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.broken.take(inputs["broken"], inputs["samples"], self.state.global_step)
-        outputs = model(pixel_values_videos=inputs["pixel_values_videos"])
+        outputs = model(pixel_values_videos=videos_of(inputs))
         self._parts.append(outputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -206,7 +207,7 @@ class DTSTrainer(VideoXLTrainer):
         parts = []
         with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
             torch.manual_seed(self.args.seed)
-            parts += (self.model(self._prepare_inputs(batch)["pixel_values_videos"]) for batch in loader)
+            parts += (self.model(videos_of(self._prepare_inputs(batch))) for batch in loader)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in _means(parts).items()}
         self.log(metrics)
         return metrics

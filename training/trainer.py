@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from training.data import IGNORE, EpochSampler
+from training.data import IGNORE, EpochSampler, videos_of
 from training.recipe import MODULES, learning_rates, plans
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
@@ -107,8 +107,8 @@ class VideoXLTrainer(Trainer):
         if len(columns) == 0:
             columns = columns.new_zeros(1)  # no labels: a zero loss that still reaches every parameter
         arguments = {"input_ids": inputs["input_ids"], "logits_to_keep": columns, "use_cache": False}
-        if "pixel_values_videos" in inputs:
-            arguments["pixel_values_videos"] = inputs["pixel_values_videos"]
+        if videos := videos_of(inputs):
+            arguments["pixel_values_videos"] = videos
         if "position_ids" in inputs and plan.get("prefill", "full") == "full":
             arguments["position_ids"] = inputs["position_ids"]
         config = self.accelerator.unwrap_model(model, keep_torch_compile=False).config
