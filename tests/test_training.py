@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder
 
-from training.data import IGNORE, Collator, MixtureDataset, load_mixture, videos_of
+from training.batches import Collator, videos_of
+from training.data import IGNORE, MixtureDataset, load_mixture
 from training.recipe import MODULES, check_recipe, load_recipe
 from training.train import build_model, newest_checkpoint, run, training_arguments
 from training.trainer import BrokenReport, VideoXLTrainer, module_of
@@ -85,6 +86,11 @@ def test_loss_is_the_models_own(tiny, tmp_path, plan):
             assert torch.equal(right[row, 1 : ids.shape[1]], hits & (labels[0, 1:] != IGNORE))
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert int((batch["labels"] != IGNORE).sum()) == count
+
+
+def test_a_loss_that_is_no_number_ends_training(tiny, tmp_path):
+    with pytest.raises(ValueError, match="the loss is (nan|inf)"):
+        run(tiny_recipe(tiny, tmp_path, learning_rate=1e30, max_grad_norm=0.0, trainer={"optim": "sgd"}))
 
 
 def test_stretched_positions_reach_the_model(tiny, tmp_path):

@@ -12,16 +12,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.batches import Collator, EpochSampler, videos_of
 from training.data import (
     IGNORE,
     BrokenSample,
-    Collator,
-    EpochSampler,
     MixtureDataset,
     answer_spans,
     choose_samples,
     stretch_positions,
-    videos_of,
 )
 
 TURNS = [

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.data import videos_of
+from training.batches import videos_of
 from training.trainer import VideoXLTrainer
 
 DTS_DEFAULTS = {

@@ -33,12 +33,12 @@ DEFAULTS = {
     "sparse_attention": {"prefill": "full"},
     "learning_rate": 1e-5,
     "weight_decay": 0.0,
-    "warmup": 0.03,
+    "warmup": 0.03,  # steps, or below 1 a share of all steps
     "scheduler": "cosine",
     "max_grad_norm": 1.0,
-    "batch_size": 1,
-    "gradient_accumulation": 1,
-    "max_steps": -1,
+    "batch_size": 1,  # samples of one process in one pass
+    "gradient_accumulation": 1,  # passes per optimizer step
+    "max_steps": -1,  # of the optimizer; above 0 it wins over epochs
     "epochs": 1,
     "save_steps": 1000,
     "save_total_limit": 2,
@@ -46,18 +46,18 @@ DEFAULTS = {
     "seed": 0,
     "bf16": False,
     "gradient_checkpointing": False,
-    "attn_implementation": None,
-    "vision_chunk_frames": None,
-    "max_length": None,
-    "video": {},
-    "position_stretch": 0,
+    "attn_implementation": None,  # None: the library's choice
+    "vision_chunk_frames": None,  # frames in one pass of the tower; None: the config's
+    "max_length": None,  # tokens; None: no limit
+    "video": {},  # max_num_frames, sample_fps, max_sample_fps of video files
+    "position_stretch": 0,  # positions reach up to this number; 0: plain positions
     "group_by_source": False,
-    "max_broken": 0.1,
-    "workers": 0,
-    "lora": None,
-    "eval": None,
-    "dts": {},
-    "trainer": {},
+    "max_broken": 0.1,  # share of the samples seen
+    "workers": 0,  # processes that load data; 0: the trainer itself
+    "lora": None,  # target, r, alpha, dropout, train_also
+    "eval": None,  # data, steps, batch_size, sparse_attention
+    "dts": {},  # see dts.py
+    "trainer": {},  # further TrainingArguments
 }
 
 _NESTED_KEYS = {

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
-from training.data import Collator, MixtureDataset  # noqa: E402
+from training.batches import Collator  # noqa: E402
+from training.data import MixtureDataset  # noqa: E402
 from training.dts import DTSPretraining, DTSTrainer  # noqa: E402
 from training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
 from training.trainer import VideoXLTrainer, module_of  # noqa: E402
@@ -155,6 +156,7 @@ def training_arguments(recipe: dict) -> TrainingArguments:
         "save_total_limit": recipe["save_total_limit"],
         "logging_steps": recipe["logging_steps"],
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,
         "seed": recipe["seed"],
         "bf16": recipe["bf16"],
         "activation_checkpointing": recipe["gradient_checkpointing"],

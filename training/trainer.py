@@ -10,6 +10,7 @@ What is surprising:
 """
 
 import json
+import math
 import random
 import time
 from collections import defaultdict
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from training.data import IGNORE, EpochSampler, videos_of
+from training.batches import EpochSampler, videos_of
+from training.data import IGNORE
 from training.recipe import MODULES, learning_rates, plans
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
@@ -163,9 +165,14 @@ class VideoXLTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # override: the log says how many samples were broken
+    # override: the log says how many samples were broken; a loss that is no number ends training
     def log(self, logs, start_time=None):
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate or warm up "
+                    "longer, and resume from a checkpoint before it"
+                )
             logs["broken"] = self.broken.count
             logs["samples"] = self.broken.seen
         super().log(logs, start_time)
