@@ -93,9 +93,11 @@ def test_a_loss_that_is_no_number_ends_training(tiny, tmp_path):
         run(tiny_recipe(tiny, tmp_path, learning_rate=1e30, max_grad_norm=0.0, trainer={"optim": "sgd"}))
 
 
-def test_stretched_positions_reach_the_model(tiny, tmp_path):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_stretched_positions_reach_the_model(tiny, tmp_path, attention):
     """The jumps change positions alone: every token still sees its whole past (no packing is read into them)."""
-    trainer, dataset = trainer_for(tiny_recipe(tiny, tmp_path), position_stretch=3000)
+    recipe = tiny_recipe(tiny, tmp_path, attn_implementation=attention)
+    trainer, dataset = trainer_for(recipe, position_stretch=3000)
     batch = trainer.data_collator([dataset[0], dataset[1]])
     model = trainer.model.eval()
     stretched, _ = trainer.token_losses(model, batch, {"prefill": "full"})
@@ -110,7 +112,10 @@ def test_stretched_positions_reach_the_model(tiny, tmp_path):
     trainer.token_losses(model, batch, {"prefill": "full"})
     hook.remove()
     mask = captured["attention_mask"]
-    assert mask is None or bool((mask == torch.ones(mask.shape[-2:]).tril().bool()).all())
+    if mask is not None:  # bool or additive
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        assert (seen == torch.ones(mask.shape[-2:]).tril().bool()).all()
+    assert (mask is None) == (attention == "sdpa")
     counted, _ = trainer.token_losses(model, batch, PLANS[1])  # sparse plans count positions
     assert counted.item() == pytest.approx(
         trainer.token_losses(model, {k: v for k, v in batch.items() if k != "position_ids"}, PLANS[1])[0].item()
