@@ -68,7 +68,7 @@ def small_config(tokenizer) -> dict:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": True,
-            "initializer_range": 0.04,
+            "initializer_range": 0.02,
         },
         "sparse_attention": {"model_type": "videoxl_sparse_attention", "prefill": "full", "decode": "full"},
         "video_token_id": tokenizer.convert_tokens_to_ids("<|vision_pad|>"),

@@ -123,7 +123,7 @@ def clip_questions(clip, rng, count, kinds, choice_share) -> tuple[Question, ...
     asker = _Asker(rng, choice_share)
     _ask_about_shapes(clip, asker)
     _ask_about_signs(clip, asker)
-    _ask_about_cards(clip.cards, asker, clip.start)
+    _ask_about_cards(clip.cards, asker, clip.start, whole=((clip.start, clip.start + clip.seconds),))
     _ask_for_caption(clip, asker)
     by_kind = {}
     for index in rng.permutation(len(asker.questions)):
@@ -221,8 +221,8 @@ def _ask_about_signs(clip, asker):
             asker.ask(kind, shown[0].text, spans, pool)
 
 
-def _ask_about_cards(cards, asker, start, kinds=None):
-    """Questions about cards, in order of time; `kinds` limits the types."""
+def _ask_about_cards(cards, asker, start, kinds=None, whole=()):
+    """Questions about cards, in order of time; `kinds` limits the types, `whole` is where there is no card at all."""
     kinds = kinds or ("needle", "two_hop", "card_count", "card_order", "card_first", "when_card")
     spans = [(start + card.second, start + card.second + card.seconds) for card in cards]
     leads = {card.key: number for number, card in enumerate(cards) if isinstance(card.key, str)}
