@@ -84,30 +84,33 @@ class Clip:
                 return draw_needle(card.key, card.value, self.size)
         frame = self.backdrop.copy()
         for item in self.items:
-            if (span := item.span_at(second)) is not None:
-                self._draw(frame, item, (second - span[0]) / (span[1] - span[0]), second)
+            if item.span_at(second) is not None:
+                x, y = self.place_of(item, second)
+                paste(frame, self._sprite(item, second), x * self.size, y * self.size)
         shift = int(second * 8) * 7
         frame += np.roll(self.noise, (shift, shift // self.size), axis=(0, 1))
         return np.clip(np.rint(frame), 0, 255).astype(np.uint8)
 
-    def _draw(self, frame, item, share, second):
+    def _sprite(self, item: Item, second: float) -> np.ndarray:
         if item.text:
-            sprite = sign_sprite(item.text, self.size)
-        else:
-            color = item.change[1] if item.change and second >= item.change[0] else item.color
-            sprite = shape_sprite(item.shape, color, round(SIZES[item.size] * self.size))
+            return sign_sprite(item.text, self.size)
+        color = item.change[1] if item.change and second >= item.change[0] else item.color
+        return shape_sprite(item.shape, color, round(SIZES[item.size] * self.size))
+
+    def place_of(self, item: Item, second: float) -> tuple[float, float]:
+        """The centre (x, y) of a visible item, 0 to 1 from the left and from the top."""
+        begin, end = item.span_at(second)
         along = item.place
         if item.direction:
-            along = 0.15 + 0.7 * share
+            along = 0.15 + 0.7 * (second - begin) / (end - begin)
             along = 1 - along if item.direction in ("left", "up") else along
-        half = sprite.shape[0 if self.columns else 1] / 2 / self.size
-        along = min(max(along, half), 1 - half) * self.size
-        across = (0.27, 0.73)[item.lane] * self.size
-        x, y = (across, along) if self.columns else (along, across)
+        height, width = (side / self.size for side in self._sprite(item, second).shape[:2])
+        half = (height if self.columns else width) / 2
+        along, across = min(max(along, half), 1 - half), (0.27, 0.73)[item.lane]
         if self.columns:
             # A board is wider than a lane; it must not stick out of the frame.
-            x = min(max(x, sprite.shape[1] / 2), self.size - sprite.shape[1] / 2)
-        paste(frame, sprite, x, y)
+            return min(max(across, width / 2), 1 - width / 2), along
+        return along, across
 
     def write_video(self, path: str | os.PathLike, fps: int = 8, side: int = 192) -> None:
         """Writes the clip as H.264 in MP4, `side` pixels wide and high."""
@@ -244,7 +247,7 @@ def _cards(rng, seconds, items, cards, chains) -> tuple[Card, ...]:
     chains = int(cards >= 2 and rng.random() < 0.5) if chains is None else chains
     busy = {edge + shift for item in items for span in item.spans for edge in span for shift in (-1, 0)}
     busy |= {item.change[0] + shift for item in items if item.change for shift in (-1, 0)}
-    free = [second for second in range(seconds) if second not in busy]
+    free = [second for second in range(seconds) if second not in busy] or range(seconds)
     seconds_free = []
     for second in map(int, rng.permutation(free)):
         # Apart, so that no group of four frames holds two.

@@ -1,0 +1,315 @@
+"""Teaches tower, compressor and projector of a small model to see, before any language model reads them.
+
+    python training/pretrain_vision.py RECIPE.yaml [--set key=value ...] [--resume]
+
+The published model starts from a SigLIP tower that has seen billions of pictures. A small model that starts from
+nothing has none, and the language model's loss alone is a slow teacher. So this stage, which is ours, asks for what a
+group of frames shows directly: a linear head on the group's visual tokens names, for each of the four frames, the
+coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. The head is
+thrown away. The output folder holds the whole model, with the language model still random.
+
+G groups in a batch, T frames a group, N visual tokens a group.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
+
+from training.trainer import Journal, _JournalCallback, module_of  # noqa: E402
+from video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS, make_clip  # noqa: E402
+
+TEXTS = WORDS + DIGITS
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+# What is named per frame; one yes or no each. Places are two numbers per shape.
+FACTS = {
+    "shape": PAIRS,
+    "size": tuple((shape, size) for shape in SHAPES for size in SIZES),
+    "sign": TEXTS,
+    "card_key": PAIRS + WORDS,
+    "card_value": TEXTS,
+}
+INDEX = {}
+for _kind, _values in FACTS.items():
+    for _value in _values:
+        INDEX[_kind, _value] = len(INDEX)
+NUM_FACTS, NUM_PLACES = len(INDEX), 2 * len(SHAPES)
+# Root mean square that the visual tokens are drawn to: nothing in DTS normalises what its convolutions put out.
+TOKEN_SCALE, SCALE_WEIGHT = 0.2, 0.05
+DEFAULTS = {
+    "stage": "see",
+    "init": None,
+    "output_dir": None,
+    "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
+    "learning_rate": 1e-3,
+    "modules": {},
+    "weight_decay": 0.01,
+    "warmup": 100,
+    "batch_size": 64,
+    "max_steps": 1000,
+    "save_steps": 500,
+    "logging_steps": 50,
+    "eval_steps": 500,
+    "eval_size": 1024,
+    "seed": 0,
+    "bf16": False,
+    "workers": 1,
+    "trainer": {},
+}
+
+
+def facts_of(clip, time: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a frame shows.
+
+    Args:
+        clip: A `video_world.Clip`.
+        time: Seconds.
+
+    Returns:
+        Facts [NUM_FACTS] of 0 and 1, and places [NUM_PLACES], 0 to 1 and NaN for shapes that are not there.
+    """
+    facts, places = np.zeros(NUM_FACTS, np.float32), np.full(NUM_PLACES, np.nan, np.float32)
+    second = time - clip.start
+    for card in clip.cards:
+        if card.second <= second < card.second + card.seconds:
+            facts[INDEX["card_key", card.key]] = facts[INDEX["card_value", card.value]] = 1
+            return facts, places
+    for item in clip.items:
+        if item.span_at(second) is None:
+            continue
+        if item.text:
+            facts[INDEX["sign", item.text]] = 1
+            continue
+        color = item.change[1] if item.change and second >= item.change[0] else item.color
+        facts[INDEX["shape", (color, item.shape)]] = facts[INDEX["size", (item.shape, item.size)]] = 1
+        number = SHAPES.index(item.shape)
+        places[2 * number : 2 * number + 2] = clip.place_of(item, second)
+    return facts, places
+
+
+class GroupDataset(Dataset):
+    """Groups of frames from clips of the world, each with its facts.
+
+    Args:
+        data: `split`, `size`, `first_seed`, `clip` (arguments of `make_clip`), `sample_fps` (one or several).
+        processor: The model's, for the size of frames and groups and the normalisation.
+        seed: Of rates and places in the clip.
+    """
+
+    def __init__(self, data: dict, processor, seed: int):
+        self.data, self.processor, self.seed = data, processor, seed
+        rates = data.get("sample_fps", 1)
+        self.rates = [float(rate) for rate in (rates if isinstance(rates, list) else [rates])]
+
+    def __len__(self):
+        return int(self.data["size"])
+
+    def __getitem__(self, index: int) -> dict:
+        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES]."""
+        processor, rng = self.processor, random.Random(f"{self.seed}-{index}")
+        seed = int(self.data.get("first_seed", 0)) + index
+        clip = make_clip(
+            seed, self.data.get("split", "train"), size=processor.image_size, num_questions=0, **self.data["clip"]
+        )
+        rate, count = rng.choice(self.rates), processor.frames_per_group
+        last = max(int(clip.seconds * rate) - count, 0)
+        first = rng.randint(0, last)
+        times = [min(number, int(clip.seconds * rate) - 1) / rate for number in range(first, first + count)]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        frames = torch.from_numpy(clip.frames(times)).permute(0, 3, 1, 2).float() / 255
+        facts, places = zip(*(facts_of(clip, time) for time in times), strict=True)
+        return {
+            "pixels": (frames - mean) / std,
+            "facts": torch.from_numpy(np.stack(facts)),
+            "places": torch.from_numpy(np.stack(places)),
+        }
+
+
+class VisionPretraining(nn.Module):
+    """A model's vision path with a linear head that names facts.
+
+    Args:
+        model: A Video-XL model; its language model is left alone.
+        frames_per_group: T.
+    """
+
+    def __init__(self, model, frames_per_group: int):
+        super().__init__()
+        self.config = model.config
+        self.vision_tower = model.model.vision_tower
+        self.compressor = model.model.compressor
+        self.multi_modal_projector = model.model.multi_modal_projector
+        self.encode = model.get_video_features
+        width = model.model.tokens_per_group * model.config.text_config.hidden_size
+        self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
+
+    def forward(self, pixels, facts, places):
+        """The loss of G groups, and the logits of their facts [G, T, NUM_FACTS].
+
+        Args:
+            pixels: [G, T, 3, S, S].
+            facts, places: See `facts_of`, [G, T, ...].
+        """
+        tokens = torch.cat(self.encode(pixels).pooler_output).float()
+        scale = tokens.pow(2).mean(dim=-1).clamp(min=1e-12).sqrt()
+        normed = (tokens / scale[..., None]).flatten(1)
+        named, placed = (
+            self.head(normed).float().unflatten(1, facts.shape[1:2] + (-1,)).split([NUM_FACTS, NUM_PLACES], -1)
+        )
+        loss = F.binary_cross_entropy_with_logits(named, facts, reduction="sum") / facts.shape[:2].numel()
+        there = places.isfinite()
+        loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
+        loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
+        return {"loss": loss, "logits": named}
+
+
+def accuracy(logits: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
+    """Per kind of fact, the share of true facts that are named and of frames in which the kind is exactly right."""
+    found, result, start = (logits > 0).flatten(0, 1), {}, 0
+    facts = facts.bool().flatten(0, 1)
+    for kind, values in FACTS.items():
+        part = slice(start, start + len(values))
+        start += len(values)
+        shown = facts[:, part].any(dim=1)
+        exact = (found[:, part] == facts[:, part]).all(dim=1)
+        result[kind] = exact[shown].float().mean().item() if shown.any() else float("nan")
+    return result
+
+
+class VisionTrainer(Trainer):
+    """The library's Trainer with rates per module, and an evaluation that counts named facts."""
+
+    def __init__(self, *, recipe, **kwargs):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.journal = Journal(Path(self.args.output_dir) / "log.jsonl")
+        self.broken = _NoBroken()
+        self.add_callback(_JournalCallback(self))
+
+    # override: learning rates per module
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            groups = []
+            for name, parameter in self.model.named_parameters():
+                rate = float(self.recipe["modules"].get(module_of("model." + name), self.args.learning_rate))
+                decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
+                groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # override: shares of frames that are named right
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.model.eval()
+        logits, facts, losses = [], [], []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                output = self.model(**batch)
+                logits.append(output["logits"])
+                facts.append(batch["facts"])
+                losses.append(float(output["loss"]))
+        self.model.train()
+        kinds = accuracy(torch.cat(logits), torch.cat(facts))
+        metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
+        metrics[f"{metric_key_prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
+        metrics |= {f"{metric_key_prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
+        self.log(metrics)
+        return metrics
+
+    # override: the samples seen, as in the other stages' logs
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs["samples"] = self.state.global_step * self.args.per_device_train_batch_size
+        super().log(logs, start_time)
+
+
+class _NoBroken:
+    """Clips of the world are never broken."""
+
+    def resume(self, step, samples_per_step):
+        """Nothing to go back to."""
+
+
+def load_recipe(path: Path, overrides: list[str]) -> dict:
+    """Reads a recipe; ValueError on an unknown key."""
+    given = yaml.safe_load(path.read_text())
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given[key] = yaml.safe_load(value)
+    if unknown := sorted(set(given) - set(DEFAULTS)):
+        raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
+    return DEFAULTS | given
+
+
+def run(recipe: dict, resume: bool = False) -> None:
+    """Trains, and writes the model's folder."""
+    output = Path(recipe["output_dir"])
+    source, options = recipe["init"]["config"], {"trust_remote_code": True}
+    set_seed(recipe["init"].get("seed", 0))
+    model = AutoModel.from_config(
+        AutoConfig.from_pretrained(source, **options), **options, attn_implementation="eager"
+    )
+    model.config.vision_chunk_frames = 1024
+    processor = AutoProcessor.from_pretrained(source, **options)
+    pretraining = VisionPretraining(model, processor.frames_per_group)
+    pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
+    arguments = {
+        "output_dir": str(output),
+        "learning_rate": recipe["learning_rate"],
+        "weight_decay": recipe["weight_decay"],
+        "warmup_steps": recipe["warmup"],
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": recipe["batch_size"],
+        "per_device_eval_batch_size": recipe["batch_size"],
+        "max_steps": recipe["max_steps"],
+        "save_steps": recipe["save_steps"],
+        "save_total_limit": 2,
+        "logging_steps": recipe["logging_steps"],
+        "eval_strategy": "steps",
+        "eval_steps": recipe["eval_steps"],
+        "seed": recipe["seed"],
+        "bf16": recipe["bf16"],
+        "dataloader_num_workers": recipe["workers"],
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    held_out = recipe["data"] | {"split": "held_out", "size": recipe["eval_size"]}
+    trainer = VisionTrainer(
+        recipe=recipe,
+        model=pretraining,
+        args=TrainingArguments(**(arguments | recipe["trainer"])),
+        train_dataset=GroupDataset(recipe["data"], processor, recipe["seed"]),
+        eval_dataset=GroupDataset(held_out, processor, recipe["seed"]),
+    )
+    trainer.train(resume_from_checkpoint=resume and any(output.glob("checkpoint-*")))
+    del model.config.vision_chunk_frames
+    model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, **options).vision_chunk_frames
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    arguments = parser.parse_args()
+    run(load_recipe(arguments.recipe, arguments.set), arguments.resume)
+
+
+if __name__ == "__main__":
+    main()
