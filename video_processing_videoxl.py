@@ -275,7 +275,7 @@ class VideoFrames:
                     if len(frames) == self._batch_frames:
                         flush()
             except av.FFmpegError as error:
-                cause, damage = error, error.strerror
+                cause, damage = error, damage or error.strerror  # what the index counted says more
         if delivered == 0:
             raise VideoDecodeError(
                 f"{self.source}: expected {self.num_frames} frames, none could be decoded "

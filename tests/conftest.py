@@ -4,6 +4,7 @@ The flat root is imported as a package `videoxl`, so that `from videoxl import s
 imports between the remote files work without installing anything.
 """
 
+import contextlib
 import os
 import sys
 import types
@@ -46,15 +47,48 @@ def bundle(root):
     return model, tokenizer, AutoProcessor.from_pretrained(root, trust_remote_code=True)
 
 
-@pytest.fixture
-def model(bundle):
-    """The bundled model; whatever a test sets on its config is undone."""
-    model = bundle[0]
+@pytest.fixture(scope="session")
+def random_model(root, bundle):
+    """The bundled architecture with random weights of high variance, the same in every run.
+
+    Its answers hang on every frame and word, so two ways that must agree and do not are told apart; and they stay what
+    they are when the bundled checkpoint is trained anew.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(root, trust_remote_code=True)
+    config.text_config.initializer_range = 0.2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    model.generation_config = bundle[0].generation_config
+    return model
+
+
+@contextlib.contextmanager
+def _undone(model):
+    """Whatever is set on the model's config meanwhile is undone."""
     before = dict(model.config.__dict__)
+    model.config.sparse_attention = {}
     yield model
     model.config.__dict__.clear()
     model.config.__dict__.update(before)
     model.eval()
+
+
+@pytest.fixture
+def model(random_model):
+    """A model of the bundled architecture, see `random_model`; dense, and what a test sets on its config is undone."""
+    with _undone(random_model) as model:
+        yield model
+
+
+@pytest.fixture
+def bundled_model(bundle):
+    """The bundled checkpoint, whatever it was trained to; dense, and what a test sets on its config is undone."""
+    with _undone(bundle[0]) as model:
+        yield model
 
 
 @pytest.fixture

@@ -126,8 +126,10 @@ def test_words_time_and_colon_elsewhere_change_nothing(model):
     torch.testing.assert_close(cached, logits_of(model, ids, [pixels(model, 16)], use_cache=False), atol=2e-4, rtol=0)
     from videoxl.sparse_attention import VisualLayout
 
-    layout = VisualLayout.from_ids(torch.tensor(ids), [4], 16, model.config.video_token_id, start, end)
-    assert [tuple(group) for group in layout.groups[:2]] == [(5, 8, 24), (24, 27, 43)]
+    tokens = model.config.compressor_config.tokens_per_group
+    layout = VisualLayout.from_ids(torch.tensor(ids), [4], tokens, model.config.video_token_id, start, end)
+    second = 8 + tokens
+    assert [tuple(group) for group in layout.groups[:2]] == [(5, 8, second), (second, second + 3, second + 3 + tokens)]
 
 
 @pytest.mark.parametrize(("groups", "videos"), [([2], []), ([2], [9]), ([1], [8]), ([2], [8, 4]), ([1, 1], [4])])
@@ -138,10 +140,11 @@ def test_placeholder_count_must_match(model, groups, videos):
 
 
 def test_wrong_pixels_and_missing_ids(model):
-    with pytest.raises(ValueError, match="56"):
-        logits_of(model, prompt(model, [1]), [torch.zeros(4, 3, 32, 32)])
+    side, hidden = model.config.vision_config.image_size, model.config.text_config.hidden_size
+    with pytest.raises(ValueError, match=str(side)):
+        logits_of(model, prompt(model, [1]), [torch.zeros(4, 3, side - 8, side - 8)])
     with pytest.raises(ValueError, match="input_ids"):
-        model(inputs_embeds=torch.zeros(1, 4, 128), pixel_values_videos=[pixels(model, 4)])
+        model(inputs_embeds=torch.zeros(1, 4, hidden), pixel_values_videos=[pixels(model, 4)])
 
 
 @pytest.mark.parametrize("settings", PREFILLS)

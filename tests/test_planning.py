@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2Tokenizer
 from videoxl.bilevel_videoxl import choose_for_question
 from videoxl.planning_videoxl import parse_memory
 
@@ -25,20 +26,31 @@ def encode(model, tokenizer, count, step=1.0):
 def test_tokens_and_key_values_are_exact(model, tokenizer, prefill, count):
     model.config.sparse_attention = {"prefill": prefill}
     video = encode(model, tokenizer, count)
-    for plan in (model.plan(count, tokenizer=tokenizer), model.plan(count)):
-        assert plan.frames == video.num_frames
-        assert plan.total_tokens == len(video.input_ids)
-        assert plan.visual_tokens == int(sum(id == model.config.video_token_id for id in video.input_ids))
-        assert plan.total_tokens == plan.visual_tokens + plan.timestamp_tokens + plan.text_tokens
-        assert plan.kv_bytes == kv_bytes(video.cache)
-        assert plan.mixed_tokens is None
-    assert (plan.counted_by, model.plan(count, tokenizer=tokenizer).counted_by) == ("time_format", "tokenizer")
+    plan = model.plan(count, tokenizer=tokenizer)
+    assert plan.frames == video.num_frames
+    assert plan.total_tokens == len(video.input_ids)
+    assert plan.visual_tokens == int(sum(id == model.config.video_token_id for id in video.input_ids))
+    assert plan.timestamp_tokens == 4 * plan.groups
+    assert plan.total_tokens == plan.visual_tokens + plan.timestamp_tokens + plan.text_tokens
+    assert plan.kv_bytes == kv_bytes(video.cache)
+    assert plan.mixed_tokens is None
+    assert plan.counted_by == "tokenizer"
+
+
+@pytest.mark.parametrize(("count", "sample_fps"), [(1, 1), (37, 1), (150, 2.5), (41, 1 / 300)])
+def test_without_a_tokenizer_times_are_counted_as_in_the_published_one(model, test_data, count, sample_fps):
+    real = Qwen2Tokenizer.from_pretrained(test_data / "data" / "tokenizer")
+    plan = model.plan(count, sample_fps=sample_fps)
+    texts = [model.config.time_format.format(seconds=first / sample_fps) for first in range(0, count, 4)]
+    assert plan.counted_by == "time_format"
+    assert plan.timestamp_tokens == sum(len(real(text)["input_ids"]) for text in texts)
+    assert plan.total_tokens == plan.visual_tokens + plan.timestamp_tokens + plan.text_tokens
 
 
 def test_more_digits_are_more_tokens(model, tokenizer):
-    video = encode(model, tokenizer, 9, step=300.0)
+    video = encode(model, tokenizer, 9, step=300.0)  # groups at 0, 1,200 and 2,400 s: four digits are two tokens
     plan = model.plan(9, tokenizer=tokenizer, sample_fps=1 / 300)
-    assert plan.total_tokens == len(video.input_ids) > model.plan(9, tokenizer=tokenizer).total_tokens
+    assert plan.total_tokens == len(video.input_ids) == model.plan(9, tokenizer=tokenizer).total_tokens + 2
 
 
 @pytest.mark.parametrize("sampling", [{}, {"max_num_frames": 6}, {"sample_fps": None, "max_num_frames": 11}])
@@ -58,7 +70,7 @@ def test_a_file_is_planned_as_it_is_encoded(model, tokenizer, clips, sampling):
         {"pool_size": 3, "decode_chunk_groups": 3},
         {"reload": {"method": "probe", "share": 0.5}},
         {"reload": "none"},
-        {"reload": {"method": "mean_key", "count": 1, "max_tokens": 700}},
+        {"reload": {"method": "mean_key", "count": 1, "max_tokens": 250}},
     ],
 )
 def test_mixed_key_values_are_exact(model, tokenizer, count, settings):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from videoxl import processing_videoxl
 from videoxl.processing_videoxl import DEFAULT_CHAT_TEMPLATE, VideoXLProcessor
 
@@ -23,7 +23,7 @@ PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     f"{MARKER}\nWhat happens?<|im_end|>\n<|im_start|>assistant\n"
 )
-# What the loader needs of the root, without model and weights.
+# What the processor needs of the root, and so what it saves; a loader also asks for the model's config.
 FOLDER = (
     *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
     *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "processor_config.json", "chat_template.jinja"),
@@ -33,7 +33,7 @@ FOLDER = (
 
 @pytest.fixture(scope="module")
 def tokenizer(root):
-    return Qwen2Tokenizer.from_pretrained(root)
+    return PreTrainedTokenizerFast.from_pretrained(root)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_left_padding(processor, tokenizer):
 
 
 def test_pads_with_eos_without_a_pad_token(root):
-    tokenizer = Qwen2Tokenizer.from_pretrained(root)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
     tokenizer.pad_token = None
     inputs = VideoXLProcessor(tokenizer)(["Hello", "Hello there"], padding=True)
     assert inputs["input_ids"][0][0] == tokenizer.eos_token_id
@@ -531,20 +531,22 @@ def test_loads_from_a_folder_then_what_it_saved_from_the_hub_cache(root, tmp_pat
     folder, saved, cache = tmp_path / "checkpoint", tmp_path / "saved", tmp_path / "cache"
     cache.mkdir()
     folder.mkdir()
-    for name in FOLDER:
+    config = ("config.json", "configuration_videoxl.py")
+    for name in (*FOLDER, *config):
         shutil.copy(root / name, folder / name)
-    # AutoTokenizer asks the Hub's cache for a config; any will do here.
-    (folder / "config.json").write_text('{"model_type": "qwen2"}')
     local = load_in_fresh_process(folder, saved, cache)
-    assert (local["class"], local["tokenizer"]) == ("VideoXLProcessor", "Qwen2Tokenizer")
-    assert local["shape"] == [1, 5, 3, 56, 56]
-    assert local["ids"].count(processor.video_token_id) == 2 * 16
+    bundled = json.loads((root / "processor_config.json").read_text())
+    assert local["class"] == "VideoXLProcessor"
+    assert local["tokenizer"] != "Qwen2Tokenizer", "Qwen2's class would split numbers into digits"
+    assert local["shape"] == [1, 5, 3, bundled["image_size"], bundled["image_size"]]
+    assert local["ids"].count(processor.video_token_id) == 2 * bundled["tokens_per_group"]
     assert local["template"] == DEFAULT_CHAT_TEMPLATE and local["same"]
     assert local["config"]["max_num_frames"] == 9, "an argument of from_pretrained overrides the file"
 
     written = json.loads((saved / "processor_config.json").read_text())
     assert written["auto_map"] == {"AutoProcessor": "processing_videoxl.VideoXLProcessor"}
-    shutil.copy(folder / "config.json", saved)
+    for name in config:
+        shutil.copy(folder / name, saved)
     commit = "0" * 39 + "1"
     repository = cache / "hub" / "models--someone--videoxl"
     (repository / "refs").mkdir(parents=True)
@@ -576,4 +578,12 @@ def test_bundled_settings_are_the_constructor_s(root):
     bundled = json.loads((root / "processor_config.json").read_text())
     names = set(VideoXLProcessor.__init__.__code__.co_varnames) - {"self", "tokenizer", "chat_template"}
     assert set(bundled) >= {name for name in names if not name.startswith("_")} - {"__class__"}
-    assert (bundled["image_size"], bundled["frames_per_group"], bundled["tokens_per_group"]) == (56, 4, 16)
+    model = json.loads((root / "config.json").read_text())
+    compressor = model["compressor_config"]
+    tokens = (compressor["grid_size"] // compressor["projector_pool_size"]) ** 2
+    assert (bundled["image_size"], bundled["frames_per_group"], bundled["tokens_per_group"]) == (
+        model["vision_config"]["image_size"],
+        compressor["frames_per_group"],
+        tokens,
+    )
+    assert bundled["time_format"] == model["time_format"]

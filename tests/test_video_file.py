@@ -452,12 +452,12 @@ def test_dtype_enters_the_model_fingerprint(root):
         model_fingerprint(AutoModel.from_pretrained(root, **options).to("meta"))
 
 
-def test_model_fingerprint_is_the_same_in_every_process(model, root):
+def test_model_fingerprint_is_the_same_in_every_process(bundled_model, root):
     code = """
 from transformers import AutoModel
 print(video_file.model_fingerprint(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))
 """
-    assert output_of(start(code, root)).strip() == model_fingerprint(model)
+    assert output_of(start(code, root)).strip() == model_fingerprint(bundled_model)
 
 
 def test_require_match():
