@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 test test-all test-oldest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest style format clean
+.PHONY: help demo test test-all test-oldest train-small evaluate style format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,13 @@ test-all: style ## style, then all tests that need no GPU
 
 test-oldest: $(OLDEST)/.installed ## loading, chat, bi-level and parity tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+train-small: $(VENV)/.installed ## train the bundled checkpoint from nothing (hours on two cores; goes on where it stopped)
+	$(BIN)/python training/train_small.py --install
+
+evaluate: $(VENV)/.installed ## the bundled checkpoint's results: questions by type and mode, needles in haystacks
+	$(BIN)/python evaluation/report.py --clips 60 --seconds 64 --out evaluation/results/report.json
+	$(BIN)/python evaluation/niah.py --kinds single multi_hop ordering counting --out evaluation/results/niah.json
 
 style: $(VENV)/.installed ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ What is surprising:
 * The first and last chunk of every video are dense whatever the question says. They do not count as chosen; `count`,
   `share` and `mass` limit the chunks in between.
 * A budget is spent along one fixed list of upgrades (timestamps, chosen chunks pooled, chosen chunks dense, others
-  pooled; each by rank) and spending stops at the first one that does not fit. To fill the rest with cheaper ones would
+  pooled; each by rank; `timestamps="kept"` gives each chunk's with its pooled keys instead) and spending stops at the
+  first one that does not fit. To fill the rest with cheaper ones would
   let a larger budget lower a chunk's level; the price is less than one chunk of unused budget.
 * Attention mass is taken per key, so that no chunk is relevant for being long (the last one may be short).
 * A time in a question is a guess about words. A false one costs one dense chunk, so doubtful phrases count as times.
@@ -22,6 +23,7 @@ import torch
 DENSE, POOLED, DROPPED = "dense", "pooled", "dropped"
 RELOAD_METHODS = ("probe", "mean_key", "none", "all")
 RELOAD_POSITIONS = ("compact", "true")
+RELOAD_TIMESTAMPS = ("all", "kept")
 LIMITS = ("count", "share", "mass")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
@@ -51,6 +53,7 @@ class ReloadPolicy:
     mass: float | None = None  # the fewest chunks that, with the first and last ones, hold this share of the score sum
     max_tokens: int | None = None
     max_bytes: int | None = None
+    timestamps: str = "all"  # whose stay within the budget: all chunks' first, or ("kept") those of what is kept
     positions: str = "compact"  # of the kept keys: 0, 1, 2, ... or "true"
     layers: tuple[float, float] = (1 / 3, 2 / 3)  # which of the layers the scorer reads, as shares of their number
 
@@ -66,6 +69,7 @@ class ReloadPolicy:
             ("max_tokens", self._fits("max_tokens", Integral, 1), whole.format(1)),
             ("max_bytes", self._fits("max_bytes", Integral, 1), whole.format(1)),
             ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
+            ("timestamps", self.timestamps in RELOAD_TIMESTAMPS, f"one of {RELOAD_TIMESTAMPS}"),
             ("layers", layers and len(self.layers) == 2 and self.layers[0] < self.layers[1], "two ascending shares"),
             *((name, scored or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
@@ -168,20 +172,20 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
             f"text and the first and last chunk of every video need {tokens} tokens, {tokens * cost.bytes_per_token} "
             "bytes. Allow at least that, or give fewer frames."
         )
+    with_stamps = policy.timestamps == "kept"
+    pooled = [size + stamp * with_stamps for size, stamp in zip(cost.pooled, cost.timestamps, strict=True)]
     upgrades = (
-        *((chunk, None, cost.timestamps[chunk]) for chunk in chosen + others),
-        *((chunk, POOLED, cost.pooled[chunk]) for chunk in chosen),
+        *((chunk, None, cost.timestamps[chunk]) for chunk in (chosen + others) * (not with_stamps)),
+        *((chunk, POOLED, pooled[chunk]) for chunk in chosen),
         *((chunk, DENSE, cost.dense[chunk] - cost.pooled[chunk]) for chunk in chosen),
-        *((chunk, POOLED, cost.pooled[chunk]) for chunk in others),
+        *((chunk, POOLED, pooled[chunk]) for chunk in others),
     )
     for chunk, level, added in upgrades:
         if tokens + added > budget:
             break
         tokens += added
-        if level is None:
-            timestamps[chunk] = True
-        else:
-            levels[chunk] = level
+        timestamps[chunk] = True
+        levels[chunk] = level or levels[chunk]
     return Levels(tuple(levels), tuple(timestamps), tokens)
 
 

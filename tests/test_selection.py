@@ -172,6 +172,23 @@ def test_a_shrinking_budget_takes_dense_then_pooled_then_timestamps():
         assert (got.levels, got.timestamps) == (levels, timestamps), tokens
 
 
+def test_timestamps_of_what_is_kept_leave_the_budget_to_chosen_chunks():
+    scores = [0.0, 1.0, 3.0, 2.0, 0.0]
+    least = 10 + 2 * (3 + 16)
+    for tokens, levels, timestamps in [
+        (least + 2 * 19 + 7, (DENSE, POOLED, DENSE, DENSE, DENSE), (True,) * 5),
+        (least + 2 * 19 + 6, (DENSE, DROPPED, DENSE, DENSE, DENSE), (True, False, True, True, True)),
+        (least + 2 * 7 + 12, (DENSE, DROPPED, DENSE, POOLED, DENSE), (True, False, True, True, True)),
+        (least + 7, (DENSE, DROPPED, POOLED, DROPPED, DENSE), (True, False, True, False, True)),
+        (least + 6, (DENSE, DROPPED, DROPPED, DROPPED, DENSE), (True, False, False, False, True)),
+    ]:
+        policy = ReloadPolicy(count=2, max_tokens=tokens, timestamps="kept")
+        got = choose_levels(policy, scores, uniform_cost(5), [0] * 5)
+        assert (got.levels, got.timestamps) == (levels, timestamps), tokens
+    free = choose_levels(ReloadPolicy(count=2, timestamps="kept"), scores, uniform_cost(5), [0] * 5)
+    assert free == choose_levels(ReloadPolicy(count=2), scores, uniform_cost(5), [0] * 5)
+
+
 def test_explicit_chunks_without_scores_rank_as_given():
     policy = ReloadPolicy("none", max_tokens=10 + 15 + 3 * 16 + 2 * 4)
     levels = choose_levels(policy, None, uniform_cost(5), [0] * 5, explicit=[3, 1, 3]).levels
