@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "training" / "recipes" / "small"
 LOGS = ROOT / "training" / "logs" / "small"
@@ -49,7 +51,9 @@ def train(output: Path, first: str | None) -> Path:
             print(f"{name}: finished before, in {folder}")
             continue
         start = None if number == 0 and first is None else str(ROOT if number == 0 else output / names[number - 1])
-        command = [sys.executable, str(ROOT / "training" / "train.py"), str(RECIPES / f"{name}.yaml"), "--resume"]
+        recipe = RECIPES / f"{name}.yaml"
+        program = "pretrain_vision" if yaml.safe_load(recipe.read_text()).get("stage") == "see" else "train"
+        command = [sys.executable, str(ROOT / "training" / f"{program}.py"), str(recipe), "--resume"]
         command += ["--set", f"output_dir={folder}"] + (["--set", f"model={start}"] if start else [])
         subprocess.run(command, cwd=ROOT, check=True)
     return output / names[-1]

@@ -1,0 +1,125 @@
+"""The bundled checkpoint's own stages: seeing, the order of recipes, the curves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+pytest.importorskip("accelerate")
+yaml = pytest.importorskip("yaml")
+
+
+@pytest.fixture(scope="module")
+def workshop(root):
+    sys.path.insert(0, str(root))
+    import training.pretrain_vision as see
+    import training.recipe as recipe
+    import training.train_small as small
+
+    yield see, recipe, small
+    sys.path.remove(str(root))
+
+
+def test_facts_say_what_a_frame_shows(workshop):
+    see, _, _ = workshop
+    clip = see.make_clip(3, "held_out", seconds=32, cards=3, signs=2, shapes=4, num_questions=0)
+    names = list(see.INDEX)
+    for time in np.arange(0, 32, 0.25):
+        facts, places = see.facts_of(clip, time)
+        shown = {names[index] for index in facts.nonzero()[0]}
+        cards = [card for card in clip.cards if card.second <= time < card.second + card.seconds]
+        if cards:
+            assert shown == {("card_key", cards[0].key), ("card_value", cards[0].value)}
+            assert np.isnan(places).all()
+            continue
+        visible = [item for item in clip.items if item.span_at(time)]
+        assert {value for kind, value in shown if kind == "sign"} == {item.text for item in visible if item.text}
+        shapes = [item for item in visible if item.shape]
+        assert {value[1] for kind, value in shown if kind == "shape"} == {item.shape for item in shapes}
+        assert {value for kind, value in shown if kind == "size"} == {(item.shape, item.size) for item in shapes}
+        assert np.isfinite(places).sum() == 2 * len(shapes)
+    assert any(see.facts_of(clip, time)[0].any() for time in range(32))
+
+
+def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, root, tmp_path):
+    see, _, _ = workshop
+    recipe = see.DEFAULTS | {
+        "init": {"config": str(root), "seed": 0},
+        "output_dir": str(tmp_path / "see"),
+        "data": {"split": "train", "size": 512, "clip": {"seconds": 4}},
+        "batch_size": 8,
+        "max_steps": 12,
+        "warmup": 2,
+        "save_steps": 12,
+        "logging_steps": 4,
+        "eval_steps": 12,
+        "eval_size": 8,
+        "workers": 0,
+    }
+    see.run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "see" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert any("eval_accuracy/card_value" in line for line in lines)
+    model = AutoModel.from_pretrained(tmp_path / "see", trust_remote_code=True)
+    see.set_seed(0)
+    fresh = AutoModel.from_config(model.config, trust_remote_code=True)
+    moved = {
+        name.split(".")[1]
+        for (name, old), new in zip(fresh.named_parameters(), model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved == {"vision_tower", "compressor", "multi_modal_projector"}
+    assert AutoProcessor.from_pretrained(tmp_path / "see", trust_remote_code=True).tokens_per_group
+
+
+def test_recipes_follow_each_other(workshop):
+    see, recipe, small = workshop
+    names = small.stages()
+    assert len(names) >= 2
+    before = None
+    for name in names:
+        path = small.RECIPES / f"{name}.yaml"
+        given = yaml.safe_load(path.read_text())
+        loaded = see.load_recipe(path, []) if given.get("stage") == "see" else recipe.load_recipe(path)
+        assert loaded["output_dir"] == f"outputs/small/{name}"
+        assert loaded.get("model") == before
+        before = loaded["output_dir"]
+
+
+def test_an_unknown_stage_and_an_unknown_key_are_named(workshop, tmp_path):
+    see, _, small = workshop
+    with pytest.raises(ValueError, match="no stage 'x'"):
+        small.train(tmp_path, "x")
+    with pytest.raises(ValueError, match="no colour"):
+        see.load_recipe(small.RECIPES / f"{small.stages()[0]}.yaml", ["colour=1"])
+
+
+def test_stages_that_are_finished_are_skipped(workshop, tmp_path, capsys):
+    _, _, small = workshop
+    for name in small.stages():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert small.train(tmp_path, None) == tmp_path / small.stages()[-1]
+    assert capsys.readouterr().out.count("finished before") == len(small.stages())
+
+
+def test_curves_of_the_committed_logs(workshop, root, tmp_path):
+    pytest.importorskip("matplotlib")
+    _, _, small = workshop
+    logs = small.read_logs(root / "training" / "logs" / "small")
+    assert [name for name, _ in logs] == small.stages(), "the logs of the bundled checkpoint's stages"
+    small.draw_curves(logs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_help(root):
+    for name in ("train_small", "pretrain_vision"):
+        run = subprocess.run(
+            [sys.executable, root / "training" / f"{name}.py", "--help"], capture_output=True, text=True
+        )
+        assert run.returncode == 0 and "usage" in run.stdout, run.stderr
