@@ -9,6 +9,11 @@ PYTEST_ARGS ?=
 OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py tests/test_bilevel.py \
 	$(wildcard tests/test_golden_*.py)
 
+# What `make demo` asks, and what is right.
+DEMO_QUESTIONS = "What color is the star?" "Which way does the ring move?" "When does the triangle first appear?" \
+	"What is on the card with the purple ring?" "Which comes first, the triangle or the star?"
+DEMO_ANSWERS = "orange / right / At 14 seconds / egg / the star"
+
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
@@ -21,11 +26,16 @@ test test-all test-oldest: export OMP_NUM_THREADS := 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip
-	@$(BIN)/python cli.py assets/demo.mp4 "What happens in this video?" "When does the blue square appear?" \
-		--max-new-tokens 48 --stats
+demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, in full and with sparse attention
+	@echo "Full attention:"
 	@echo
-	@echo "The bundled checkpoint has random weights: the numbers are real, the answers mean nothing."
+	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --stats
+	@echo
+	@echo "The clip in chunks (streaming prefill), the questions behind a part of its key-values (bi-level decoding):"
+	@echo
+	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --stats --prefill streaming --decode bilevel
+	@echo
+	@echo "To be seen in the clip:" $(DEMO_ANSWERS)
 
 test: style ## style, then the tests that take seconds
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,11 +1,14 @@
-"""`cli.py` as a user runs it: subprocesses on the bundled checkpoint and clip; and the clip's story."""
+"""`cli.py` as a user runs it: subprocesses on the bundled checkpoint and clip; and what the clip shows."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import av
+import numpy as np
 import pytest
 from videoxl.cli import chunk_table
 
@@ -22,6 +25,11 @@ def cli(root):
     return run
 
 
+@pytest.fixture(scope="module")
+def tokens_per_group(root):
+    return json.loads((root / "processor_config.json").read_text())["tokens_per_group"]
+
+
 def one_line_error(done: subprocess.CompletedProcess) -> str:
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -29,24 +37,25 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_answers_are_shown(cli):
+def test_answers_are_shown(cli, tokens_per_group):
     done = cli(CLIP, "What happens?", "--stats", "--max-new-tokens", "6", "--max-num-frames", "9", "--uniform")
     assert done.returncode == 0, done.stderr
     for shown in (
         "frames           9",
-        "visual tokens    48",
+        f"visual tokens    {3 * tokens_per_group}",
         "decode + encode",
-        "16.0 s",
+        "24.0 s",
         "Q  What happens?",
         "\nA  ",
     ):
         assert shown in done.stdout
-    for shown in ("cpu, float32", "key-values", "6 tokens"):
+    for shown in ("cpu, float32", "key-values"):
         assert shown in done.stdout
+    assert re.search(r"\[\d+\.\d+ s, [1-6] tokens, \d+ a second\]", done.stdout)
     assert all(sign.isprintable() or sign == "\n" for sign in done.stdout)
 
 
-def test_json_with_several_questions(cli, root, tmp_path):
+def test_json_with_several_questions(cli, root, tmp_path, tokens_per_group):
     questions = ["What happens?", "Which colour is the circle?", "What happens?"]
     # From another folder, and where the hub could not be reached: the default model is the folder of cli.py.
     video = root / CLIP
@@ -57,8 +66,8 @@ def test_json_with_several_questions(cli, root, tmp_path):
     assert done.stdout.count("\n") == 1
     assert result["video"] == str(video)
     assert result["num_frames"] == 12
-    assert result["visual_tokens"] == 3 * 16
-    assert result["duration"] == pytest.approx(16.0)
+    assert result["visual_tokens"] == 3 * tokens_per_group
+    assert result["duration"] == pytest.approx(24.0)
     assert (result["device"], result["dtype"]) == ("cpu", "bfloat16")
     assert [entry["question"] for entry in result["answers"]] == questions
     assert result["answers"][0]["answer"] == result["answers"][2]["answer"], "a question changed the encoded video"
@@ -78,8 +87,8 @@ def test_sparse_attention_chunks_save_and_load(cli, root, tmp_path):
     assert first["sparse_attention"] == attention
     assert (first["saved_to"], first["loaded_from"]) == (str(saved), None)
     chunks = first["answers"][0]["chunks"]
-    assert [(chunk["start"], chunk["end"]) for chunk in chunks] == [(index, index + 1.0) for index in range(16)]
-    assert {chunks[index]["level"] for index in (0, 9, 15)} == {"dense"}, "a time in the question chooses its chunk"
+    assert [(chunk["start"], chunk["end"]) for chunk in chunks] == [(index, index + 1.0) for index in range(24)]
+    assert {chunks[index]["level"] for index in (0, 9, 23)} == {"dense"}, "a time in the question chooses its chunk"
     assert "pooled" in {chunk["level"] for chunk in chunks}
 
     # The saved video keeps its prefill, and nothing is encoded again: the same answers, the same choice.
@@ -94,7 +103,7 @@ def test_sparse_attention_chunks_save_and_load(cli, root, tmp_path):
 
     done = cli("--load", saved, "Why?", "--show-chunks", *decode)
     assert done.returncode == 0, done.stderr
-    assert "read saved video" in done.stdout and "16 chunks: " in done.stdout
+    assert "read saved video" in done.stdout and "24 chunks: " in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.lstrip().startswith("9  "))
     assert row.split()[:5] == ["9", "9.0", "-", "10.0", second["answers"][1]["chunks"][9]["level"]]
     assert "####" in done.stdout
@@ -206,22 +215,60 @@ def test_broken_model_is_status_1(cli, root, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: OSError: ")
 
 
-def test_demo_clip_tells_its_story(root):
+@pytest.fixture(scope="module")
+def demo_clip(root):
+    """What training/render_demo.py draws."""
+    sys.path.insert(0, str(root / "training"))
+    from render_demo import demo_clip
+
+    return demo_clip()
+
+
+def test_demo_clip_is_what_its_script_draws(root, demo_clip):
     with av.open(str(root / CLIP)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        frames = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-    assert len(frames) == 16 * 24
-    assert frames[-1][0] == pytest.approx(16 - 1 / 24, abs=1e-3)
+        decoded = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+    assert [seconds for seconds, _ in decoded] == pytest.approx([number / 8 for number in range(24 * 8)], abs=1e-3)
+    drawn = demo_clip.frames([seconds for seconds, _ in decoded])
+    side, small = decoded[0][1].shape[0], drawn.shape[1]
+    pictures = np.stack([frame for _, frame in decoded]).reshape(-1, small, side // small, small, side // small, 3)
+    error = np.abs(pictures.mean(axis=(2, 4)) - drawn)
+    assert error.mean() < 6 and error.mean(axis=(1, 2, 3)).max() < 12
 
-    def colour(second: float, x: int, y: int) -> str:
-        red, green, blue = map(int, frames[round(second * 24)][1][y, x])
-        table = {(True, True, True): "white", (True, False, False): "red", (False, False, True): "blue"}
-        table |= {(False, True, False): "green", (True, True, False): "yellow"}
-        return table[red > 150, green > 120, blue > 150]
 
-    middle, square, triangle, corner = (160, 120), (264, 120), (64, 130), (310, 10)
-    assert [colour(second, *middle) for second in (0, 4, 7.9, 11)] == ["white", "red", "red", "white"]
-    assert [colour(second, *square) for second in (5.9, 6.1, 15.5)] == ["white", "blue", "blue"]
-    assert [colour(second, *corner) for second in (11.9, 12.1)] == ["white", "green"]
-    assert [colour(second, *triangle) for second in (12.9, 13.1)] == ["green", "yellow"]
+def test_demo_clip_is_rich(demo_clip):
+    shapes = [item for item in demo_clip.items if item.shape]
+    assert [(item.color, item.shape, item.size, item.direction) for item in shapes] == [
+        ("green", "circle", "small", ""),
+        ("orange", "star", "small", ""),
+        ("blue", "ring", "small", "right"),
+        ("red", "triangle", "large", ""),
+    ]
+    assert [item.spans for item in shapes] == [((3, 5),), ((7, 13),), ((11, 16),), ((14, 22),)]
+    assert [item.change for item in shapes] == [None, None, None, (18, "cyan")]
+    assert [(item.text, item.spans) for item in demo_clip.items if item.text] == [("6", ((1, 8),))]
+    assert [(card.second, card.key, card.value) for card in demo_clip.cards] == [
+        (9, ("purple", "ring"), "egg"),
+        (19, ("red", "circle"), "box"),
+        (23, ("yellow", "square"), "4"),
+    ]
+
+
+def test_make_demo_prints_the_right_answers(root, demo_clip):
+    makefile = (root / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    questions, answers = (
+        shlex.split(re.search(rf"^DEMO_{name} = (.*)$", makefile, re.MULTILINE)[1])
+        for name in ("QUESTIONS", "ANSWERS")
+    )
+    # The clip words a question in one of two ways.
+    types = ("color", "direction", "when", "needle", "first")
+    names = ("star", "ring", "triangle", "purple ring", "the triangle or the star")
+    expected = [
+        question.answer
+        for kind, name in zip(types, names, strict=True)
+        for question in demo_clip.questions
+        if question.type == kind and name in question.text
+    ]
+    assert " / ".join(expected) == answers[0]
+    assert all(name in question for name, question in zip(names, questions, strict=True))
