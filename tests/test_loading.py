@@ -74,7 +74,7 @@ def test_every_auto_class_gives_our_model(from_folder):
     assert set(result["names"]) == {"VideoXLForConditionalGeneration"} and len(result["names"]) >= 3
     assert result["processor"] == "VideoXLProcessor"
     assert result["missing"] == result["unexpected"] == []
-    assert result["answer"] and result["reply"]
+    assert isinstance(result["answer"], str) and result["reply"]
     assert result["dtype"] == "torch.float32"
 
 

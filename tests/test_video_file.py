@@ -325,7 +325,11 @@ for version in range(15):
     writers = [start(code, path, name) for name in "12"]
     seen = set()
     while any(writer.poll() is None for writer in writers):
-        tensors, facts = load_video_file(path)
+        try:
+            tensors, facts = load_video_file(path)
+        except ValueError as error:
+            assert "was replaced" in str(error)  # too busy a machine to read it between two writes
+            continue
         assert list(tensors) == [facts["name"]]
         assert tensors[facts["name"]].eq(float(facts["name"])).all()
         seen.add(facts["name"])
