@@ -29,11 +29,11 @@ help: ## show this list
 demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, in full and with sparse attention
 	@echo "Full attention:"
 	@echo
-	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --stats
+	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --max-new-tokens 16 --stats
 	@echo
 	@echo "The clip in chunks (streaming prefill), the questions behind a part of its key-values (bi-level decoding):"
 	@echo
-	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --stats --prefill streaming --decode bilevel
+	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --max-new-tokens 16 --stats --prefill streaming --decode bilevel
 	@echo
 	@echo "To be seen in the clip:" $(DEMO_ANSWERS)
 
