@@ -4,9 +4,11 @@
 
 The published model starts from a SigLIP tower that has seen billions of pictures. A small model that starts from
 nothing has none, and the language model's loss alone is a slow teacher. So this stage, which is ours, asks for what a
-group of frames shows directly: a linear head on the group's visual tokens names, for each of the four frames, the
-coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. The head is
-thrown away. The output folder holds the whole model, with the language model still random.
+group of frames shows directly. A linear head on the group's visual tokens names, for each of the four frames, the
+coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. A second
+one sees only the mean of the tokens and names what any of the four frames shows: that is what a head of attention can
+read with one look, and what pooled key-values still hold. Both heads are thrown away. The output folder holds the
+whole model; the language model stays what it was.
 
 G groups in a batch, T frames a group, N visual tokens a group.
 """
@@ -51,6 +53,7 @@ TOKEN_SCALE, SCALE_WEIGHT = 0.2, 0.05
 DEFAULTS = {
     "stage": "see",
     "init": None,
+    "model": None,
     "output_dir": None,
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
     "learning_rate": 1e-3,
@@ -154,6 +157,7 @@ class VisionPretraining(nn.Module):
         self.encode = model.get_video_features
         width = model.model.tokens_per_group * model.config.text_config.hidden_size
         self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
+        self.mean_head = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
 
     def forward(self, pixels, facts, places):
         """The loss of G groups, and the logits of their facts [G, T, NUM_FACTS].
@@ -164,13 +168,20 @@ class VisionPretraining(nn.Module):
         """
         tokens = torch.cat(self.encode(pixels).pooler_output).float()
         scale = tokens.pow(2).mean(dim=-1).clamp(min=1e-12).sqrt()
-        normed = (tokens / scale[..., None]).flatten(1)
+        normed = tokens / scale[..., None]
         named, placed = (
-            self.head(normed).float().unflatten(1, facts.shape[1:2] + (-1,)).split([NUM_FACTS, NUM_PLACES], -1)
+            self.head(normed.flatten(1))
+            .float()
+            .unflatten(1, facts.shape[1:2] + (-1,))
+            .split([NUM_FACTS, NUM_PLACES], -1)
         )
         loss = F.binary_cross_entropy_with_logits(named, facts, reduction="sum") / facts.shape[:2].numel()
         there = places.isfinite()
         loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
+        any_frame = F.binary_cross_entropy_with_logits(
+            self.mean_head(normed.mean(dim=1)).float(), facts.amax(dim=1), reduction="sum"
+        )
+        loss = loss + any_frame / len(facts)
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
         return {"loss": loss, "logits": named}
 
@@ -250,19 +261,25 @@ def load_recipe(path: Path, overrides: list[str]) -> dict:
         given[key] = yaml.safe_load(value)
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
+    if bool(given.get("init")) == bool(given.get("model")):
+        raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
     return DEFAULTS | given
 
 
 def run(recipe: dict, resume: bool = False) -> None:
     """Trains, and writes the model's folder."""
     output = Path(recipe["output_dir"])
-    source, options = recipe["init"]["config"], {"trust_remote_code": True}
-    set_seed(recipe["init"].get("seed", 0))
-    model = AutoModel.from_config(
-        AutoConfig.from_pretrained(source, **options), **options, attn_implementation="eager"
-    )
+    options = {"trust_remote_code": True, "attn_implementation": "eager"}
+    if recipe["model"]:
+        set_seed(recipe["seed"])
+        source = recipe["model"]
+        model = AutoModel.from_pretrained(source, **options)
+    else:
+        set_seed(recipe["init"].get("seed", 0))
+        source = recipe["init"]["config"]
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), **options)
     model.config.vision_chunk_frames = 1024
-    processor = AutoProcessor.from_pretrained(source, **options)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
     pretraining = VisionPretraining(model, processor.frames_per_group)
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
     arguments = {
@@ -296,8 +313,7 @@ def run(recipe: dict, resume: bool = False) -> None:
         eval_dataset=GroupDataset(held_out, processor, recipe["seed"]),
     )
     trainer.train(resume_from_checkpoint=resume and any(output.glob("checkpoint-*")))
-    del model.config.vision_chunk_frames
-    model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, **options).vision_chunk_frames
+    model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
     model.save_pretrained(output)
     processor.save_pretrained(output)
 

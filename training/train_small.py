@@ -3,7 +3,7 @@
     python training/train_small.py [--output outputs/small] [--from STAGE] [--install]
 
 A stage that is finished is skipped and one that was interrupted goes on where its last checkpoint stands, so the same
-command resumes. `--from 4_long` starts at that stage from the repository's committed weights instead of the stage
+command resumes. `--from 6_long` starts at that stage from the repository's committed weights instead of the stage
 before it. `--install` copies the result into the repository's root, the logs into training/logs/small and draws the
 curves.
 """
