@@ -68,7 +68,7 @@ def test_metadata(readme):
     assert data["pipeline_tag"] == "video-text-to-text"
     assert data["language"] in ("en", ["en"])
     assert {"video", "conversational", "custom_code"} <= set(data["tags"])
-    assert "random weights" in card.text[:500], "the card must say at the top that the bundled weights are random"
+    assert "toy world" in card.text[:500], "the card must say at the top what the bundled weights are"
 
 
 def test_links_and_files_exist(readme, root):
