@@ -160,7 +160,7 @@ class VisionPretraining(nn.Module):
         self.mean_head = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
 
     def forward(self, pixels, facts, places):
-        """The loss of G groups, and the logits of their facts [G, T, NUM_FACTS].
+        """The loss of G groups, and the logits of facts: per frame [G, T, NUM_FACTS], from the mean [G, NUM_FACTS].
 
         Args:
             pixels: [G, T, 3, S, S].
@@ -178,12 +178,11 @@ class VisionPretraining(nn.Module):
         loss = F.binary_cross_entropy_with_logits(named, facts, reduction="sum") / facts.shape[:2].numel()
         there = places.isfinite()
         loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
-        any_frame = F.binary_cross_entropy_with_logits(
-            self.mean_head(normed.mean(dim=1)).float(), facts.amax(dim=1), reduction="sum"
-        )
-        loss = loss + any_frame / len(facts)
+        of_mean = self.mean_head(normed.mean(dim=1)).float()
+        shown = facts.amax(dim=1)
+        loss = loss + F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
-        return {"loss": loss, "logits": named}
+        return {"loss": loss, "logits": named, "of_mean": of_mean}
 
 
 def accuracy(logits: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
@@ -224,15 +223,21 @@ class VisionTrainer(Trainer):
     # override: shares of frames that are named right
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
-        logits, facts, losses = [], [], []
+        logits, of_mean, facts, losses = [], [], [], []
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader(eval_dataset):
                 output = self.model(**batch)
                 logits.append(output["logits"])
+                of_mean.append(output["of_mean"])
                 facts.append(batch["facts"])
                 losses.append(float(output["loss"]))
         self.model.train()
-        kinds = accuracy(torch.cat(logits), torch.cat(facts))
+        facts = torch.cat(facts)
+        kinds = accuracy(torch.cat(logits), facts)
+        kinds |= {
+            f"{kind} of mean": value
+            for kind, value in accuracy(torch.cat(of_mean)[:, None], facts.amax(dim=1, keepdim=True)).items()
+        }
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
         metrics[f"{metric_key_prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
         metrics |= {f"{metric_key_prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
