@@ -96,13 +96,13 @@ def draw_curves(logs: list[tuple[str, list[dict]]], path: Path) -> None:
     bottom.set(
         ylabel="held-out answers right\n(teacher forced, each stage's own clips)", xlabel="clips seen", ylim=(0, 1)
     )
-    bottom.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=100)
 
 
 def install(folder: Path, output: Path) -> None:
     """Copies weights and logs into the repository and draws the curves."""
-    shutil.copy(folder / "model.safetensors", ROOT / "model.safetensors")
+    shutil.copyfile(folder / "model.safetensors", ROOT / "model.safetensors")
     LOGS.mkdir(parents=True, exist_ok=True)
     for name in stages():
         if (output / name / "log.jsonl").is_file():
