@@ -81,14 +81,35 @@ def test_recipes_follow_each_other(workshop):
     see, recipe, small = workshop
     names = small.stages()
     assert len(names) >= 2
-    before = None
+    earlier = set()
     for name in names:
         path = small.RECIPES / f"{name}.yaml"
         given = yaml.safe_load(path.read_text())
         loaded = see.load_recipe(path, []) if given.get("stage") == "see" else recipe.load_recipe(path)
         assert loaded["output_dir"] == f"outputs/small/{name}"
-        assert loaded.get("model") == before
-        before = loaded["output_dir"]
+        sources = [loaded["model"]] if earlier else []
+        sources += [part["path"] for part in loaded.get("load", {}).values()]
+        assert set(sources) <= earlier, "a stage starts from earlier ones"
+        assert bool(loaded["init"]) == (not earlier), "only the first stage starts from nothing"
+        earlier.add(loaded["output_dir"])
+
+
+def test_commands_point_into_the_output_folder(workshop, tmp_path, monkeypatch):
+    _, _, small = workshop
+    commands = []
+
+    def run(command, cwd, check):
+        commands.append(command)
+
+    monkeypatch.setattr(small.subprocess, "run", run)
+    names = small.stages()
+    assert small.train(tmp_path, None) == tmp_path / names[-1]
+    assert [command[2].rsplit("/", 1)[1] for command in commands] == [f"{name}.yaml" for name in names]
+    for command in commands:
+        assert not any("=outputs/" in part for part in command)
+    commands.clear()
+    small.train(tmp_path, names[-1])
+    assert len(commands) == 1 and f"model={small.ROOT}" in commands[0]
 
 
 def test_an_unknown_stage_and_an_unknown_key_are_named(workshop, tmp_path):

@@ -45,16 +45,25 @@ def train(output: Path, first: str | None) -> Path:
     if first is not None and first not in names:
         raise ValueError(f"there is no stage {first!r}; there are {', '.join(names)}")
     names = names[names.index(first) if first else 0 :]
-    for number, name in enumerate(names):
+    for name in names:
         folder = output / name
         if (folder / "model.safetensors").is_file():
             print(f"{name}: finished before, in {folder}")
             continue
-        start = None if number == 0 and first is None else str(ROOT if number == 0 else output / names[number - 1])
         recipe = RECIPES / f"{name}.yaml"
-        program = "pretrain_vision" if yaml.safe_load(recipe.read_text()).get("stage") == "see" else "train"
+        given = yaml.safe_load(recipe.read_text())
+        settings = {"output_dir": folder}
+        if name == first:
+            # What the stage would take from earlier ones is in the committed weights.
+            settings |= {"init": "null", "model": ROOT} | ({"load": "{}"} if "load" in given else {})
+        elif "model" in given:
+            settings["model"] = output / Path(given["model"]).name
+            for module, part in given.get("load", {}).items():
+                settings[f"load.{module}.path"] = output / Path(part["path"]).name
+        program = "pretrain_vision" if given.get("stage") == "see" else "train"
         command = [sys.executable, str(ROOT / "training" / f"{program}.py"), str(recipe), "--resume"]
-        command += ["--set", f"output_dir={folder}"] + (["--set", f"model={start}"] if start else [])
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
         subprocess.run(command, cwd=ROOT, check=True)
     return output / names[-1]
 
