@@ -36,6 +36,7 @@ demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, i
 	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --max-new-tokens 16 --stats --prefill streaming --decode bilevel
 	@echo
 	@echo "To be seen in the clip:" $(DEMO_ANSWERS)
+	@echo "(The checkpoint's training is not finished; wrong answers are its own.)"
 
 test: style ## style, then the tests that take seconds
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
