@@ -13,14 +13,11 @@ What is surprising:
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from .bilevel_videoxl import pending_choice
 from .chat_videoxl import VideoXLChatMixin
@@ -36,19 +33,7 @@ from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
-
-
-@dataclass
-class VideoXLVideoFeatures(ModelOutput):
-    """Visual features of several videos.
-
-    Args:
-        pooler_output: Per video, its visual tokens [G, N, hidden].
-        tower_features: Per video, the vision tower's output [F, P, C], if asked for.
-    """
-
-    pooler_output: tuple[torch.Tensor, ...] | None = None
-    tower_features: tuple[torch.Tensor, ...] | None = None
+from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
 
 
 class VideoXLPreTrainedModel(PreTrainedModel):
@@ -73,7 +58,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.embeddings_table)
 
 
-class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
+class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMixin):
     """Vision tower, compressor, projector and language model without its head."""
 
     def __init__(self, config: VideoXLConfig):
@@ -107,71 +92,6 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
     @property
     def tokens_per_group(self) -> int:
         return self.config.compressor_config.tokens_per_group
-
-    def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
-        """Encodes videos into visual tokens, a bounded number of frames at a time.
-
-        Args:
-            pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W]; any device and float dtype.
-            output_tower_features: Also return the tower's output.
-            return_dict: False returns a plain tuple.
-
-        Returns:
-            `VideoXLVideoFeatures`; per video, `pooler_output` holds [G, N, hidden] and `tower_features` [F, P, C].
-
-        Raises:
-            ValueError: On pixels of another shape.
-        """
-        side, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        listed = isinstance(pixel_values_videos, (list, tuple)) and len(pixel_values_videos) > 0
-        if not (torch.is_tensor(pixel_values_videos) or listed and all(map(torch.is_tensor, pixel_values_videos))):
-            raise ValueError(
-                f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of "
-                f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
-                "processor builds it"
-            )
-        for pixels in pixel_values_videos:
-            if pixels.ndim != 4 or pixels.shape[0] == 0 or tuple(pixels.shape[1:]) != (channels, side, side):
-                raise ValueError(
-                    f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
-                    f"one frame, got {tuple(pixels.shape)}; the processor builds it"
-                )
-        tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
-        for owners, chunk in self._vision_chunks(pixel_values_videos):
-            visual, tower = self._encode_frames(chunk)
-            groups = [-(-frames // self.config.compressor_config.frames_per_group) for _, frames in owners]
-            for (video, _), part in zip(owners, visual.split(groups), strict=True):
-                tokens[video].append(part)
-            if output_tower_features:
-                for (video, _), part in zip(owners, tower.split([frames for _, frames in owners]), strict=True):
-                    towers[video].append(part)
-            del tower  # else the next chunk's would live beside it
-        tokens, towers = [torch.cat(parts) for parts in tokens], [torch.cat(p) for p in towers if p]
-        output = VideoXLVideoFeatures(tuple(tokens), tuple(towers) if output_tower_features else None)
-        return output if return_dict else output.to_tuple()
-
-    def _vision_chunks(self, videos):
-        """Yields ([(video, frames)], pixels): short videos share a chunk as long as groups stay whole."""
-        limit, size = self.config.resolve_vision_chunk_frames(), self.config.compressor_config.frames_per_group
-        owners, parts, total = [], [], 0
-        for video, pixels in enumerate(videos):
-            for part in pixels.split(limit):
-                if parts and (total % size or total + part.shape[0] > limit or part.device != parts[0].device):
-                    yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
-                    owners, parts, total = [], [], 0
-                owners.append((video, part.shape[0]))
-                parts.append(part)
-                total += part.shape[0]
-        yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C]."""
-        patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
-        pixels = pixels.to(device=patch_embedding.device, dtype=patch_embedding.dtype)
-        # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
-        embedded = self.vision_tower.embeddings(pixels)
-        features = self.vision_tower.encoder(inputs_embeds=embedded).last_hidden_state
-        return self.multi_modal_projector(self.compressor(features)), features
 
     def forward(
         self,
@@ -481,22 +401,6 @@ class VideoXLForConditionalGeneration(
             attentions=outputs.attentions,
         )
         return output.to_tuple() if return_dict is False else output
-
-
-def build_vision_tower(config: VideoXLConfig) -> PreTrainedModel:
-    """The tower that `config.vision_config` names, without the layers above `config.vision_feature_layer`.
-
-    Raises:
-        ValueError: If the slot has no such value.
-    """
-    vision_config = config.vision_config
-    if vision_config.model_type != "siglip_vision_model":
-        raise ValueError(f"vision_config.model_type must be 'siglip_vision_model', got {vision_config.model_type!r}")
-    tower = AutoModel.from_config(vision_config)
-    layer = config.vision_feature_layer
-    depth = layer if layer >= 0 else vision_config.num_hidden_layers + 1 + layer
-    del tower.encoder.layers[depth:]
-    return tower
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

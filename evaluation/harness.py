@@ -151,6 +151,13 @@ def sparse_attention(model, mode: Mode, settings: dict) -> Iterator[None]:
         model.config.sparse_attention = before
 
 
+def start(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that the flags of `add_model_arguments` name, with torch's threads set."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load_checkpoint(args.model, args.device, args.dtype)
+
+
 def load_checkpoint(source: str, device="cpu", dtype="auto") -> Checkpoint:
     """Loads a checkpoint through the Auto classes; its code runs, so it must be a folder or repository you trust.
 

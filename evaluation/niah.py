@@ -24,7 +24,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import harness
-import torch
 from haystacks import (
     KINDS,
     FilmFrames,
@@ -243,9 +242,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: On bad settings or files, with what to do.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    checkpoint = harness.load_checkpoint(args.model, args.device, args.dtype)
+    checkpoint = harness.start(args)
     mode, sparse = harness.MODES[args.mode], harness.sparse_settings(args, checkpoint.model)
     settings = Settings(
         seed=args.seed,

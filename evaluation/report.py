@@ -25,7 +25,6 @@ from importlib import import_module
 from pathlib import Path
 
 import harness
-import torch
 from scoring import accuracy, is_correct, mean, seconds_off
 
 FORMAT = "videoxl-report-1"
@@ -313,9 +312,7 @@ def run(args: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: On bad settings or files, with what to do.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    checkpoint = harness.load_checkpoint(args.model, args.device, args.dtype)
+    checkpoint = harness.start(args)
     modes = [harness.MODES[name] for name in dict.fromkeys(args.modes)]
     sparse = harness.sparse_settings(args, checkpoint.model)
     size = harness.frame_size(checkpoint.model, args.frame_size)

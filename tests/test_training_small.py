@@ -61,6 +61,9 @@ def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, ro
         "workers": 0,
     }
     see.run(recipe)
+    with pytest.raises(ValueError, match="--resume"):
+        see.run(recipe)
+    see.run(recipe | {"max_steps": 14}, resume=True)
     lines = [json.loads(line) for line in (tmp_path / "see" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]

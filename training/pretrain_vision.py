@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
@@ -30,7 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
-from training.trainer import Journal, _JournalCallback, module_of  # noqa: E402
+from training.recipe import read_recipe  # noqa: E402
+from training.train import newest_checkpoint  # noqa: E402
+from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
 from video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS, make_clip  # noqa: E402
 
 TEXTS = WORDS + DIGITS
@@ -186,7 +187,7 @@ class VisionPretraining(nn.Module):
 
 
 def accuracy(logits: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
-    """Per kind of fact, the share of true facts that are named and of frames in which the kind is exactly right."""
+    """Per kind of fact, of the frames that show any, the share in which exactly the right ones are named."""
     found, result, start = (logits > 0).flatten(0, 1), {}, 0
     facts = facts.bool().flatten(0, 1)
     for kind, values in FACTS.items():
@@ -206,7 +207,7 @@ class VisionTrainer(Trainer):
         self.recipe = recipe
         self.journal = Journal(Path(self.args.output_dir) / "log.jsonl")
         self.broken = _NoBroken()
-        self.add_callback(_JournalCallback(self))
+        self.add_callback(JournalCallback(self))
 
     # override: learning rates per module
     def create_optimizer(self, model=None):
@@ -260,10 +261,7 @@ class _NoBroken:
 
 def load_recipe(path: Path, overrides: list[str]) -> dict:
     """Reads a recipe; ValueError on an unknown key."""
-    given = yaml.safe_load(path.read_text())
-    for override in overrides:
-        key, _, value = override.partition("=")
-        given[key] = yaml.safe_load(value)
+    given = read_recipe(path, overrides)
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
     if bool(given.get("init")) == bool(given.get("model")):
@@ -272,8 +270,15 @@ def load_recipe(path: Path, overrides: list[str]) -> dict:
 
 
 def run(recipe: dict, resume: bool = False) -> None:
-    """Trains, and writes the model's folder."""
+    """Trains, and writes the model's folder.
+
+    Raises:
+        ValueError: If the output folder holds checkpoints and `resume` is not set.
+    """
     output = Path(recipe["output_dir"])
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
     options = {"trust_remote_code": True, "attn_implementation": "eager"}
     if recipe["model"]:
         set_seed(recipe["seed"])
@@ -317,7 +322,7 @@ def run(recipe: dict, resume: bool = False) -> None:
         train_dataset=GroupDataset(recipe["data"], processor, recipe["seed"]),
         eval_dataset=GroupDataset(held_out, processor, recipe["seed"]),
     )
-    trainer.train(resume_from_checkpoint=resume and any(output.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
     model.save_pretrained(output)
     processor.save_pretrained(output)

@@ -81,6 +81,11 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
     Raises:
         ValueError: On an unknown key, or a value that does not fit.
     """
+    return check_recipe(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
+    """What a recipe's file says, with overrides and without defaults; see `load_recipe`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; training/recipes has some")
@@ -94,7 +99,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
             target[part] = target[part] if isinstance(target.get(part), dict) else {}
             target = target[part]
         target[parts[-1]] = yaml.safe_load(value)
-    return check_recipe(given)
+    return given
 
 
 def check_recipe(given: dict) -> dict:

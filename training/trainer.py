@@ -47,7 +47,7 @@ class VideoXLTrainer(Trainer):
         output = Path(self.args.output_dir)
         self.journal = Journal(output / "log.jsonl") if self.args.process_index == 0 else None
         self.broken = BrokenReport(output / "broken_samples.jsonl", recipe["max_broken"], self.args.process_index)
-        self.add_callback(_JournalCallback(self))
+        self.add_callback(JournalCallback(self))
 
     # override: an order that depends on seed and epoch alone, on request with batches from one source
     def _get_train_sampler(self, train_dataset=None):
@@ -259,7 +259,7 @@ def _keep_lines(path, last_step, rewrite):
     return lines
 
 
-class _JournalCallback(TrainerCallback):
+class JournalCallback(TrainerCallback):
     """Writes the log, and cuts it back to the checkpoint when training resumes."""
 
     def __init__(self, trainer):
