@@ -57,6 +57,7 @@ DEFAULTS = {
     "model": None,
     "output_dir": None,
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
+    "mean_weight": 1.0,
     "learning_rate": 1e-3,
     "modules": {},
     "weight_decay": 0.01,
@@ -147,10 +148,12 @@ class VisionPretraining(nn.Module):
     Args:
         model: A Video-XL model; its language model is left alone.
         frames_per_group: T.
+        mean_weight: Of what is named from the mean of the tokens, in the loss.
     """
 
-    def __init__(self, model, frames_per_group: int):
+    def __init__(self, model, frames_per_group: int, mean_weight: float = 1.0):
         super().__init__()
+        self.mean_weight = mean_weight
         self.config = model.config
         self.vision_tower = model.model.vision_tower
         self.compressor = model.model.compressor
@@ -181,7 +184,8 @@ class VisionPretraining(nn.Module):
         loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
         of_mean = self.mean_head(normed.mean(dim=1)).float()
         shown = facts.amax(dim=1)
-        loss = loss + F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
+        missed = F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
+        loss = loss + self.mean_weight * missed
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
         return {"loss": loss, "logits": named, "of_mean": of_mean}
 
@@ -290,7 +294,7 @@ def run(recipe: dict, resume: bool = False) -> None:
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), **options)
     model.config.vision_chunk_frames = 1024
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    pretraining = VisionPretraining(model, processor.frames_per_group)
+    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"])
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
     arguments = {
         "output_dir": str(output),
