@@ -6,9 +6,10 @@ The published model starts from a SigLIP tower that has seen billions of picture
 nothing has none, and the language model's loss alone is a slow teacher. So this stage, which is ours, asks for what a
 group of frames shows directly. A linear head on the group's visual tokens names, for each of the four frames, the
 coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. A second
-one sees only the mean of the tokens and names what any of the four frames shows: that is what a head of attention can
-read with one look, and what pooled key-values still hold. Both heads are thrown away. The output folder holds the
-whole model; the language model stays what it was.
+one sees only their mean, which is what a head of attention can read with one look and what pooled key-values still
+hold. It names what any of the four frames shows, in which of them shapes, signs and cards stand, which way shapes move
+and which colour they end in. Both heads are thrown away. The output folder holds the whole model; the language model
+stays what it was.
 
 G groups in a batch, T frames a group, N visual tokens a group.
 """
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
+from training.muon import MuonWithAdamW, is_matrix  # noqa: E402
 from training.recipe import read_recipe  # noqa: E402
 from training.train import newest_checkpoint  # noqa: E402
 from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
@@ -49,6 +51,19 @@ for _kind, _values in FACTS.items():
     for _value in _values:
         INDEX[_kind, _value] = len(INDEX)
 NUM_FACTS, NUM_PLACES = len(INDEX), 2 * len(SHAPES)
+DIRECTIONS = ("left", "right", "up", "down")
+SHARES = {kind: len(values) for kind, values in FACTS.items()}
+
+
+def course_shares(frames_per_group: int) -> dict[str, int]:
+    """How many facts of each kind `course_of` has: shapes, sign and card per frame, ways, last colours."""
+    return {
+        "standing": (len(SHAPES) + 2) * frames_per_group,
+        "moving": len(SHAPES) * len(DIRECTIONS),
+        "ending": len(PAIRS),
+    }
+
+
 # Root mean square that the visual tokens are drawn to: nothing in DTS normalises what its convolutions put out.
 TOKEN_SCALE, SCALE_WEIGHT = 0.2, 0.05
 DEFAULTS = {
@@ -59,6 +74,7 @@ DEFAULTS = {
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
     "mean_weight": 1.0,
     "learning_rate": 1e-3,
+    "muon": False,
     "modules": {},
     "weight_decay": 0.01,
     "warmup": 100,
@@ -104,6 +120,39 @@ def facts_of(clip, time: float) -> tuple[np.ndarray, np.ndarray]:
     return facts, places
 
 
+def course_of(clip, times) -> np.ndarray:
+    """What happens in a group of frames: who stands where in time, who moves which way, who ends in which colour.
+
+    Args:
+        clip: A `video_world.Clip`.
+        times: Seconds of the T frames.
+
+    Returns:
+        0 and 1, as `course_shares` says.
+    """
+    standing = np.zeros((len(SHAPES) + 2, len(times)), np.float32)
+    moving, ending = np.zeros((len(SHAPES), len(DIRECTIONS)), np.float32), np.zeros(len(PAIRS), np.float32)
+    last = {}
+    for number, time in enumerate(times):
+        second = time - clip.start
+        if any(card.second <= second < card.second + card.seconds for card in clip.cards):
+            standing[-1, number] = 1
+            continue
+        for item in clip.items:
+            if item.span_at(second) is None:
+                continue
+            row = -2 if item.text else SHAPES.index(item.shape)
+            standing[row, number] = 1
+            if item.text:
+                continue
+            last[item.shape] = item.change[1] if item.change and second >= item.change[0] else item.color
+            if item.direction and standing[row].sum() > 1:
+                moving[row, DIRECTIONS.index(item.direction)] = 1
+    for shape, color in last.items():
+        ending[PAIRS.index((color, shape))] = 1
+    return np.concatenate([standing.ravel(), moving.ravel(), ending])
+
+
 class GroupDataset(Dataset):
     """Groups of frames from clips of the world, each with its facts.
 
@@ -122,7 +171,7 @@ class GroupDataset(Dataset):
         return int(self.data["size"])
 
     def __getitem__(self, index: int) -> dict:
-        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES]."""
+        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES], `course` (see `course_of`)."""
         processor, rng = self.processor, random.Random(f"{self.seed}-{index}")
         seed = int(self.data.get("first_seed", 0)) + index
         clip = make_clip(
@@ -139,6 +188,7 @@ class GroupDataset(Dataset):
             "pixels": (frames - mean) / std,
             "facts": torch.from_numpy(np.stack(facts)),
             "places": torch.from_numpy(np.stack(places)),
+            "course": torch.from_numpy(course_of(clip, times)),
         }
 
 
@@ -161,14 +211,16 @@ class VisionPretraining(nn.Module):
         self.encode = model.get_video_features
         width = model.model.tokens_per_group * model.config.text_config.hidden_size
         self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
-        self.mean_head = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
+        self.of_group = SHARES | course_shares(frames_per_group)
+        self.mean_head = nn.Linear(model.config.text_config.hidden_size, sum(self.of_group.values()))
 
-    def forward(self, pixels, facts, places):
-        """The loss of G groups, and the logits of facts: per frame [G, T, NUM_FACTS], from the mean [G, NUM_FACTS].
+    def forward(self, pixels, facts, places, course):
+        """The loss of G groups, and the logits of facts: per frame [G, T, NUM_FACTS], from the mean [G, ...].
 
         Args:
             pixels: [G, T, 3, S, S].
             facts, places: See `facts_of`, [G, T, ...].
+            course: See `course_of`, [G, ...].
         """
         tokens = torch.cat(self.encode(pixels).pooler_output).float()
         scale = tokens.pow(2).mean(dim=-1).clamp(min=1e-12).sqrt()
@@ -183,23 +235,24 @@ class VisionPretraining(nn.Module):
         there = places.isfinite()
         loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
         of_mean = self.mean_head(normed.mean(dim=1)).float()
-        shown = facts.amax(dim=1)
+        shown = torch.cat([facts.amax(dim=1), course], dim=1)
         missed = F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
         loss = loss + self.mean_weight * missed
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
         return {"loss": loss, "logits": named, "of_mean": of_mean}
 
 
-def accuracy(logits: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
-    """Per kind of fact, of the frames that show any, the share in which exactly the right ones are named."""
-    found, result, start = (logits > 0).flatten(0, 1), {}, 0
-    facts = facts.bool().flatten(0, 1)
-    for kind, values in FACTS.items():
-        part = slice(start, start + len(values))
-        start += len(values)
-        shown = facts[:, part].any(dim=1)
-        exact = (found[:, part] == facts[:, part]).all(dim=1)
-        result[kind] = exact[shown].float().mean().item() if shown.any() else float("nan")
+def accuracy(logits: torch.Tensor, facts: torch.Tensor, shares: dict[str, int]) -> dict[str, float]:
+    """Per kind of fact, of the rows that show any, the share in which exactly the right ones are named.
+
+    Args:
+        logits, facts: [R, number of facts].
+        shares: How many of them each kind has.
+    """
+    result, sizes = {}, list(shares.values())
+    for kind, found, shown in zip(shares, (logits > 0).split(sizes, 1), facts.bool().split(sizes, 1), strict=True):
+        exact, any_shown = (found == shown).all(dim=1), shown.any(dim=1)
+        result[kind] = exact[any_shown].float().mean().item() if any_shown.any() else float("nan")
     return result
 
 
@@ -221,28 +274,31 @@ class VisionTrainer(Trainer):
                 rate = float(self.recipe["modules"].get(module_of("model." + name), self.args.learning_rate))
                 decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
                 groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+                if self.recipe["muon"]:
+                    groups[-1]["muon"] = is_matrix(name, parameter) and "head" not in name
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **options)
+            if self.recipe["muon"]:
+                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
+            else:
+                self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # override: shares of frames that are named right
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
-        logits, of_mean, facts, losses = [], [], [], []
+        found, of_mean, facts, of_group, losses = [], [], [], [], []
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader(eval_dataset):
                 output = self.model(**batch)
-                logits.append(output["logits"])
+                found.append(output["logits"].flatten(0, 1))
+                facts.append(batch["facts"].flatten(0, 1))
                 of_mean.append(output["of_mean"])
-                facts.append(batch["facts"])
+                of_group.append(torch.cat([batch["facts"].amax(dim=1), batch["course"]], dim=1))
                 losses.append(float(output["loss"]))
         self.model.train()
-        facts = torch.cat(facts)
-        kinds = accuracy(torch.cat(logits), facts)
-        kinds |= {
-            f"{kind} of mean": value
-            for kind, value in accuracy(torch.cat(of_mean)[:, None], facts.amax(dim=1, keepdim=True)).items()
-        }
+        kinds = accuracy(torch.cat(found), torch.cat(facts), SHARES)
+        means = accuracy(torch.cat(of_mean), torch.cat(of_group), self.model.of_group)
+        kinds |= {f"{kind} of mean": value for kind, value in means.items()}
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
         metrics[f"{metric_key_prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
         metrics |= {f"{metric_key_prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
