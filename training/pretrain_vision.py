@@ -8,8 +8,9 @@ group of frames shows directly. A linear head on the group's visual tokens names
 coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. A second
 one sees only their mean, which is what a head of attention can read with one look and what pooled key-values still
 hold. It names what any of the four frames shows, in which of them shapes, signs and cards stand, which way shapes move
-and which colour they end in. Both heads are thrown away. The output folder holds the whole model; the language model
-stays what it was.
+and which colour they end in. A third one asks as a language model does: for each shape, for a sign and for a card, one
+query attends to the tokens and finds what is to be known, or that there is none. The heads are thrown away. The output
+folder holds the whole model; the language model stays what it was.
 
 G groups in a batch, T frames a group, N visual tokens a group.
 """
@@ -73,6 +74,7 @@ DEFAULTS = {
     "output_dir": None,
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
     "mean_weight": 1.0,
+    "asked_weight": 0.0,
     "learning_rate": 1e-3,
     "muon": False,
     "modules": {},
@@ -192,30 +194,92 @@ class GroupDataset(Dataset):
         }
 
 
+class AskingHead(nn.Module):
+    """One learned query for each shape, for a sign and for a card, which attends to a group's tokens.
+
+    What it finds is read by one linear layer for all shapes, so a token has to say the colour, size and way of what
+    stands there, and by one each for signs and cards.
+
+    Args:
+        hidden_size: Width of a token.
+        frames_per_group: T.
+        head_size: Of queries and keys.
+    """
+
+    def __init__(self, hidden_size: int, frames_per_group: int, head_size: int = 32):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(SHAPES) + 2, head_size))
+        self.key = nn.Linear(hidden_size, head_size)
+        self.value = nn.Linear(hidden_size, 2 * head_size)
+        self.thresholds = nn.Parameter(torch.zeros(len(SHAPES) + 2))
+        self.shape = nn.Linear(2 * head_size, 2 * len(COLORS) + len(SIZES) + len(DIRECTIONS) + frames_per_group)
+        self.sign = nn.Linear(2 * head_size, len(TEXTS) + frames_per_group)
+        self.card = nn.Linear(2 * head_size, len(PAIRS + WORDS) + len(TEXTS) + frames_per_group)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits that a thing is there [G, shapes + 2], and of what is asked of it: see `asked_of`.
+
+        Args:
+            tokens: [G, N, hidden_size].
+        """
+        scores = torch.einsum("qd,gnd->gqn", self.queries, self.key(tokens)).float()
+        found = (scores.softmax(dim=-1).to(tokens.dtype) @ self.value(tokens)).float()
+        count = len(SHAPES)
+        there = scores.logsumexp(dim=-1) - self.thresholds
+        return there, [self.shape(found[:, :count]), self.sign(found[:, count]), self.card(found[:, count + 1])]
+
+
+def asked_of(shown: torch.Tensor, shares: dict[str, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What an `AskingHead` should find.
+
+    Args:
+        shown: Facts of a group, [G, ...].
+        shares: Their kinds, see `VisionPretraining.of_group`.
+
+    Returns:
+        What is there [G, shapes + 2]; of shapes their colours, last colours, sizes, ways and frames [G, shapes, ...],
+        of the sign its text and frames [G, ...], of the card its key, value and frames.
+    """
+    facts = dict(zip(shares, shown.split(list(shares.values()), dim=1), strict=True))
+    count = len(SHAPES)
+    standing = facts["standing"].unflatten(1, (count + 2, -1))
+    colors, ending = (facts[kind].unflatten(1, (-1, count)).transpose(1, 2) for kind in ("shape", "ending"))
+    sizes, moving = (facts[kind].unflatten(1, (count, -1)) for kind in ("size", "moving"))
+    return standing.amax(dim=-1), [
+        torch.cat([colors, ending, sizes, moving, standing[:, :count]], dim=-1),
+        torch.cat([facts["sign"], standing[:, count]], dim=-1),
+        torch.cat([facts["card_key"], facts["card_value"], standing[:, count + 1]], dim=-1),
+    ]
+
+
 class VisionPretraining(nn.Module):
-    """A model's vision path with a linear head that names facts.
+    """A model's vision path with heads that name facts.
 
     Args:
         model: A Video-XL model; its language model is left alone.
         frames_per_group: T.
-        mean_weight: Of what is named from the mean of the tokens, in the loss.
+        mean_weight, asked_weight: Of what is named from the mean of the tokens, and of what is found by queries, in
+            the loss.
     """
 
-    def __init__(self, model, frames_per_group: int, mean_weight: float = 1.0):
+    def __init__(self, model, frames_per_group: int, mean_weight: float = 1.0, asked_weight: float = 0.0):
         super().__init__()
-        self.mean_weight = mean_weight
+        self.mean_weight, self.asked_weight = mean_weight, asked_weight
         self.config = model.config
         self.vision_tower = model.model.vision_tower
         self.compressor = model.model.compressor
         self.multi_modal_projector = model.model.multi_modal_projector
         self.encode = model.get_video_features
-        width = model.model.tokens_per_group * model.config.text_config.hidden_size
-        self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
+        hidden_size = model.config.text_config.hidden_size
         self.of_group = SHARES | course_shares(frames_per_group)
-        self.mean_head = nn.Linear(model.config.text_config.hidden_size, sum(self.of_group.values()))
+        width = model.model.tokens_per_group * hidden_size
+        self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
+        self.mean_head = nn.Linear(hidden_size, sum(self.of_group.values()))
+        self.asking_head = AskingHead(hidden_size, frames_per_group)
 
     def forward(self, pixels, facts, places, course):
-        """The loss of G groups, and the logits of facts: per frame [G, T, NUM_FACTS], from the mean [G, ...].
+        """The loss of G groups and logits: of facts per frame [G, T, NUM_FACTS], of a group's facts from the mean of
+        its tokens [G, ...], and what the queries find (see `AskingHead.forward`).
 
         Args:
             pixels: [G, T, 3, S, S].
@@ -231,15 +295,32 @@ class VisionPretraining(nn.Module):
             .unflatten(1, facts.shape[1:2] + (-1,))
             .split([NUM_FACTS, NUM_PLACES], -1)
         )
-        loss = F.binary_cross_entropy_with_logits(named, facts, reduction="sum") / facts.shape[:2].numel()
-        there = places.isfinite()
-        loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
+        groups = len(facts)
+        loss = missed(named, facts) / facts.shape[:2].numel()
+        seen = places.isfinite()
+        loss = loss + 4 * F.mse_loss(placed[seen], places[seen]) if seen.any() else loss
         of_mean = self.mean_head(normed.mean(dim=1)).float()
         shown = torch.cat([facts.amax(dim=1), course], dim=1)
-        missed = F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
-        loss = loss + self.mean_weight * missed
+        loss = loss + self.mean_weight * missed(of_mean, shown) / groups
+        there, found = self.asking_head(normed)
+        is_there, asked = asked_of(shown, self.of_group)
+        of_asked = missed(there, is_there)
+        for part, wanted, present in zip(found, asked, split_things(is_there), strict=True):
+            of_asked = of_asked + missed(part[present], wanted[present])
+        loss = loss + self.asked_weight * of_asked / groups
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
-        return {"loss": loss, "logits": named, "of_mean": of_mean}
+        return {"loss": loss, "logits": named, "of_mean": of_mean, "there": there, "found": found}
+
+
+def missed(logits: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """The sum of binary cross-entropies."""
+    return F.binary_cross_entropy_with_logits(logits, facts, reduction="sum")
+
+
+def split_things(is_there: torch.Tensor) -> list[torch.Tensor]:
+    """[G, shapes + 2] as masks of shapes [G, shapes], of signs [G] and of cards [G]."""
+    is_there = is_there.bool()
+    return [is_there[:, : len(SHAPES)], is_there[:, -2], is_there[:, -1]]
 
 
 def accuracy(logits: torch.Tensor, facts: torch.Tensor, shares: dict[str, int]) -> dict[str, float]:
@@ -286,19 +367,41 @@ class VisionTrainer(Trainer):
     # override: shares of frames that are named right
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
-        found, of_mean, facts, of_group, losses = [], [], [], [], []
+        named, of_mean, facts, of_group, losses = [], [], [], [], []
+        there, found = [], ([], [], [])
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader(eval_dataset):
                 output = self.model(**batch)
-                found.append(output["logits"].flatten(0, 1))
+                named.append(output["logits"].flatten(0, 1))
                 facts.append(batch["facts"].flatten(0, 1))
                 of_mean.append(output["of_mean"])
                 of_group.append(torch.cat([batch["facts"].amax(dim=1), batch["course"]], dim=1))
+                there.append(output["there"])
+                for parts, part in zip(found, output["found"], strict=True):
+                    parts.append(part)
                 losses.append(float(output["loss"]))
         self.model.train()
-        kinds = accuracy(torch.cat(found), torch.cat(facts), SHARES)
-        means = accuracy(torch.cat(of_mean), torch.cat(of_group), self.model.of_group)
-        kinds |= {f"{kind} of mean": value for kind, value in means.items()}
+        of_group, shares = torch.cat(of_group), self.model.of_group
+        kinds = accuracy(torch.cat(named), torch.cat(facts), SHARES)
+        kinds |= {f"{kind} of mean": value for kind, value in accuracy(torch.cat(of_mean), of_group, shares).items()}
+        is_there, asked = asked_of(of_group, shares)
+        kinds["there asked"] = ((torch.cat(there) > 0) == is_there.bool()).all(dim=1).float().mean().item()
+        frames = shares["standing"] // (len(SHAPES) + 2)
+        texts = {"text": len(TEXTS), "frames": frames}
+        names = (
+            {
+                "color": len(COLORS),
+                "last color": len(COLORS),
+                "size": len(SIZES),
+                "way": len(DIRECTIONS),
+                "frames": frames,
+            },
+            {f"sign {name}": size for name, size in texts.items()},
+            {"card key": len(PAIRS + WORDS)} | {f"card {name}": size for name, size in texts.items()},
+        )
+        for share, parts, wanted, present in zip(names, found, asked, split_things(is_there), strict=True):
+            right = accuracy(torch.cat(parts)[present], wanted[present], share)
+            kinds |= {f"{name} asked": value for name, value in right.items()}
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
         metrics[f"{metric_key_prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
         metrics |= {f"{metric_key_prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
@@ -350,7 +453,7 @@ def run(recipe: dict, resume: bool = False) -> None:
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), **options)
     model.config.vision_chunk_frames = 1024
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"])
+    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"], recipe["asked_weight"])
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
     arguments = {
         "output_dir": str(output),
