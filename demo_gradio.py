@@ -46,7 +46,6 @@ HERE = Path(__file__).resolve().parent
 EXAMPLE_CLIP = HERE / "assets" / "demo.mp4"
 EXAMPLE_QUESTIONS = (
     "What color is the star?",
-    "Which way does the ring move?",
     "When does the triangle first appear?",
     "What is on the card with the purple ring?",
 )
@@ -62,6 +61,7 @@ CSS = """
 #head, #facts, #problem, #seen, :is(#head, #facts, #problem, #seen) .html-container { padding: 0; }
 #head h1 { margin: 0 0 4px; } #head p { margin: 0; max-width: 75ch; color: var(--body-text-color-subdued); }
 #question .submit-button { background: #1a9850; color: white; border-radius: 6px; padding: 4px 14px; }
+#talk .message-content { white-space: pre-wrap; }
 .note { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .note.error { color: var(--body-text-color); border-left: 4px solid #d62728; padding: 6px 12px;
   background: rgba(214, 39, 40, .09); border-radius: 4px; }
@@ -174,10 +174,10 @@ class VideoChat:
             FileNotFoundError, ValueError: If it cannot be read, or is too long.
         """
         with self._remote("video_processing_videoxl").open_video(path, size=1) as reader:
-            minutes = reader.duration / 60
-        if minutes > self.limits.max_minutes:
+            duration = reader.duration
+        if duration > 60 * self.limits.max_minutes:
             raise ValueError(
-                f"{path} is {minutes:.1f} minutes long; this page takes up to {self.limits.max_minutes:g} minutes. "
+                f"{path} is {clock(duration)} long; this page takes up to {clock(60 * self.limits.max_minutes)}. "
                 "Cut it, and upload the part that you want to ask about."
             )
         sampling = {"max_num_frames": self.limits.max_num_frames}
@@ -391,7 +391,7 @@ def build_page(chat: VideoChat, about: str = ""):
                 clip = gr.Video(show_label=False, sources=["upload"], include_audio=True, height=300, elem_id="clip")
                 facts = gr.HTML("", elem_id="facts")
                 if EXAMPLE_CLIP.is_file():
-                    example = gr.Button("Take the example clip", size="sm")
+                    example = gr.Button("Take the example clip", size="sm", elem_id="example")
                     questions = [[text] for text in EXAMPLE_QUESTIONS]
                     gr.Examples(questions, [question], label="Questions about the example clip")
             with gr.Column(min_width=320):
@@ -482,6 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
         share=options.share,
         max_file_size=f"{options.max_megabytes}mb",
         state_session_capacity=options.max_visitors,
+        allowed_paths=[str(EXAMPLE_CLIP)],  # elsewhere than the working directory, perhaps
         theme=theme,
         css=CSS,
         footer_links=[],
