@@ -182,7 +182,9 @@ def test_picture_of_the_bundled_checkpoint(browser, bundled_model, tokenizer, ro
         assert len(bars) == 24
         bars[14].click()  # something is to be seen then
         browser.wait(lambda: browser.js("return document.querySelector('#clip video').currentTime") == 14, "a seek")
-        browser.resize(1160, browser.js("return document.querySelector('#seen').getBoundingClientRect().bottom + 24"))
+        browser.resize(
+            1160, round(browser.js("return document.querySelector('#seen').getBoundingClientRect().bottom")) + 24
+        )
         browser.js("document.activeElement.blur()")
         time.sleep(1)  # for pictures that fade in
         picture = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
