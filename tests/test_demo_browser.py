@@ -79,6 +79,14 @@ def browser():
     driver.quit()
 
 
+@pytest.fixture
+def checkpoint(model, tokenizer, processor, tmp_path):
+    """A folder with random weights: their answers are long, and hang on everything."""
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
 class Visitor:
     """What a visitor does on the page, and waits for."""
 
@@ -119,16 +127,13 @@ class Visitor:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def test_a_visit(browser, model, tokenizer, processor, root, tmp_path):
-    # Random weights: their answers are long, and hang on everything.
-    folder, clip = tmp_path / "checkpoint", root / "assets" / "demo.mp4"
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(folder)
+def test_a_visit(browser, checkpoint, model, tokenizer, root, tmp_path):
+    clip = root / "assets" / "demo.mp4"
     model.config.sparse_attention = {"decode": "bilevel", "decode_chunk_groups": 2}
     settings = {"return_chunks": True, "generation_config": {"max_new_tokens": LENGTH}}
     first, second = "What happens?", "And at 0:09?"
     answer, history, chunks = model.chat(str(clip), tokenizer, first, **settings)
-    arguments = ["--model", str(folder), "--decode-chunk-groups", "2", "--max-new-tokens", str(LENGTH)]
+    arguments = ["--model", str(checkpoint), "--decode-chunk-groups", "2", "--max-new-tokens", str(LENGTH)]
     with served(root, tmp_path, tmp_path / "log", *arguments) as address:
         browser.driver.get(address)
         browser.upload(clip)
@@ -167,6 +172,25 @@ def test_a_visit(browser, model, tokenizer, processor, root, tmp_path):
         browser.wait(lambda: "notes.mp4" in browser.text("#facts .error"), "an error")
         assert "/" not in browser.text("#facts .error").split("notes.mp4")[0]
         assert not browser.find(QUESTION)
+
+
+def test_an_answer_can_be_stopped(browser, checkpoint, root, tmp_path):
+    def shown():
+        return [len(element.text) for element in browser.find("#talk [data-testid=bot]")]
+
+    with served(root, tmp_path, tmp_path / "log", "--model", str(checkpoint), "--max-new-tokens", "20000") as address:
+        browser.driver.get(address)
+        browser.upload(root / "assets" / "demo.mp4")
+        field = browser.wait(lambda: browser.find(QUESTION), "a field for the question")[0]
+        field.send_keys("What happens?\n")
+        browser.wait(lambda: sum(shown()) > 20, "the beginning of an answer")
+        browser.wait(lambda: browser.find("#question .stop-button"), "a way to stop it")[0].click()
+        browser.wait(lambda: browser.find("#question .submit-button"), "a way to ask again")
+        # The model does one thing at a time: it answers the next question only if it was really stopped.
+        before = shown()
+        field.send_keys(" And then?\n")
+        browser.wait(lambda: len(shown()) == 2 and shown()[1] > 20, "the beginning of another answer")
+        assert shown()[0] <= before[0] + 50, "the stopped answer went on"
 
 
 def test_picture_of_the_bundled_checkpoint(browser, bundled_model, tokenizer, root, tmp_path):
