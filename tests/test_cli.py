@@ -7,14 +7,12 @@ import shlex
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli_output import chunk_table, printable
 
 CLIP = os.path.join("assets", "demo.mp4")

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_cli import cli, one_line_error  # noqa: F401 (a fixture)
 
 import cli_batch
