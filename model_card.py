@@ -2,13 +2,14 @@
 
 What is surprising:
 * A card in the converted checkpoint's own folder knows better than the table here what licence the weights have.
-* Results come from result files of `evaluation/` that name the weights by their hash, and from nowhere else. A card that
-  brings a `model-index` of its own is refused.
-* The Hub has the last word on metadata (`ModelCard.validate`, which needs the network). What is checked here is what it
-  is known to refuse, and what the Hub needs for its buttons.
+* Results come from result files of `evaluation/` that name the weights by their hash, and from nowhere else. A card
+  that brings a `model-index` of its own is refused.
+* The Hub has the last word on metadata (`ModelCard.validate`, which needs the network). What is checked here is what
+  it is known to refuse, and what it needs for its buttons.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,16 @@ RESULT_FORMAT = "videoxl-report-1"
 # fmt: off
 LICENSES = frozenset((
     "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
-    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-
-    clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-
-    nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-
-    sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-
-    permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0", "epl-1.0",
-    "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "h-research",
-    "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3", "llama3.1", "llama3.2",
-    "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openrail",
-    "openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m",
+    "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2", "gemma", "gfdl",
+    "gpl", "gpl-2.0", "gpl-3.0", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr",
+    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl",
+    "ncsa", "odbl", "odc-by", "ofl-1.1", "openrail", "openrail++", "osl-3.0", "other", "pddl", "postgresql",
+    "unknown", "unlicense", "wtfpl", "zlib",
 ))
 # fmt: on
 
@@ -114,13 +116,13 @@ answer, history = model.chat(None, tokenizer, "And then?", chat_history=history)
 print(answer)
 ```
 
-The second question decodes and encodes nothing again. `AutoProcessor`, `apply_chat_template` and `generate` work as they do
-for models of the library.
+The second question decodes and encodes nothing again. `AutoProcessor`, `apply_chat_template` and `generate` work as
+they do for models of the library.
 
 ## Results
 
-Results that were measured on these weights with this code are in the metadata (`model-index`), written from result files.
-Where there is none, none has been measured. What was published about the original is to be read in its own card.
+Results that were measured on these weights with this code are in the metadata (`model-index`), written from result
+files. Where there is none, none has been measured. What was published about the original stands in its own card.
 
 ## Licence and citation
 
@@ -243,12 +245,11 @@ def check_card(card: str, needs_base_model: bool = True) -> dict:
     return data
 
 
-def with_results(card: str, name: str, files: Iterable[Path], weights_sha256: str) -> tuple[str, list[str]]:
+def with_results(card: str, files: Iterable[Path], weights_sha256: str) -> tuple[str, list[str]]:
     """Adds the results that were measured on these very weights to a card's metadata.
 
     Args:
-        card: README.md.
-        name: The model's name in the index.
+        card: README.md; its first heading names the model.
         files: Result files of evaluation/.
         weights_sha256: The hash of the weights, as result files have it.
 
@@ -265,9 +266,10 @@ def with_results(card: str, name: str, files: Iterable[Path], weights_sha256: st
             used.append(file.name)
             results += _results(file, configuration, report["summary"])
     if results:
-        card = ModelCard(card)
-        card.data.model_name, card.data.eval_results = name, results
-        card = str(card)
+        model_card = ModelCard(card)
+        title = re.search(r"^# (.+)$", model_card.text, re.MULTILINE)
+        model_card.data.model_name, model_card.data.eval_results = title[1] if title else "model", results
+        card = str(model_card)
     return card, used
 
 

@@ -1,8 +1,8 @@
-"""What a folder must be before it goes to the Hub: nothing but known files, none with secrets, and it loads and answers.
+"""What a folder must be before it goes to the Hub: files that hold what they say and no secrets, and an answer.
 
 What is surprising:
-* Files are known by name, and looked at as well: JSON must be JSON, weights must be safetensors. So a pickle under
-  another name does not pass.
+* Names are the business of upload_to_hub.py; here files are opened. JSON must be JSON, weights must be safetensors,
+  so a pickle under another name does not pass.
 * The folder is loaded as a stranger would: from a Hub cache made up for it, without network, in a fresh process.
   What loads from a local folder may fail from the Hub, as more files are looked at there.
 """

@@ -1,17 +1,17 @@
-"""Puts a checkpoint on the Hub: assembles exactly the files that a repository needs, checks them, shows or pushes them.
+"""Puts a checkpoint on the Hub: gathers exactly the files that a repository needs, checks, shows or pushes them.
 
     python upload_to_hub.py FOLDER ORG/NAME --dry-run
     python upload_to_hub.py FOLDER ORG/NAME --tag v1.0
 
-FOLDER is this repository's root (the bundled checkpoint), or what convert_weights.py, training or save_pretrained wrote.
+FOLDER is this repository's root (the bundled checkpoint), or a folder that convert_weights.py or training wrote.
 
 What is surprising:
 * Files are chosen by name, never by leaving others out: `.gitignore` means nothing to the Hub's client. In a folder
   other than the root, a file that is not known stops the upload.
 * Nothing is kept between runs. The same command sends the same files; those that have arrived are not sent again.
-* Weights that are in the repository and not in this upload are deleted by its commit: a stale `model.safetensors` would be
-  loaded in place of new shards.
-* The token is the client's own (`hf auth login`, or HF_TOKEN). It is no option, since options show in lists of processes.
+* Weights that are in the repository and not in this upload are deleted by its commit: a stale `model.safetensors`
+  would be loaded in place of new shards.
+* The token is the client's own (`hf auth login`, or HF_TOKEN). It is no option: options show in lists of processes.
 
 Exit status: 0; 2 if the folder or the usage is refused; 1 if the Hub is, or the connection.
 """
@@ -136,7 +136,12 @@ def assemble(
                 f"new shards take {_size(sum(sizes.values()))}, and {output} has room for {_size(free)}: "
                 "set TMPDIR to a folder with more"
             )
-        write_weights(tensors, output, None, shard_size, log)
+        try:
+            write_weights(tensors, output, None, shard_size, log)
+        except KeyError as error:
+            raise ValueError(
+                f"weights of type {error} cannot be put into new shards: save them with max_shard_size='5GB'"
+            ) from error
     else:
         for name in [*shards, *([INDEX] if len(shards) > 1 else [])]:
             link_or_copy(folder / name, output / name)
