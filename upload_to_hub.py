@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -86,7 +87,11 @@ class Assembly:
 
 
 def assemble(
-    folder, output, *, shard_size: int = SHARD_SIZE, log: Callable[[str], None] = lambda line: None
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    shard_size: int = SHARD_SIZE,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Assembly:
     """Gathers exactly the files that a Hub repository needs.
 
@@ -146,9 +151,7 @@ def assemble(
         for name in [*shards, *([INDEX] if len(shards) > 1 else [])]:
             link_or_copy(folder / name, output / name)
     check_card(card, needs_base_model=folder != ROOT)
-    card, results = with_results(
-        card, folder.name, RESULTS.glob("*.json"), weights_hash(folder / name for name in shards)
-    )
+    card, results = with_results(card, RESULTS.glob("*.json"), weights_hash(folder / name for name in shards))
     (output / "README.md").write_text(card, encoding="utf-8")
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))
     files = {
