@@ -296,6 +296,8 @@ def push(
         )
         if tag is not None:
             _tag(api, repo_id, tag, commit.oid)
+    except UploadError:
+        raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UploadError(without_token(explain(error, repo_id))) from error
     return commit.pr_url or commit.commit_url
@@ -309,7 +311,7 @@ def _tag(api, repo_id, tag, commit):
             raise
         existing = {found.name: found.target_commit for found in api.list_repo_refs(repo_id).tags}
         if existing.get(tag) != commit:
-            raise ValueError(
+            raise UploadError(
                 f"the files are there as commit {commit}, but the tag {tag} is taken by {existing.get(tag)}; "
                 "choose another --tag"
             ) from error
