@@ -203,7 +203,8 @@ class Journal:
         Raises:
             ValueError: If they were not, or answer other questions.
         """
-        if self.settings_file.is_file():
+        exists = self.out.exists() or bool(self.parts())
+        if exists and self.settings_file.is_file():
             try:
                 before = json.loads(self.settings_file.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -218,7 +219,7 @@ class Journal:
                     f"{self.out} answers {len(others)} questions that are no longer asked, such as {min(others)}, and "
                     "would lose them; choose another --out"
                 )
-        elif self.out.exists() or self.parts():
+        elif exists:
             raise ValueError(f"{self.out} exists, and was not written by this program; choose another --out")
         else:
             _write(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -216,7 +216,7 @@ def convert(
     output = _check_output(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    origin, source = str(source), _find_source(source)
+    hub_id, source = None if Path(source).expanduser().is_dir() else str(source), _find_source(source)
     if output == source or source in output.parents:
         raise ValueError(f"OUTPUT {output} lies inside SOURCE {source}; choose a folder outside of it")
 
@@ -234,7 +234,7 @@ def convert(
     try:
         video_token = _copy_tokenizer(source, partial, config)
         _write_configs(config, video_token, source, partial)
-        _write_card(family, origin, source, partial)
+        _write_card(family, hub_id, source, partial)
         for file in remote_code_files():
             shutil.copyfile(ROOT / file, partial / file)
         write_weights(plan, partial, dtype, max_shard_size, log)
@@ -529,14 +529,14 @@ def _write_configs(config, video_token, source, folder):
     shutil.copyfile(ROOT / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
 
-def _write_card(family, origin, source, folder):
+def _write_card(family, hub_id, source, folder):
     # The root's licence is that of the code; weights have their own.
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE-WEIGHTS")
     published = source / "README.md"
     card = published.read_text(encoding="utf-8") if published.is_file() else None
-    (folder / "README.md").write_text(converted_card(family, origin, card), encoding="utf-8")
+    (folder / "README.md").write_text(converted_card(family, hub_id, source.name, card), encoding="utf-8")
 
 
 def remote_code_files() -> list[str]:

@@ -138,19 +138,20 @@ files. Where there is none, none has been measured. What was published about the
 """
 
 
-def converted_card(family: str, source: str, published_card: str | None = None) -> str:
+def converted_card(family: str, hub_id: str | None, folder: str = "", published_card: str | None = None) -> str:
     """The card of a converted checkpoint.
 
     Args:
         family: A key of `PUBLISHED`.
-        source: The Hub id or folder that it was converted from; only a Hub id, and a folder's name, are used.
-        published_card: The text of README.md in that folder, if there is one: its licence counts.
+        hub_id: The Hub id that it was converted from, if it was no local folder.
+        folder: Name of the local folder.
+        published_card: The text of README.md that the checkpoint came with, if there is one: its licence counts.
 
     Returns:
-        README.md. Its `base_model` is missing if the family has several checkpoints and `source` does not tell which.
+        README.md. Its `base_model` is missing if the family has several checkpoints and the folder's name is of none.
     """
     facts = PUBLISHED[family]
-    base_model = _base_model(facts, source)
+    base_model = hub_id or _base_model(facts, folder)
     license_fields, said_by = _license(facts, base_model, published_card)
     link = f"https://huggingface.co/{base_model or facts.base_models[0]}"
     text = CARD.format(
@@ -172,11 +173,10 @@ def converted_card(family: str, source: str, published_card: str | None = None) 
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _base_model(facts, source):
+def _base_model(facts, folder):
     if len(facts.base_models) == 1:
         return facts.base_models[0]
-    known = {name.split("/")[1]: name for name in facts.base_models}
-    return known.get(Path(source).name)
+    return {name.split("/")[1]: name for name in facts.base_models}.get(folder)
 
 
 def _license(facts, base_model, published_card):

@@ -59,6 +59,8 @@ MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 # What clients of the Hub leave in a folder, and what is never sent.
 NOT_OURS = (".git", ".gitattributes", ".cache", "__pycache__")
+# Links of the card to files, not to addresses or headings.
+LINKS = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 
 
@@ -129,6 +131,9 @@ def assemble(
     ]
     if folder != ROOT:
         _refuse_others(folder, {*names, *shards, INDEX})
+    check_card(card, needs_base_model=folder != ROOT)
+    if dead := sorted({link for link in LINKS.findall(card) if link not in names}):
+        raise ValueError(f"README.md links to {', '.join(dead)}, which a model repository has not")
 
     output.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -150,7 +155,6 @@ def assemble(
     else:
         for name in [*shards, *([INDEX] if len(shards) > 1 else [])]:
             link_or_copy(folder / name, output / name)
-    check_card(card, needs_base_model=folder != ROOT)
     card, results = with_results(card, RESULTS.glob("*.json"), weights_hash(folder / name for name in shards))
     (output / "README.md").write_text(card, encoding="utf-8")
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))

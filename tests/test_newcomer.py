@@ -50,7 +50,6 @@ def test_the_path_as_printed(root, published, tmp_path):  # noqa: F811
 
     environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    how = {"shell": True, "cwd": clone, "env": environment, "capture_output": True, "text": True, "timeout": 600}
     said = []
     for command in commands[2:]:
         pushes = "upload_to_hub.py" in command and "--dry-run" not in command

@@ -171,6 +171,10 @@ REFUSED = {
         "license must be one that the Hub knows",
     ),
     "wrong task": (edit("README.md", "video-text-to-text", "text-generation"), "pipeline_tag must be"),
+    "dead link": (
+        edit("README.md", "## Results", "[See](training/README.md)\n## Results"),
+        "links to training/README",
+    ),
     "no chat tag": (edit("README.md", "- conversational\n", ""), "tags lack conversational"),
     "results by hand": (edit("README.md", "tags:", "model-index:\n- name: x\n  results: []\ntags:"), "result files"),
     "no auto_map": (set_json("config.json", auto_map={}), "auto_map of config.json lacks AutoConfig"),
@@ -229,15 +233,16 @@ def test_cards_of_converted_checkpoints(family):
     assert data["license"] == (facts.license or "other")
     assert f"https://arxiv.org/abs/{facts.arxiv}" in card and facts.paper in card and "REPOSITORY" in card
     assert ModelCard(card).data.to_dict() == data
-    mit = converted_card(family, "elsewhere", "---\nlicense: mit\n---\n# Theirs\n")
+    mit = converted_card(family, "someone/tuned", published_card="---\nlicense: mit\n---\n# Theirs\n")
+    assert ModelCard(mit).data.base_model == ["someone/tuned"]
     assert ModelCard(mit).data.license == "mit" and "`mit` by its own card" in mit
 
 
 def test_a_family_of_several_checkpoints_is_told_apart_by_name():
     known = PUBLISHED["videochatflash"].base_models[2]
-    assert f"- {known}\n" in converted_card("videochatflash", f"downloads/{known.split('/')[1]}")
+    assert f"- {known}\n" in converted_card("videochatflash", None, known.split("/")[1])
     with pytest.raises(ValueError, match="base_model is missing"):
-        check_card(converted_card("videochatflash", "downloads/weights"))
+        check_card(converted_card("videochatflash", None, "weights"))
 
 
 def test_every_family_of_the_converter_has_a_card():
