@@ -153,7 +153,7 @@ def assemble(
                 f"weights of type {error} cannot be put into new shards: save them with max_shard_size='5GB'"
             ) from error
     else:
-        for name in [*shards, *([INDEX] if len(shards) > 1 else [])]:
+        for name in [*shards, *([INDEX] if shards != ["model.safetensors"] else [])]:
             link_or_copy(folder / name, output / name)
     card, results = with_results(card, RESULTS.glob("*.json"), weights_hash(folder / name for name in shards))
     (output / "README.md").write_text(card, encoding="utf-8")
