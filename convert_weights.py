@@ -530,10 +530,10 @@ def _write_configs(config, video_token, source, folder):
 
 
 def _write_card(family, hub_id, source, folder):
-    # The root's licence is that of the code; weights have their own.
-    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+    # The root's licence is that of the code, and must not look like that of the weights.
+    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE-CODE")
     if (source / "LICENSE").is_file():
-        shutil.copyfile(source / "LICENSE", folder / "LICENSE-WEIGHTS")
+        shutil.copyfile(source / "LICENSE", folder / "LICENSE")
     published = source / "README.md"
     card = published.read_text(encoding="utf-8") if published.is_file() else None
     (folder / "README.md").write_text(converted_card(family, hub_id, source.name, card), encoding="utf-8")

@@ -126,7 +126,8 @@ files. Where there is none, none has been measured. What was published about the
 
 ## Licence and citation
 
-{license_text} The code (`*.py`) is under the Apache License 2.0, see `LICENSE`. If you use the model, cite its paper:
+{license_text} The code (`*.py`) is under the Apache License 2.0, see `LICENSE-CODE`. If you use the model, cite its
+paper:
 
 ```bibtex
 @article{{{key},

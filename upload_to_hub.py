@@ -49,11 +49,11 @@ REQUIRED = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "README.md",
-    "LICENSE",
 )
+LICENSES = ("LICENSE", "LICENSE-CODE")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",
-            "merges.txt", "LICENSE-WEIGHTS", "CITATION.cff")  # fmt: skip
+            "merges.txt", *LICENSES, "CITATION.cff")  # fmt: skip
 # What the card shows.
 MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
@@ -120,6 +120,8 @@ def assemble(
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}{_advice(missing)}")
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    if not any((folder / name).is_file() for name in LICENSES):
+        raise FileNotFoundError(f"{folder} has no licence: neither {' nor '.join(LICENSES)}")
     tensors = read_source(folder)
     shards = sorted({tensor.file.name for tensor in tensors.values()})
     card = (folder / "README.md").read_text(encoding="utf-8")
