@@ -129,6 +129,8 @@ def check_options(options: argparse.Namespace) -> dict:
         options.interactive = True
     if not all(map(str.strip, options.questions)):
         raise ValueError("a question is empty; write it in quotes")
+    if len(options.questions) > 2 and not any(" " in question for question in options.questions):
+        raise ValueError(f"{len(options.questions)} questions of one word each: write a question in quotes")
     if options.interactive and options.json:
         raise ValueError("--json prints one object at the end; a conversation (--interactive) has none")
     sampling = sampling_of(options)

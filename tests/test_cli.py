@@ -261,6 +261,7 @@ def test_help_teaches(cli):
         ([CLIP, "What?", "--prefill", "dense"], "--prefill"),
         ([CLIP, "What?", "--pool-size", "0"], "at least 1, got '0'"),
         ([CLIP, " "], "empty"),
+        ([CLIP, "Why", "is", "it", "red?"], "4 questions of one word each"),
         ([CLIP, "What?", "--frames", "3"], "unrecognized arguments: --frames"),
         ([CLIP, "What?", "--max-num-frames", "0"], "at least 1, got '0'"),
         ([CLIP, "What?", "--max-new-tokens", "many"], "at least 1, got 'many'"),
