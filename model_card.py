@@ -65,12 +65,16 @@ PUBLISHED = {
         "2506.19225",
         "Video-XL-2: Towards Very Long-Video Understanding Through Task-Aware KV Sparsification",
     ),
-    "videoxlpro": Published(
-        "Video-XL-Pro",
-        ("MINT-SJTU/Video-XL-Pro-3B",),
-        None,
-        "2503.18478",
-        "Video-XL-Pro: Reconstructive Token Compression for Extremely Long Video Understanding",
+    # Of this one there are two generations, and which of them a repository holds is not known for sure.
+    **dict.fromkeys(
+        ("videoxlpro", "videoxlpro_march"),
+        Published(
+            "Video-XL-Pro",
+            ("MINT-SJTU/Video-XL-Pro-3B", "lxr2003/Video-XL-Pro-3B"),
+            None,
+            "2503.18478",
+            "Video-XL-Pro: Reconstructive Token Compression for Extremely Long Video Understanding",
+        ),
     ),
     "videoxl1": Published(
         "Video-XL",
@@ -95,8 +99,8 @@ PUBLISHED = {
 CARD = """\
 # {title}, converted for current transformers
 
-These are the weights of [{base_model}](https://huggingface.co/{base_model}), with the tensors renamed and nothing
-trained, together with remote code for transformers 5.17 and newer. The code downloads nothing and needs no flash-attn.
+These are the weights of {origin}, with the tensors renamed and nothing trained,
+together with remote code for transformers 5.17 and newer. The code downloads nothing and needs no flash-attn.
 
 ```bash
 pip install "transformers>=5.17,<6" "torch>=2.11" "av>=17" einops pillow tqdm
@@ -149,16 +153,18 @@ def converted_card(family: str, hub_id: str | None, folder: str = "", published_
         published_card: The text of README.md that the checkpoint came with, if there is one: its licence counts.
 
     Returns:
-        README.md. Its `base_model` is missing if the family has several checkpoints and the folder's name is of none.
+        README.md. Its `base_model` is missing if the family has several checkpoints and the folder's name is not that
+        of just one.
     """
     facts = PUBLISHED[family]
     base_model = hub_id or _base_model(facts, folder)
-    license_fields, said_by = _license(facts, base_model, published_card)
-    link = f"https://huggingface.co/{base_model or facts.base_models[0]}"
+    known = [base_model] if base_model else facts.base_models
+    link = f"https://huggingface.co/{known[0]}"
+    license_fields, said_by = _license(facts, link, published_card)
     text = CARD.format(
         title=facts.title,
-        base_model=base_model or facts.base_models[0],
-        license_text=f"The weights are under the licence of the checkpoint that they come from: {said_by}, {link}.",
+        origin=" or ".join(f"[{name}](https://huggingface.co/{name})" for name in known),
+        license_text=f"The weights are under the licence of the checkpoint that they come from: {said_by} {link}.",
         key="".join(letter for letter in facts.title.lower() if letter.isalnum()) + f"20{facts.arxiv[:2]}",
         paper=facts.paper,
         arxiv=facts.arxiv,
@@ -177,20 +183,20 @@ def converted_card(family: str, hub_id: str | None, folder: str = "", published_
 def _base_model(facts, folder):
     if len(facts.base_models) == 1:
         return facts.base_models[0]
-    return {name.split("/")[1]: name for name in facts.base_models}.get(folder)
+    named = [name for name in facts.base_models if name.split("/")[1] == folder]
+    return named[0] if len(named) == 1 else None
 
 
-def _license(facts, base_model, published_card):
+def _license(facts, link, published_card):
     """Fields of the metadata, and whose word they are."""
     fields = {}
     if published_card is not None:
         data = _metadata(published_card)
         fields = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
     if isinstance(fields.get("license"), str):
-        return fields, f"`{fields.get('license_name') or fields['license']}` by its own card"
+        return fields, f"`{fields.get('license_name') or fields['license']}` by its own card,"
     if facts.license is not None:
         return {"license": facts.license}, f"`{facts.license}` as far as known when this card was generated; see"
-    link = f"https://huggingface.co/{base_model or facts.base_models[0]}"
     return {"license": "other", "license_name": "see-base-model", "license_link": link}, "see"
 
 

@@ -35,7 +35,7 @@ LOCAL_PATHS = re.compile(
 LOCAL_VALUE = re.compile(r"(/|~/|[A-Za-z]:[\\/]|file://|\\\\).+", re.DOTALL)
 # Files whose strings are vocabulary: "/home" is a token of many.
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")
-TEXTS = (".json", ".py", ".jinja", ".md", ".txt", ".cff", "")
+TEXTS = (".json", ".py", ".ipynb", ".svg", ".jinja", ".md", ".txt", ".cff", "")
 # The longest header that a file of weights may have, in bytes; the format's own limit.
 MAX_HEADER = 100_000_000
 

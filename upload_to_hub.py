@@ -54,8 +54,8 @@ LICENSES = ("LICENSE", "LICENSE-CODE")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",
             "merges.txt", *LICENSES, "CITATION.cff")  # fmt: skip
-# What the card shows.
-MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm")
+# What the card shows or links to.
+MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm", ".ipynb")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 # What clients of the Hub leave in a folder, and what is never sent.
 NOT_OURS = (".git", ".gitattributes", ".cache", "__pycache__")
@@ -206,7 +206,7 @@ def _read_json(path):
 
 
 def _media(folder, card):
-    """Pictures and clips of the folder that the card names."""
+    """Pictures, clips and notebooks of the folder that the card names."""
     named = set(re.findall(r"(?<![\w/.:])(?:[\w-]+/)*[\w.-]+\.\w+", card))
     return sorted(name for name in named if name.endswith(MEDIA) and (folder / name).is_file())
 
