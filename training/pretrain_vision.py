@@ -9,8 +9,9 @@ coloured shapes and their sizes and places, the words and digits on signs, and t
 one sees only their mean, which is what a head of attention can read with one look and what pooled key-values still
 hold. It names what any of the four frames shows, in which of them shapes, signs and cards stand, which way shapes move
 and which colour they end in. A third one asks as a language model does: for each shape, for a sign and for a card, one
-query attends to the tokens and finds what is to be known, or that there is none. The heads are thrown away. The output
-folder holds the whole model; the language model stays what it was.
+query attends to the tokens and finds what is to be known, or that there is none. The output folder holds the whole
+model, whose language model stays what it was, and the heads in `heads.safetensors`: a later stage may give the third
+one to the language model (`hand_over.py`).
 
 G groups in a batch, T frames a group, N visual tokens a group.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
@@ -489,6 +491,8 @@ def run(recipe: dict, resume: bool = False) -> None:
     model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    heads = {name: tensor for name, tensor in pretraining.state_dict().items() if "head." in name.partition(".")[0] + "."}
+    save_file(heads, output / "heads.safetensors")
 
 
 def main() -> None:
