@@ -101,7 +101,8 @@ class VideoXLVisionMixin:
         With `copies` each frame counts so many times, behind the tower.
         """
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
-        pixels = pixels.to(device=patch_embedding.device, dtype=patch_embedding.dtype)
+        device = patch_embedding.device if patch_embedding.device.type != "meta" else self.device  # offloaded
+        pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
         # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
         embedded = self.vision_tower.embeddings(pixels)
         features = self.vision_tower.encoder(inputs_embeds=embedded).last_hidden_state
