@@ -1,7 +1,7 @@
 """The clients that people already use, unmodified: transformers' own ways in, accelerate, quantisers, peft, compile.
 
 What is in other files: every Auto class, a simulated Hub cache and save_pretrained (`test_loading.py`), streaming
-through `chat` (`test_chat.py`), training under gradient checkpointing and LoRA (`test_training.py`, `test_modeling.py`).
+through `chat` (`test_chat.py`), gradient checkpointing and LoRA in training (`test_modeling.py`, `test_training.py`).
 """
 
 import re
