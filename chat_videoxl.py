@@ -36,8 +36,6 @@ logger = logging.get_logger(__name__)
 
 # An answer's length where neither the caller nor the checkpoint says one, in tokens.
 DEFAULT_MAX_NEW_TOKENS = 1024
-# Entries of `media_dict` that would choose a part of the video.
-MEDIA_LIMITS = ("start", "end")
 # From this many frames on, encoding shows a progress bar on a terminal.
 PROGRESS_MIN_FRAMES = 256
 
@@ -139,7 +137,7 @@ class VideoXLChatMixin:
             return_chunks: Also return the chunks of the conversation's videos and images: dicts with `video` (its
                 number), `index`, `start` and `end` in seconds (0 for an image), `level` (`"dense"`, `"pooled"`,
                 `"dropped"`) and `score` (None where nothing was scored).
-            media_dict: What clients of VideoChat-Flash pass; its `video_read_type` says nothing that is needed here.
+            media_dict: What clients of VideoChat-Flash pass; only `video_read_type`, which means nothing here.
 
         Returns:
             The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
@@ -149,10 +147,8 @@ class VideoXLChatMixin:
         """
         if not isinstance(user_prompt, str) or not user_prompt.strip():
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
-        if wanted := sorted(
-            key for key, value in (media_dict or {}).items() if key in MEDIA_LIMITS and value is not None
-        ):
-            raise ValueError(f"media_dict with {', '.join(wanted)} is not supported: cut the clip, or pass its frames")
+        if unknown := sorted(set(media_dict or {}) - {"video_read_type"}):
+            raise ValueError(f"media_dict: {', '.join(unknown)} is not supported; cut the clip, or pass its frames")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         items = turn_items(video_path)
         visuals = [item for item in items if item["type"] in VISUAL_KINDS]

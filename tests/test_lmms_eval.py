@@ -128,12 +128,7 @@ NAME = "videoxl_clips"
 def task(tmp_path, clips):
     """A folder with a task of lmms-eval about two clips, its questions in turns."""
     docs = [
-        {
-            "video": clips[number % 2],
-            "question": f"What moves at 00:0{number}?",
-            "answer": "dots",
-            "options": ["a", "b"],
-        }
+        {"video": clips[number % 2], "question": f"What moves at 00:0{number}?", "answer": "dots"}
         for number in range(5)
     ]
     (tmp_path / "docs.json").write_text(json.dumps(docs))
