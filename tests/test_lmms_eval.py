@@ -159,7 +159,8 @@ def run(task, root, program, model, model_args, processes=1):
 
 
 def answers_of(samples):
-    return [sample["filtered_resps"][0] for sample in samples]
+    found = [sample["filtered_resps"] for sample in samples]
+    return [answer if isinstance(answer, str) else answer[0] for answer in found]
 
 
 def test_plug_in_answers_as_chat_does(task, root, bundled_model, tokenizer, clips):
