@@ -330,3 +330,8 @@ def test_frames_with_timestamps_as_an_item(model, tokenizer):
     assert model.chat([as_item], tokenizer, "What?", **settings) == plain
     assert as_item == {"type": "video", "video": frames, "timestamps": times}
     assert model.encode_video(as_item, tokenizer).timestamps == times
+
+
+def test_a_plan_is_about_videos(model, photo):
+    with pytest.raises(ValueError, match="this is an image"):
+        model.plan(video_path=photo)
