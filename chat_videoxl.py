@@ -157,8 +157,9 @@ class VideoXLChatMixin:
                 raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
             visuals[0].setdefault("timestamps", timestamps)
         messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None)
-        if not messages and is_encoded(video_path) and video_path.system_prompt is not None:
-            messages.append({"role": "system", "content": video_path.system_prompt})
+        first = source_of(visuals[0]) if visuals else None
+        if not messages and is_encoded(first) and first.system_prompt is not None:
+            messages.append({"role": "system", "content": first.system_prompt})
         known = [visual for visual in visuals or [None] if place_visual(messages, visual)]
         if timestamps is not None and known and not any("timestamps" in item for item in visual_items(messages)):
             raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")

@@ -194,6 +194,18 @@ def test_offload_of_everything_to_host_memory(folder, model, tokenizer, clips):
     assert placed.chat(clips[0], tokenizer, "Why?", **settings) == model.chat(clips[0], tokenizer, "Why?", **settings)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("share", [0.4, 0.8])
+def test_split_between_gpu_and_host(folder, model, tokenizer, processor, clips, share):
+    accelerate = pytest.importorskip("accelerate")
+    size = accelerate.utils.compute_module_sizes(load(folder))[""]
+    placed = load(folder, device_map="auto", max_memory={0: int(share * size), "cpu": 2 * size})
+    assert set(placed.hf_device_map.values()) == {0, "cpu"}
+    assert answers(placed, processor, ask(item(clips[0]))) == answers(model, processor, ask(item(clips[0])))
+    settings = {"return_history": False, "max_num_frames": 8, "generation_config": SHORT}
+    assert placed.chat(clips[0], tokenizer, "Why?", **settings) == model.chat(clips[0], tokenizer, "Why?", **settings)
+
+
 def test_modules_that_must_not_be_split(folder):
     """accelerate may split a model between any two modules but these; compressor and blocks run as wholes."""
     accelerate = pytest.importorskip("accelerate")
@@ -231,16 +243,18 @@ def quantised(name):
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-8bit"])
-def test_quantised_language_model(root, bundled_model, tokenizer, processor, name):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_quantised_language_model(root, bundled_model, tokenizer, processor, name, device):
     config, kind = quantised(name)
-    small = AutoModel.from_pretrained(root, quantization_config=config, **REMOTE)
+    small = AutoModel.from_pretrained(root, quantization_config=config, device_map=device, **REMOTE)
     layer = small.model.language_model.layers[0].mlp.up_proj
     assert kind in (type(layer.weight).__name__, type(layer.weight.data).__name__)
     for kept in (small.model.vision_tower.encoder.layers[0].mlp.fc1, small.model.multi_modal_projector.linear_1):
         assert type(kept.weight.data) is torch.Tensor and kept.weight.dtype == torch.float32
     inputs = prepare(processor, ask(item(f"{root}/assets/demo.mp4"), text="What color is the star?"))
     with torch.no_grad():
-        pair = [model(**inputs, logits_to_keep=1).logits[0, -1].float() for model in (bundled_model, small)]
+        models = (bundled_model, small)
+        pair = [model(**inputs.to(model.device), logits_to_keep=1).logits[0, -1].float().cpu() for model in models]
     assert torch.nn.functional.cosine_similarity(*pair, dim=0) > (0.9 if "4bit" in name else 0.99)
     settings = {"return_history": False, "max_num_frames": 8, "generation_config": SHORT}
     assert small.chat(f"{root}/assets/demo.mp4", tokenizer, "What color is the star?", **settings)
