@@ -290,10 +290,8 @@ def test_an_encoded_image_is_saved_and_asked_like_a_video(model, tokenizer, phot
 
 def test_an_encoded_image_among_items_keeps_its_system_prompt(model, tokenizer, processor, clips, photo):
     image = model.encode_video(photo, tokenizer, system_prompt="Be brief.")
-    items, settings = (
-        [item(image, "image"), item(clips[0], "video")],
-        {"max_num_frames": 8, "generation_config": SHORT},
-    )
+    items = [item(image, "image"), item(clips[0], "video")]
+    settings = {"max_num_frames": 8, "generation_config": SHORT}
     answer, history = model.chat(items, tokenizer, "What is it?", **settings)
     messages = [{"role": "system", "content": "Be brief."}]
     messages += user(item(photo), item(clips[0], "video"), ask("What is it?"))
