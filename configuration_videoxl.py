@@ -210,6 +210,8 @@ class VideoXLConfig(PreTrainedConfig):
             timestamps.
         time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
         image_mean, image_std: Normalisation of pixels in 0..1, per channel.
+        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
+            columns and rows of the tower's image size, as in Video-XL-2.
     """
 
     model_type = "videoxl"
@@ -234,6 +236,7 @@ class VideoXLConfig(PreTrainedConfig):
         time_format="Time {seconds:.1f}s:",
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
+        image_grid_pinpoints=None,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -254,6 +257,7 @@ class VideoXLConfig(PreTrainedConfig):
         self.time_format = time_format
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.image_grid_pinpoints = image_grid_pinpoints
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def __setattr__(self, name, value):
@@ -280,6 +284,11 @@ class VideoXLConfig(PreTrainedConfig):
             ValueError: On a value outside its range.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
+        if getattr(self, "mm_llm_compress", False):
+            raise ValueError(
+                "mm_llm_compress drops visual tokens between layers, which only VideoChat-Flash models do: this model "
+                "does not. Set it to False; sparse_attention saves key-values here"
+            )
         if getattr(self, "enable_sparse", False):
             published = getattr(self, "sparse_config", None) or {}
             settings["prefill"] = getattr(self, "sparse_mode", None) or "streaming"
@@ -335,6 +344,8 @@ class VideoXLConfig(PreTrainedConfig):
         config["tie_word_embeddings"] = published.get("tie_word_embeddings", False)
         for key in ("video_token_id", "time_start_token_id", "time_end_token_id"):
             config[key] = published.get(key, config.get(key))
+        if isinstance(published.get("image_grid_pinpoints"), (list, tuple)):
+            config["image_grid_pinpoints"] = published["image_grid_pinpoints"]
         for key in ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config"):
             if key in published:
                 config[key] = published[key]

@@ -520,6 +520,7 @@ def _write_configs(config, video_token, source, folder):
         "frames_per_group": config.frames_per_group,
         "tokens_per_group": config.compressor_config.tokens_per_group,
         "time_format": config.time_format,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
     }
     if video_token is not None:
         processor["video_token"] = video_token

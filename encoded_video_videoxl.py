@@ -1,4 +1,4 @@
-"""`EncodedVideo`: a video as the language model holds it; asked many times, extended, saved and loaded.
+"""`EncodedVideo`: a video (or image) as the language model holds it; asked many times, extended, saved and loaded.
 
 What is surprising:
 * It is a `str`, the path it was made from. So a history that holds one survives `json.dumps`; what comes back is the
@@ -23,9 +23,11 @@ SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps")
 class EncodedVideo(str):
     """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
 
-    As a string it is the path of its file, or empty for frames from memory.
+    As a string it is the path of its file, or empty for frames from memory. It may also be an image: that has no
+    frames, timestamps or duration, and takes in no more.
 
     Attributes:
+        kind: `"video"` or `"image"`.
         num_frames: Sampled frames.
         timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
         duration: Seconds of the whole video.
@@ -43,8 +45,21 @@ class EncodedVideo(str):
     def __new__(cls, source, **state):
         return super().__new__(cls, source or "")
 
-    def __init__(self, source, *, model, cache, input_ids, sampling, processor=None, behind=None, system_prompt=None):
+    def __init__(
+        self,
+        source,
+        *,
+        model,
+        cache,
+        input_ids,
+        sampling,
+        processor=None,
+        behind=None,
+        system_prompt=None,
+        kind="video",
+    ):
         super().__init__()
+        self.kind = kind
         self._processor, self._model = processor, model
         self.cache, self.input_ids = cache, input_ids
         self.sampling, self.system_prompt = sampling, system_prompt
@@ -95,7 +110,9 @@ class EncodedVideo(str):
         return self._model is model and same_base and torch.equal(self.input_ids[:start], ids)
 
     def chunks(self, chunk_groups) -> list[tuple[float, float]]:
-        """(start, end) seconds of the video's chunks of `chunk_groups` groups each."""
+        """(start, end) seconds of the video's chunks of `chunk_groups` groups each; zeros for an image."""
+        if self.kind == "image":
+            return [(0.0, 0.0)] * -(-len(self.layout.videos[-1]) // chunk_groups)
         starts = self.timestamps[:: chunk_groups * self._model.config.frames_per_group]
         return list(zip(starts, [*starts[1:], max(self.duration, self.timestamps[-1])], strict=True))
 
@@ -129,6 +146,7 @@ class EncodedVideo(str):
             "videos": self.layout.videos,
             "system_prompt": self.system_prompt,
             "appended": self.appended,
+            "kind": self.kind,
         }
         save_video_file(path, tensors, facts)
 
@@ -149,6 +167,7 @@ class EncodedVideo(str):
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
         state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
+        state["kind"] = facts.get("kind", "video")  # files of earlier versions hold videos only
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
         video.appended = facts["appended"]
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
@@ -165,6 +184,8 @@ class EncodedVideo(str):
         Raises:
             ValueError: On frames or timestamps of another form, or times that do not follow.
         """
+        if self.kind == "image":
+            raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
         reader = open_video(frames, size=self._processor.image_size, timestamps=timestamps, sample_fps=None)
@@ -202,6 +223,13 @@ class EncodedVideo(str):
         self.duration = max(self.duration, times[-1])
         partial = len(times) % processor.frames_per_group
         self._tail = frames[-partial:] if partial else None
+
+    @torch.no_grad()
+    def extend_image(self, tiles) -> None:
+        """Adds an image's tiles, uint8 [T, 3, S, S], as groups without timestamps."""
+        pixels = normalize_frames(tiles.to(self._model.device), self._processor.image_mean, self._processor.image_std)
+        ids = self._model.prefill_frames(self.cache, pixels[:, None], [[]] * len(tiles), False, self.prefill)
+        self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     def __deepcopy__(self, memo):
         # Histories are copied freely: share the tensors, never copy the model.
