@@ -39,7 +39,9 @@ def load_asking_head(path: str | Path, hidden_size: int, frames_per_group: int) 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such heads; pretrain_vision.py writes heads.safetensors with asked_weight")
+        raise FileNotFoundError(
+            f"{path}: no such heads; pretrain_vision.py writes heads.safetensors with asked_weight"
+        )
     head = AskingHead(hidden_size, frames_per_group)
     prefix = "asking_head."
     head.load_state_dict({k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)})

@@ -491,7 +491,9 @@ def run(recipe: dict, resume: bool = False) -> None:
     model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    heads = {name: tensor for name, tensor in pretraining.state_dict().items() if "head." in name.partition(".")[0] + "."}
+    heads = {
+        name: tensor for name, tensor in pretraining.state_dict().items() if name.partition(".")[0].endswith("head")
+    }
     save_file(heads, output / "heads.safetensors")
 
 
