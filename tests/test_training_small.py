@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
@@ -25,8 +26,10 @@ def workshop(root):
 
 
 def test_facts_say_what_a_frame_shows(workshop):
-    see, _, _ = workshop
-    clip = see.make_clip(3, "held_out", seconds=32, cards=3, signs=2, shapes=4, num_questions=0)
+    import training.vision_facts as see
+    from video_world import make_clip
+
+    clip = make_clip(3, "held_out", seconds=32, cards=3, signs=2, shapes=4, num_questions=0)
     names = list(see.INDEX)
     for time in np.arange(0, 32, 0.25):
         facts, places = see.facts_of(clip, time)
@@ -47,8 +50,10 @@ def test_facts_say_what_a_frame_shows(workshop):
 
 def test_the_course_of_a_group(workshop):
     """Who stands in which frame, who moves which way, who ends in which colour, against the clip's own words."""
-    see, _, _ = workshop
-    clip = see.make_clip(11, "held_out", seconds=32, cards=3, signs=2, shapes=6, num_questions=0)
+    import training.vision_facts as see
+    from video_world import make_clip
+
+    clip = make_clip(11, "held_out", seconds=32, cards=3, signs=2, shapes=6, num_questions=0)
     shares, seen = see.course_shares(4), set()
     for begin in np.arange(0, 31, 0.5):
         times = [begin + number * 0.25 for number in range(4)]
@@ -176,3 +181,68 @@ def test_help(root):
             [sys.executable, root / "training" / f"{name}.py", "--help"], capture_output=True, text=True
         )
         assert run.returncode == 0 and "usage" in run.stdout, run.stderr
+
+
+def test_given_heads_look_where_they_should(workshop, root, tmp_path):
+    """The clock looks at its group's number, the others at what the asking head finds; other heads stay."""
+    from training.batches import Collator, videos_of
+    from training.data import MixtureDataset
+    from training.hand_over import NAMES, hand_over, time_codes
+    from training.train import first_batches
+    from training.vision_facts import AskingHead
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(root, trust_remote_code=True)
+    model = AutoModel.from_config(config, trust_remote_code=True, attn_implementation="eager").eval()
+    processor = AutoProcessor.from_pretrained(root, trust_remote_code=True)
+    asking = AskingHead(config.text_config.hidden_size, processor.frames_per_group)
+    asking.key.weight.data *= 8
+    state = {f"asking_head.{name}": tensor for name, tensor in asking.state_dict().items()}
+    save_file(state, tmp_path / "heads.safetensors")
+    clip = {"seconds": 16, "shapes": 6, "signs": 1, "cards": 1, "num_questions": 8}
+    dataset = MixtureDataset([{"world": {"size": 12, "split": "held_out", "clip": clip}}], processor)
+    batches = first_batches(dataset, Collator(processor))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = {"clock": [0, 1], "reading": [1, 1], "looking": [2, 0]}
+    hand_over(model, processor, batches, tmp_path / "heads.safetensors", **places)
+
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[3] for name in changed} == {"0", "1", "2"} and all("self_attn" in name for name in changed)
+    size = config.text_config.hidden_size // config.text_config.num_attention_heads
+    for layer, number in places.values():
+        name = f"model.language_model.layers.{layer}.self_attn.k_proj.weight"
+        rows = slice((1 - number) * size, (2 - number) * size)
+        assert torch.equal(model.state_dict()[name][rows], before[name][rows])
+
+    batch, maps = batches[0], {}
+    layers = model.model.language_model.layers
+    for layer in range(3):
+        layers[layer].self_attn.register_forward_hook(
+            lambda module, given, out, layer=layer: maps.__setitem__(layer, out[1])
+        )
+    with torch.no_grad():
+        tokens = [part.flatten(0, 1) for part in model.get_video_features(videos_of(batch)).pooler_output]
+        model(input_ids=batch["input_ids"], pixel_values_videos=videos_of(batch), use_cache=False)
+        numbers = {processor.tokenizer.encode(f" {number}")[0] for number in range(101)}
+        names = [processor.tokenizer.encode(f" {name}")[0] for name in NAMES]
+        own, gains = [], {"reading": [], "looking": []}
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            visual = [place for place, token in enumerate(ids) if token == config.video_token_id]
+            for place in visual:
+                number = max(earlier for earlier in range(place) if ids[earlier] in numbers)
+                own.append(maps[0][row, 3, place].argmax().item() == number)
+            normed = tokens[row] / tokens[row].pow(2).mean(dim=-1, keepdim=True).sqrt()
+            scores = asking.key(normed) @ asking.queries.T
+            for place in (place for place, token in enumerate(ids) if token in names):
+                score = scores[:, names.index(ids[place])]
+                for part, layer, head in (("reading", 1, 3), ("looking", 2, 2)):
+                    seen = maps[layer][row, head, place, visual]
+                    gains[part].append(((seen @ score / seen.sum() - score.mean()) / score.std()).item())
+    assert np.mean(own) > 0.95
+    assert np.mean(gains["reading"]) > 0.5 and np.mean(gains["looking"]) > 0.5, gains
+    codes = time_codes(torch.arange(101))
+    assert torch.cdist(codes, codes).fill_diagonal_(9).min() > 0.05, "times stay apart"
+    with pytest.raises(ValueError, match="reading, clock, looking"):
+        hand_over(model, processor, batches, tmp_path / "heads.safetensors", watching=[0, 0])
+    with pytest.raises(FileNotFoundError, match="pretrain_vision"):
+        hand_over(model, processor, batches, tmp_path / "none.safetensors", clock=[0, 1])

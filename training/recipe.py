@@ -27,6 +27,7 @@ DEFAULTS = {
     "model": None,
     "init": None,
     "load": {},
+    "hand_over": None,  # heads, and where reading, clock, looking go: [layer, key-value head]; see hand_over.py
     "data": None,
     "output_dir": None,
     "modules": {},
@@ -63,6 +64,7 @@ DEFAULTS = {
 
 _NESTED_KEYS = {
     "init": {"config", "seed"},
+    "hand_over": {"heads", "reading", "clock", "looking"},
     "lora": {"target", "r", "alpha", "dropout", "train_also"},
     "eval": {"data", "steps", "batch_size", "sparse_attention"},
     "dts": {"mask_ratio", "candidate_share", "visible_weight", "decoder_layers", "decoder_heads", "sgm_temperature"},

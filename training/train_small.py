@@ -61,10 +61,14 @@ def train(output: Path, first: str | None) -> Path:
         if name == first:
             # What the stage would take from earlier ones is in the committed weights.
             settings |= {"init": "null", "model": ROOT} | ({"load": "{}"} if "load" in given else {})
+            settings |= {"hand_over": "null"} if "hand_over" in given else {}
         elif "model" in given:
             settings["model"] = output / Path(given["model"]).name
             for module, part in given.get("load", {}).items():
                 settings[f"load.{module}.path"] = output / Path(part["path"]).name
+            if "hand_over" in given:
+                heads = Path(given["hand_over"]["heads"])
+                settings["hand_over.heads"] = output / heads.parent.name / heads.name
         program = "pretrain_vision" if given.get("stage") == "see" else "train"
         command = [sys.executable, str(ROOT / "training" / f"{program}.py"), str(recipe), "--resume"]
         for key, value in settings.items():
