@@ -96,7 +96,11 @@ def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
     ask(folder, questions)
     arguments = ["batch", folder / "questions.jsonl", "--out", folder / "answers.jsonl", *QUICK]
     process = subprocess.Popen(
-        [sys.executable, root / "cli.py", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+        [sys.executable, root / "cli.py", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells let what they start in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal = folder / "answers.jsonl.part-0"
     deadline = time.monotonic() + 200

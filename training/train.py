@@ -11,6 +11,7 @@ continues from the newest complete checkpoint, and starts from the beginning if 
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def freeze(model, recipe: dict) -> None:
     rates = learning_rates(recipe)
     for name, parameter in model.named_parameters():
         trained = rates[module_of(name)] is not None and not name.startswith(_UNUSED)
+        trained = trained and not any(re.search(pattern, name) for pattern in recipe["freeze"])
         parameter.requires_grad_(trained)
 
 
