@@ -3,8 +3,7 @@
     python convert_weights.py SOURCE OUTPUT [--preset NAME] [--dtype bfloat16] [--max-shard-size 5GB]
 
 What is surprising:
-* A family is one entry of `FAMILIES`: its marks, its rows of names, its preset. The rows read in both directions, so
-  the same table tells what a published checkpoint must contain.
+* Which family a checkpoint belongs to, and what its tensors are called, is said in `convert_families`.
 * The folder is complete (weights, configs, tokenizer, template, remote code) and appears at once: everything goes to a
   hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
 * Expected names and shapes come from our model class on the meta device: a table cannot silently drift from the model.
@@ -55,120 +54,17 @@ AUTO_MAP = {
 AUTO_MAP |= dict.fromkeys(AUTO_MODELS, f"modeling_videoxl.{ARCHITECTURE}")
 
 
-@dataclass(frozen=True)
-class Family:
-    """What tells one family's checkpoints from the others, and how its tensors are called here.
-
-    Args:
-        title: Name for messages.
-        has, lacks: Prefixes that some tensor name starts with, and that none starts with.
-        preset: File in `presets/`, without suffix; None while the family is recognised but not yet supported.
-        names: Rows (published name, our name); `*` stands for the same text on both sides. The first that fits counts.
-        ignored: Published names that our model has no use for; `*` stands for any text.
-    """
-
-    title: str
-    has: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
-    preset: str | None = None
-    names: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-
-    def fits(self, names) -> bool:
-        """Whether a checkpoint with these tensor names carries the family's marks."""
-
-        def some_start(prefix):
-            return any(name.startswith(prefix) for name in names)
-
-        return all(map(some_start, self.has)) and not any(map(some_start, self.lacks))
-
-    def ignores(self, name: str) -> bool:
-        """Whether the published tensor `name` is known and has no place in our model."""
-        return any(_fit(pattern, name) is not None for pattern in self.ignored)
-
-    def to_ours(self, name: str) -> str | None:
-        """Our name of the published tensor `name`; None if no row fits."""
-        return _rename(name, self.names)
-
-    def to_published(self, name: str) -> str | None:
-        """The published name of our tensor `name`; None if no row fits."""
-        return _rename(name, [(ours, published) for published, ours in self.names])
+def _root_module(module):
+    # The remote files import each other relatively, so the flat root is imported as a package.
+    package = types.ModuleType("videoxl")
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault("videoxl", package)
+    return importlib.import_module(f"videoxl.{module}")
 
 
-def _fit(pattern, name):
-    match = re.fullmatch("(.+)".join(map(re.escape, pattern.split("*"))), name)
-    return match and match.groups()
-
-
-def _rename(name, rows):
-    for pattern, replacement in rows:
-        if (texts := _fit(pattern, name)) is not None:
-            return replacement.replace("*", "{}").format(*texts)
-    return None
-
-
-# All families carry Qwen2 under the names of Qwen2ForCausalLM.
-_LANGUAGE_MODEL_NAMES = (
-    ("model.embed_tokens.*", "model.language_model.embed_tokens.*"),
-    ("model.layers.*", "model.language_model.layers.*"),
-    ("model.norm.*", "model.language_model.norm.*"),
-    ("lm_head.*", "lm_head.*"),
-)
-
-FAMILIES = {
-    "videoxl2": Family(
-        title="Video-XL-2",
-        has=("model.sae.",),
-        lacks=("model.WindowTimeToTokenAttention.", "model.beacon_embed_tokens."),
-        preset="video-xl-2-8b",
-        names=(
-            ("model.vision_tower.vision_tower.vision_model.*", "model.vision_tower.*"),
-            ("model.sae.*", "model.compressor.*"),
-            ("model.mm_projector.0.*", "model.multi_modal_projector.linear_1.*"),
-            ("model.mm_projector.2.*", "model.multi_modal_projector.linear_2.*"),
-            *_LANGUAGE_MODEL_NAMES,
-        ),
-        # Declared by the published model class, called by nobody.
-        ignored=("model.text_mlp.*",),
-    ),
-    "videoxlpro": Family(title="Video-XL-Pro", has=("model.sae.", "model.WindowTimeToTokenAttention.")),
-    "videoxl1": Family(title="Video-XL", has=("model.beacon_embed_tokens.",), lacks=("model.sae.",)),
-    "videochatflash": Family(title="VideoChat-Flash", has=("model.mm_projector.mlp.",), lacks=("model.sae.",)),
-}
-
-
-def name_table(family: str) -> Family:
-    """The names of a supported family (a key of `FAMILIES`).
-
-    Raises:
-        ValueError: If there is no such family, or it is not supported yet.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
-    if FAMILIES[family].preset is None:
-        raise ValueError(f"this is a {FAMILIES[family].title} checkpoint: that family is not supported yet")
-    return FAMILIES[family]
-
-
-def recognise_family(config: dict, names) -> str:
-    """Which family a published checkpoint belongs to, from its config.json and its tensor names.
-
-    `model_type` does not decide: it changed between releases, and several families share `llava_qwen`.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if config.get("model_type") == "videoxl":
-        raise ValueError("SOURCE is already in our format (model_type videoxl): load it as it is")
-    has_vision = any(key.startswith("mm_") for key in config)
-    found = [key for key, family in FAMILIES.items() if has_vision and family.fits(names)]
-    if not found:
-        titles = ", ".join(family.title for family in FAMILIES.values())
-        raise ValueError(
-            f"not a checkpoint of a known family ({titles}): config.json has {'some' if has_vision else 'no'} mm_* "
-            f"keys and model_type {config.get('model_type')!r}, and the names of the tensors do not fit either"
-        )
-    return found[0]
+_families = _root_module("convert_families")
+Family, FAMILIES = _families.Family, _families.FAMILIES
+name_table, recognise_family = _families.name_table, _families.recognise_family
 
 
 @dataclass(frozen=True)
@@ -353,16 +249,8 @@ def _some(names, limit=5):
     return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _remote_code(module):
-    # The remote files import each other relatively, so the flat root is imported as a package.
-    package = types.ModuleType("videoxl")
-    package.__path__ = [str(ROOT)]
-    sys.modules.setdefault("videoxl", package)
-    return importlib.import_module(f"videoxl.{module}")
-
-
 def _build_config(published, preset, tensors, dtype):
-    config_class = _remote_code("configuration_videoxl").VideoXLConfig
+    config_class = _root_module("configuration_videoxl").VideoXLConfig
     try:
         config = config_class.from_published(published, preset)
     except Exception as error:  # wrong types and values surface as the library's own kinds
@@ -383,7 +271,7 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: If the config's sizes do not go together.
     """
-    model_class = getattr(_remote_code("modeling_videoxl"), ARCHITECTURE)
+    model_class = getattr(_root_module("modeling_videoxl"), ARCHITECTURE)
     try:
         with torch.device("meta"):
             model = model_class(config)
@@ -494,7 +382,7 @@ def _copy_tokenizer(source, folder, config):
     except Exception as error:  # the library's own are bare Exceptions
         raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
     try:
-        return _remote_code("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
+        return _root_module("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
     except (ValueError, TypeError) as error:
         _warn(f"the tokenizer of {source} does not fit its weights: {error}")
         return None
