@@ -119,7 +119,7 @@ def convert(
     table = name_table(recognise_family(published, tensors))
     log(f"{source}: {table.title}, {len(tensors)} tensors")
     config = _build_config(published, _read_preset(preset or table.preset), tensors, dtype)
-    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings)
+    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -251,6 +251,9 @@ def _some(names, limit=5):
 
 def _build_config(published, preset, tensors, dtype):
     config_class = _root_module("configuration_videoxl").VideoXLConfig
+    if preset.get("tie_word_embeddings"):
+        # Whether the file says it depends on the version of transformers that wrote it; the head itself does not.
+        published = {"tie_word_embeddings": "lm_head.weight" not in tensors, **published}
     try:
         config = config_class.from_published(published, preset)
     except Exception as error:  # wrong types and values surface as the library's own kinds
@@ -280,8 +283,21 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def unused_layers(config) -> tuple[str, ...]:
+    """Prefixes of the tower's layers above the one whose output is taken: some checkpoints store them, some do not."""
+    depth = _root_module("vision_videoxl").tower_depth(config)
+    return tuple(
+        f"model.vision_tower.encoder.layers.{number}."
+        for number in range(depth, config.vision_config.num_hidden_layers)
+    )
+
+
 def match_tensors(
-    tensors: dict[str, SourceTensor], table: Family, expected: dict[str, tuple[int, ...]], tied: bool
+    tensors: dict[str, SourceTensor],
+    table: Family,
+    expected: dict[str, tuple[int, ...]],
+    tied: bool,
+    unused: tuple[str, ...] = (),
 ) -> dict[str, SourceTensor]:
     """Pairs every tensor of our model with a published one, and accounts for every published one.
 
@@ -290,6 +306,7 @@ def match_tensors(
         table: The family's names.
         expected: Our names and shapes.
         tied: The output head is the embedding, so `lm_head.weight` may be absent.
+        unused: Our prefixes of tensors that may be stored and are not read, see `unused_layers`.
 
     Returns:
         The source by our name, in the order of the source.
@@ -302,7 +319,7 @@ def match_tensors(
         ours = table.to_ours(name)
         if ours in expected:
             plan[ours] = tensor
-        elif not table.ignores(name):
+        elif not table.ignores(name) and not (ours or "").startswith(unused):
             raise ValueError(f"unknown tensor {name} {tensor.shape}: {table.title} has no place for it")
     optional = {"lm_head.weight"} if tied else set()
     if missing := [name for name in expected if name not in plan and name not in optional]:

@@ -62,7 +62,7 @@ class VideoXLGenerationMixin(GenerationMixin):
             position = groups[-1].end
         earlier = cache.layout.videos
         videos = (*earlier[:-1], earlier[-1] + tuple(groups)) if continues else (*earlier, tuple(groups))
-        embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+        embeds = self.model.embed_prompt(torch.tensor([ids], device=self.device))
         is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
         visual = tokens.to(embeds.device, embeds.dtype)
         embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
