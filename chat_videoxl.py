@@ -1,13 +1,15 @@
 """`chat` and `encode_video`: from a file and a question to an answer, encoding each video once.
 
 What is surprising:
-* A video stands before all text about it and everything is causal, so its key-values do not depend on the question. A
-  question runs behind a fork of an `EncodedVideo`'s cache; several videos or turns are one growing sequence.
+* A video or image stands before all text about it and everything is causal, so its key-values do not depend on the
+  question. A question runs behind a fork of an `EncodedVideo`'s cache; several videos or turns are one growing
+  sequence.
 * Nothing is kept in the model: whether a video can be reused is decided by comparing its token ids with the
   conversation's.
 """
 
 import copy
+import os
 import sys
 
 import torch
@@ -15,7 +17,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .conversation_videoxl import is_encoded, place_video, read_history, video_items
+from .conversation_videoxl import (
+    VISUAL_KINDS,
+    is_encoded,
+    place_visual,
+    read_history,
+    source_of,
+    turn_items,
+    visual_items,
+)
 from .encoded_video_videoxl import SAMPLING, EncodedVideo
 from .kv_cache import fork_cache, move_cache
 from .processing_videoxl import VideoXLProcessor
@@ -50,7 +60,8 @@ class VideoXLChatMixin:
         """Decodes, encodes and prefills a video once; `chat` then answers any number of questions about it.
 
         Args:
-            video_path: A path, or frames: a list of PIL images or uint8 [F, H, W, 3].
+            video_path: A path, or frames: a list of PIL images or uint8 [F, H, W, 3]. Or one image: the path of an
+                image file, a PIL image or uint8 [H, W, 3].
             tokenizer: The checkpoint's tokenizer.
             max_num_frames: At most so many frames.
             sample_fps: Frames per second of video; None spreads `max_num_frames` frames uniformly.
@@ -66,15 +77,17 @@ class VideoXLChatMixin:
         Raises:
             FileNotFoundError, ValueError, VideoDecodeError: On a video that cannot be read or settings out of range.
         """
-        if video_path is None:
-            raise ValueError("encode_video needs a video: a path, or frames with timestamps")
+        items = turn_items(video_path)
+        if [item["type"] in VISUAL_KINDS for item in items] != [True]:
+            raise ValueError("encode_video needs one video (a path, or frames with timestamps) or one image")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        messages.append({"role": "user", "content": [{"type": "video", "video": video_path}]})
+        messages.append({"role": "user", "content": items})
+        timestamps = items[0].get("timestamps", timestamps)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        return self._encode(processor, video_path, None, prefix, options, progress, system_prompt)
+        return self._encode(processor, items[0], None, prefix, options, progress, system_prompt)
 
     @torch.no_grad()
     def chat(
@@ -97,11 +110,13 @@ class VideoXLChatMixin:
         selector=None,
         return_chunks=False,
     ):
-        """Answers a question about a video, or continues a conversation.
+        """Answers a question about videos and images, or continues a conversation.
 
         Args:
             video_path: A path, an `EncodedVideo`, frames (PIL images or uint8 [F, H, W, 3]), or None: text only, or
-                the video of the history.
+                the video of the history. For an image the path of an image file, a PIL image or uint8 [H, W, 3]. For
+                several a list of items in order of appearance: `{"type": "image", "image": ...}`, `{"type": "video",
+                "video": ...}` (frames with `"timestamps"`), `{"type": "text", "text": ...}`.
             tokenizer: The checkpoint's tokenizer.
             user_prompt: The question.
             chat_history: What an earlier call returned: `{"role", "content"}` messages. Never changed in place. Its
@@ -118,9 +133,9 @@ class VideoXLChatMixin:
                 list per video of the conversation, or a plain list for one video.
             selector: Bi-level decoding: a callable `selector(question, chunks)` that returns `dense_chunks`; the
                 chunks come as in `return_chunks`, without levels and scores.
-            return_chunks: Also return the chunks of the conversation's videos: dicts with `video`, `index`, `start`
-                and `end` in seconds, `level` (`"dense"`, `"pooled"`, `"dropped"`) and `score` (None where nothing was
-                scored).
+            return_chunks: Also return the chunks of the conversation's videos and images: dicts with `video` (its
+                number), `index`, `start` and `end` in seconds (0 for an image), `level` (`"dense"`, `"pooled"`,
+                `"dropped"`) and `score` (None where nothing was scored).
 
         Returns:
             The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
@@ -131,21 +146,25 @@ class VideoXLChatMixin:
         if not isinstance(user_prompt, str) or not user_prompt.strip():
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
-        messages = read_history(chat_history, video_path)
+        items = turn_items(video_path)
+        visuals = [item for item in items if item["type"] in VISUAL_KINDS]
+        if timestamps is not None:
+            if len(visuals) != 1 or visuals[0]["type"] != "video" or is_encoded(source_of(visuals[0])):
+                raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
+            visuals[0].setdefault("timestamps", timestamps)
+        messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None)
         if not messages and is_encoded(video_path) and video_path.system_prompt is not None:
             messages.append({"role": "system", "content": video_path.system_prompt})
-        if place_video(messages, video_path):
-            messages.append({"role": "user", "content": user_prompt})
-        else:
-            content = [{"type": "video", "video": video_path}, {"type": "text", "text": user_prompt}]
-            messages.append({"role": "user", "content": content})
-        fresh = not is_encoded(video_path) and any(item["video"] is video_path for item in video_items(messages))
-        if timestamps is not None and not fresh:
+        known = [visual for visual in visuals or [None] if place_visual(messages, visual)]
+        if timestamps is not None and known and not any("timestamps" in item for item in visual_items(messages)):
             raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
-        options = {"timestamps": timestamps, "backend": video_backend}
-        options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        encoded, suffix = self._encode_conversation(processor, messages, video_path, options, progress)
-        videos = [item["video"] for item in video_items(messages)]
+        new = [item for item in items if not any(item is visual for visual in known)]
+        question = [{"type": "text", "text": user_prompt}]
+        messages.append({"role": "user", "content": [*new, *question] if new else user_prompt})
+        options = {"backend": video_backend, "max_num_frames": max_num_frames}
+        options |= {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        encoded, suffix = self._encode_conversation(processor, messages, options, progress)
+        videos = [source_of(item) for item in visual_items(messages)]
         reload = self._reload_options(videos, user_prompt, dense_chunks, selector)
         cache = self._question_cache(encoded)
         answer = self._answer(encoded, cache, [suffix], generation_config, tokenizer, streamer, reload)[0]
@@ -178,7 +197,7 @@ class VideoXLChatMixin:
         system = [] if video.system_prompt is None else [{"role": "system", "content": video.system_prompt}]
         suffixes = []
         for prompt in user_prompts:
-            content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
+            content = [{"type": video.kind, video.kind: video}, {"type": "text", "text": prompt}]
             prefix, suffix = processor.prompt_pieces(processor.render([*system, {"role": "user", "content": content}]))
             suffixes.append(suffix)
         if not video.continues(self, torch.tensor(prefix)):
@@ -217,6 +236,8 @@ class VideoXLChatMixin:
         """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
         if encoded is None:
             return None
+        if getattr(encoded.cache, "deferred", None) is not None:
+            return fork_cache(encoded.cache)  # what is selected comes to the device
         full = self.config.resolve_sparse_attention().decode == "full"
         cache = fork_cache(encoded.cache, make_room=full and encoded.cache.layers[0].keys.device == self.device)
         if full:
@@ -271,6 +292,9 @@ class VideoXLChatMixin:
         times = times_in_text(question) if question else []
         for video in videos:
             spans = video.chunks(chunk_groups)
+            if video.kind == "image":
+                first += len(spans)
+                continue
             required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.duration)]
             first += len(spans)
         return {"required_chunks": tuple(required)} if required else {}
@@ -286,17 +310,17 @@ class VideoXLChatMixin:
             fact.update(level=choice.level, score=choice.score)
         return facts
 
-    def _encode_conversation(self, processor, messages, given, options, progress):
-        """The conversation's last video, encoded behind all before it (None without one), and the ids that follow."""
-        items = video_items(messages)
+    def _encode_conversation(self, processor, messages, options, progress):
+        """The conversation's last visual, encoded behind all before it (None without one), and the ids that follow."""
+        items = visual_items(messages)
         pieces = processor.prompt_pieces(processor.render(messages))
         encoded = None
         for item, piece in zip(items, pieces[:-1], strict=True):
-            video, prefix = item["video"], piece
+            video, prefix, kind = source_of(item), piece, item["type"]
             before = torch.tensor(prefix)
             if encoded is not None:
                 before = torch.cat([encoded.input_ids, before])
-            own_options = options if video is given else {**options, "timestamps": None}
+            own_options = {**options, "timestamps": item.pop("timestamps", None)}
             if is_encoded(video):
                 if video.continues(self, before, encoded):
                     encoded = video
@@ -310,28 +334,47 @@ class VideoXLChatMixin:
                     )
                 logger.warning(f"{video} is encoded again: the conversation before it has changed")
                 sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
-                video, own_options = str(video), {**options, **sampling, "timestamps": None}
+                item[kind], own_options = str(video), {**options, **sampling, "timestamps": None}
             system = messages[0]["content"] if messages[0]["role"] == "system" else None
-            encoded = item["video"] = self._encode(processor, video, encoded, prefix, own_options, progress, system)
+            encoded = item[kind] = self._encode(processor, item, encoded, prefix, own_options, progress, system)
         return encoded, pieces[-1]
 
-    def _encode(self, processor, source, base, prefix, options, progress, system_prompt) -> EncodedVideo:
-        """Streams a video through tower and language model, behind `base` and the prefix ids."""
-        reader = open_video(
-            source, size=processor.image_size, batch_frames=self.config.resolve_vision_chunk_frames(), **options
-        )
-        with reader:
-            cache = self.prefill_text(None if base is None else fork_cache(base.cache), prefix)
-            encoded = EncodedVideo(
-                reader.source,
+    def _encode(self, processor, item, base, prefix, options, progress, system_prompt) -> EncodedVideo:
+        """Streams a video or image through tower and language model, behind `base` and the prefix ids."""
+        source = source_of(item)
+
+        def start(path, **facts):
+            return EncodedVideo(
+                path,
                 processor=processor,
                 model=self,
-                cache=cache,
+                cache=self.prefill_text(None if base is None else fork_cache(base.cache), prefix),
                 input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
                 behind=None if base is None else base.mark,
-                sampling=reader.sampling,
                 system_prompt=system_prompt,
+                **facts,
             )
+
+        if item["type"] == "image":
+            if options.get("timestamps") is not None:
+                raise ValueError("timestamps belong to frames of a video; an image has none. Leave them out")
+            tiles = processor.read_tiles(source)
+            path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+            encoded = start(path, kind="image", sampling={"size": processor.image_size})
+            encoded.extend_image(tiles)
+            return encoded
+        if self.config.frame_padding != "last":
+            raise ValueError(
+                "frame_padding='random' needs all frames at once, so it is for forward and generate; set it to 'last'"
+            )
+        limit, unit = (
+            self.config.resolve_vision_chunk_frames(),
+            self.config.resolve_unit_frames(self.config.resolve_beacons()),
+        )
+        options |= {"size": processor.image_size, "fit": processor.frame_fit}
+        reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
+        with reader:
+            encoded = start(reader.source, sampling=reader.sampling)
             if progress is None:
                 progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
             with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not progress) as bar:

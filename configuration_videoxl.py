@@ -11,6 +11,7 @@ What is surprising:
   `VideoXLConfig.from_published` reads it, and `from_dict` sends flat dicts there.
 """
 
+import math
 import random
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
@@ -235,7 +236,9 @@ class VideoXLConfig(PreTrainedConfig):
         frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
             frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
         frame_padding_seed: Of that choice.
-        image_grid_pinpoints: [width, height] of the canvases that images are cut from in tiles; None: no tiling.
+        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
+            columns and rows of the tower's image size, as in Video-XL-2.
+        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
         token_selector: Which visual tokens reach the language model: None for all, `"query"` by the prompt's text
             (Video-XL-Pro of March 2025), `"timed_query"` by it after attention to timestamps (of April 2025).
         selector_heads: Heads of that attention.
@@ -275,6 +278,7 @@ class VideoXLConfig(PreTrainedConfig):
         frame_padding="last",
         frame_padding_seed=0,
         image_grid_pinpoints=None,
+        image_timestamps=False,
         token_selector=None,
         selector_heads=4,
         keep_ratio=1.0,
@@ -308,6 +312,7 @@ class VideoXLConfig(PreTrainedConfig):
         self.frame_padding = frame_padding
         self.frame_padding_seed = frame_padding_seed
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.image_timestamps = image_timestamps
         self.token_selector = token_selector
         self.selector_heads = selector_heads
         self.keep_ratio = keep_ratio
@@ -394,6 +399,17 @@ class VideoXLConfig(PreTrainedConfig):
             )
         return {"window": self.beacon_window, "ratios": ratios, "mix": self.beacon_ratio_mix, "seed": self.beacon_seed}
 
+    def resolve_unit_frames(self, beacons: dict | None) -> int:
+        """Frames behind which a video can be continued as if it had not ended: a group, or what fills beacon windows.
+
+        Args:
+            beacons: As `resolve_beacons` gave them when the video was begun.
+        """
+        if beacons is None or self.token_selector is not None:
+            return self.frames_per_group
+        window = beacons["window"]
+        return window // math.gcd(window, self.compressor_config.tokens_per_group) * self.frames_per_group
+
     def resolve_keep_ratio(self) -> float:
         """The share of visual tokens that the selector keeps now.
 
@@ -463,7 +479,8 @@ class VideoXLConfig(PreTrainedConfig):
         config["compressor_config"] = compressor
         config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
         copied = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
-        copied += ("video_token_id", "time_start_token_id", "time_end_token_id", "image_grid_pinpoints")
+        copied += ("video_token_id", "time_start_token_id", "time_end_token_id")
+        copied += ("image_grid_pinpoints",) if isinstance(published.get("image_grid_pinpoints"), list) else ()
         if config.get("beacon_window") is not None:
             copied += ("beacon_window", "beacon_ratio", "beacon_ratio_mix")
             expected = {**_BEACON_ALGORITHM, "beacon_stride": published.get("beacon_window")}

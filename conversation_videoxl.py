@@ -1,4 +1,4 @@
-"""Conversations: histories in all the forms that callers have them, and which of their videos a turn is about.
+"""Conversations: histories in all the forms that callers have them, and which videos and images a turn is about.
 
 What is surprising:
 * The returned form holds `EncodedVideo`s. After JSON they are paths, or empty strings for frames from memory; after a
@@ -9,17 +9,60 @@ What is surprising:
 
 import os
 
+from .image_processing_videoxl import is_image
+
+# The kinds of items that are seen; each names its source by its kind.
+VISUAL_KINDS = ("video", "image")
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
 
 
-def read_history(history, video) -> list[dict]:
+def turn_items(visual) -> list[dict]:
+    """What a turn brings to see, as content items.
+
+    Args:
+        visual: None, one video or image, or a list of content items (`{"type": "video", "video": ...}`, `"image"`,
+            `"text"`) for several of them.
+
+    Returns:
+        New dicts: `{"type": kind, kind: source}`, a video of frames with its `timestamps`, or text.
+
+    Raises:
+        ValueError: On an item of another form.
+    """
+    if visual is None:
+        return []
+    if isinstance(visual, dict):
+        visual = [visual]
+    if not (isinstance(visual, (list, tuple)) and len(visual) > 0 and isinstance(visual[0], dict)):
+        kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
+        return [{"type": kind, kind: visual}]
+    items = []
+    for item in visual:
+        kind = item.get("type") if isinstance(item, dict) else None
+        takes = {"video": ("timestamps",), "image": (), "text": ()}.get(kind)
+        source = next((item[key] for key in (kind, "path") if takes is not None and item.get(key) is not None), None)
+        if source is None or not set(item) <= {"type", kind, "path", *takes}:
+            raise ValueError(
+                "items must be {'type': 'video', 'video': ...} (with timestamps for frames from memory), {'type': "
+                f"'image', 'image': ...}} or {{'type': 'text', 'text': ...}}, got {item!r:.200}"
+            )
+        items.append({"type": kind, kind: source, **{key: item[key] for key in takes if key in item}})
+    return items
+
+
+def source_of(item):
+    """The video or image of a visual item."""
+    return item[item["type"]]
+
+
+def read_history(history, visual) -> list[dict]:
     """A copy of a history in our form.
 
     Args:
         history: None, or `{"role", "content"}` messages.
-        video: The turn's video, which a published history means by its mark.
+        visual: The item of the turn's video or image, which a published history means by its mark; or None.
 
     Raises:
         ValueError: On anything else.
@@ -34,14 +77,13 @@ def read_history(history, video) -> list[dict]:
         items = isinstance(content, (list, tuple)) and all(isinstance(item, dict) for item in content)
         if not isinstance(role, str) or not (isinstance(content, str) or items):
             raise ValueError(
-                "a message of chat_history needs a role in text, and as content text or a list of text and video "
-                f"items; got {message!r}"
+                "a message of chat_history needs a role in text, and as content text or a list of text, video and "
+                f"image items; got {message!r}"
             )
-        if isinstance(content, str) and content.startswith(PUBLISHED_VIDEO_MARK) and not video_items(messages):
-            if video is None:
+        if isinstance(content, str) and content.startswith(PUBLISHED_VIDEO_MARK) and not visual_items(messages):
+            if visual is None:
                 raise ValueError("chat_history means a video by '<image>' but does not hold it: pass its path")
-            text = content.removeprefix(PUBLISHED_VIDEO_MARK)
-            content = [{"type": "video", "video": video}, {"type": "text", "text": text}]
+            content = [dict(visual), {"type": "text", "text": content.removeprefix(PUBLISHED_VIDEO_MARK)}]
         elif not isinstance(content, str):
             content = [_read_item(item) for item in content]
         messages.append({"role": role.removeprefix(PUBLISHED_ROLE_PREFIX), "content": content})
@@ -49,15 +91,16 @@ def read_history(history, video) -> list[dict]:
 
 
 def _read_item(item) -> dict:
-    if item.get("type") != "video":
+    kind = item.get("type")
+    if kind not in VISUAL_KINDS:
         return dict(item)
-    return {"type": "video", "video": next((item[key] for key in ("video", "path") if item.get(key) is not None), "")}
+    return {"type": kind, kind: next((item[key] for key in (kind, "path") if item.get(key) is not None), "")}
 
 
-def video_items(messages) -> list[dict]:
-    """The video items of all messages, in order; changing one changes the conversation."""
+def visual_items(messages) -> list[dict]:
+    """The video and image items of all messages, in order; changing one changes the conversation."""
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [item for content in contents for item in content if item.get("type") == "video"]
+    return [item for content in contents for item in content if item.get("type") in VISUAL_KINDS]
 
 
 def is_encoded(video) -> bool:
@@ -65,38 +108,48 @@ def is_encoded(video) -> bool:
     return getattr(video, "is_encoded_video", False)
 
 
-def place_video(messages, video) -> bool:
-    """Finds a turn's video among those of the conversation; where the conversation lacks its content, puts it there.
+def place_visual(messages, visual) -> bool:
+    """Finds a turn's video or image among those of the conversation; where that lacks its content, puts it there.
+
+    Args:
+        messages: The conversation.
+        visual: A visual item, or None.
 
     Returns:
-        Whether the conversation has it; False for a new video. None is no new video.
+        Whether the conversation has it; False for a new one. None is no new one.
 
     Raises:
         ValueError: If the conversation is about frames from memory that neither it nor the turn holds.
     """
-    items = video_items(messages)
+    items = visual_items(messages)
+    video = None if visual is None else source_of(visual)
     lost = [
-        item for item in items if isinstance(item["video"], str) and not (item["video"] or is_encoded(item["video"]))
+        item
+        for item in items
+        if isinstance(source_of(item), str) and not (source_of(item) or is_encoded(source_of(item)))
     ]
     if lost:
         if len(lost) > 1 or video is None or _path(video) and not is_encoded(video):
             raise ValueError(
-                "a video in chat_history has no path: frames from memory do not survive JSON. Pass these frames (or "
-                "their EncodedVideo) as the video of this turn"
+                "a video or image in chat_history has no path: what comes from memory does not survive JSON. Pass "
+                "these frames, this image (or the EncodedVideo of it) with this turn"
             )
-        lost[0]["video"] = video
+        lost[0].clear()
+        lost[0].update(visual)
         return True
     if video is None:
         return True
     for item in items:
-        known = item["video"]
+        known = source_of(item)
+        if video is known and "timestamps" in visual:
+            item["timestamps"] = visual["timestamps"]
         if video is known or is_encoded(video) and is_encoded(known) and video.mark is known.mark:
             return True
         if _path(video) and _path(known) and os.path.realpath(_path(video)) == os.path.realpath(_path(known)):
             if is_encoded(video):
-                item["video"] = video
+                item[item["type"]] = video
             elif is_encoded(known) and not known.is_current():
-                item["video"] = _path(video)  # another file by now
+                item[item["type"]] = _path(video)  # another file by now
             return True
     return False
 

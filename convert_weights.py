@@ -39,6 +39,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
+PLACEHOLDER = "<|vision_pad|>"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The entry points of the remote code; every file that they reach by relative imports is part of the output.
@@ -380,10 +381,7 @@ def _copy_tokenizer(source, folder, config):
     for name in found:
         shutil.copyfile(source / name, folder / name)
     if "tokenizer_config.json" in found:
-        settings = _read_json(source / "tokenizer_config.json")
-        # Ours, in chat_template.jinja, replaces it.
-        settings.pop("chat_template", None)
-        _write_json(folder / "tokenizer_config.json", settings)
+        _drop_chat_template(folder)
     missing = [] if "tokenizer_config.json" in found else ["tokenizer_config.json"]
     if no_vocabulary := "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found:
         missing.insert(0, "tokenizer.json (or vocab.json and merges.txt)")
@@ -398,11 +396,23 @@ def _copy_tokenizer(source, folder, config):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the library's own are bare Exceptions
         raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
+    if PLACEHOLDER not in tokenizer.get_added_vocab() and config.video_token_id == len(tokenizer):
+        # Qwen2's tokenizer has no placeholder; the preset names the first id that it leaves free.
+        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
+        tokenizer.save_pretrained(folder)
+        _drop_chat_template(folder)
     try:
         return _root_module("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
     except (ValueError, TypeError) as error:
         _warn(f"the tokenizer of {source} does not fit its weights: {error}")
         return None
+
+
+def _drop_chat_template(folder):
+    # Ours, in chat_template.jinja, replaces it.
+    settings = _read_json(folder / "tokenizer_config.json")
+    settings.pop("chat_template", None)
+    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _warn(message):
@@ -420,6 +430,9 @@ def _write_configs(config, video_token, source, folder):
         "frames_per_group": config.frames_per_group,
         "tokens_per_group": config.compressor_config.tokens_per_group,
         "time_format": config.time_format,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "image_timestamps": config.image_timestamps,
+        "frame_fit": config.frame_fit,
     }
     if video_token is not None:
         processor["video_token"] = video_token

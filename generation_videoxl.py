@@ -69,14 +69,6 @@ class VideoXLGenerationMixin(GenerationMixin):
         self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=None, plan=plan)
         return ids
 
-    @staticmethod
-    def drop_last_group(cache):
-        """Takes the last group of a sequence that ends with a video out of its cache, in place."""
-        *videos, last = cache.layout.videos
-        cache.crop(last[-1].start - last[-1].end)
-        kept = (*videos, last[:-1]) if len(last) > 1 else tuple(videos)
-        cache.layout = VisualLayout(kept, last[-1].start)
-
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """The library's `generate`, with clear errors where it would go wrong over a video.
 

@@ -198,13 +198,15 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         if not attention_mask[:, past_length:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output
+        timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
         prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
-        rows = self._rows(prompts, masks, features, past_length, prompt_length)
+        rows = self._rows(prompts, masks, features, timed, past_length, prompt_length)
         if num_expanded > 1 and not use_cache:
             # Without a cache every step comes here, and the copies of a prompt have grown apart.
-            features = [tokens for row in rows for _ in range(num_expanded) for tokens in features[row[2]]]
+            order = [index for row in rows for _ in range(num_expanded) for index in range(row[2].start, row[2].stop)]
+            features, timed = [features[index] for index in order], [timed[index] for index in order]
             prompts, masks, num_expanded = input_ids, attention_mask, 1
-            rows = self._rows(prompts, masks, features, past_length, prompt_length)
+            rows = self._rows(prompts, masks, features, timed, past_length, prompt_length)
         embeds = self._merge(prompts, rows, features)
         layers = self.config.text_config.num_hidden_layers
         detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
@@ -249,7 +251,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 "came: pass pixel_values_videos, or keep the placeholder out of the text"
             )
 
-    def _rows(self, input_ids, attention_mask, features, past_length, prompt_length):
+    def _rows(self, input_ids, attention_mask, features, timed, past_length, prompt_length):
         """Per prompt: which columns are not padding, and the layout of its videos in its own positions."""
         rows, used = [], 0
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
@@ -269,6 +271,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 self.config.time_start_token_id,
                 self.config.time_end_token_id,
                 offset=past,
+                timed=timed[first:used],
             )
             layout = VisualLayout(layout.videos, past + len(columns))
             rows.append((columns, layout, slice(first, used)))
@@ -356,7 +359,8 @@ class VideoXLForConditionalGeneration(
             position_ids: [B, L]; by default counted over the attention mask. Prompts with videos are always counted.
             past_key_values: A cache; prompts with videos fill it in place.
             inputs_embeds: [B, L, hidden] instead of input_ids, for text.
-            pixel_values_videos: [V, F, 3, H, W] or a list of [F_i, 3, H, W], in order of appearance.
+            pixel_values_videos: [V, F, 3, H, W] or a list in order of appearance: [F_i, 3, H, W] for a video,
+                [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp.
             labels: [B, L], -100 where there is no loss; visual positions never have any.
             use_cache: False returns no cache and runs the sequence at once.
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.

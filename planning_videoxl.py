@@ -158,7 +158,8 @@ class VideoXLPlanningMixin:
         step, times = 1 / (sample_fps or 1), None
         if video_path is not None:
             sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-            with open_video(video_path, size=self.config.vision_config.image_size, **sampling) as reader:
+            sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}
+            with open_video(video_path, **sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
         planner = _Planner(self, tokenizer, step, question_tokens, max_new_tokens)

@@ -1,15 +1,16 @@
 """`VideoXLProcessor`: prompts, timestamps, placeholders and pixels for Video-XL models.
 
-The wording of prompts lives only here. A rendered prompt holds one marker (`video_token`) per video; `expand` replaces
-it by the video's groups, each the tokens of its time followed by its placeholders:
+The wording of prompts lives only here. A rendered prompt holds one marker per video (`video_token`) and per image
+(`image_token`); `expand` replaces it by the groups, each the tokens of its time followed by its placeholders. An image
+is one group per tile, without times, and its placeholders are the same token:
 
-    prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | question
+    prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | text | v v v v | v v v v | question
 
 Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. A marker
-can only come from a video item: text that contains the literal marker is refused. The library's video loading
+can only come from a video or image item: text that contains a literal marker is refused. The library's video loading
 (torchcodec) and video processors (torchvision) are not used: the only sub-processor is the tokenizer.
 
-Shapes: V videos, F frames, S image side, L sequence, B batch; G = ceil(F / frames_per_group) groups.
+Shapes: V videos and images, F frames, T tiles, S image side, L sequence, B batch; G = ceil(F / frames_per_group).
 """
 
 import re
@@ -23,9 +24,11 @@ from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .image_processing_videoxl import cut_tiles, load_image
 from .processor_inputs_videoxl import (
     assign_timestamps,
-    assign_videos,
+    assign_visuals,
+    image_source,
     read_messages,
     refuse_unsupported,
     video_request,
@@ -41,10 +44,12 @@ DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' 
 {%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
 {%- if item.type == 'video' -%}
 {{- video_token | default('<|vision_pad|>', true) + '\n' -}}
+{%- elif item.type == 'image' -%}
+{{- image_token | default('<|image_pad|>', true) + '\n' -}}
 {%- elif item.type == 'text' -%}
 {{- item.text -}}
 {%- else -%}
-{{- raise_exception('Content items are of type text or video, not ' + item.type | string) -}}
+{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
 {%- endif -%}
 {%- endfor -%}
 {{- '<|im_end|>\n' -}}
@@ -68,6 +73,11 @@ class VideoXLProcessor(ProcessorMixin):
         frames_per_group: Frames that share one timestamp and one run of placeholders.
         tokens_per_group: Placeholders of one group.
         video_token: The placeholder, also the marker of a video in a rendered prompt.
+        image_token: The marker of an image in a rendered prompt; its placeholders are `video_token`, too.
+        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
+            columns and rows of `image_size`.
+        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
+        frame_fit: How a frame becomes a square, see `resize_frames`.
         time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
         chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
@@ -93,6 +103,10 @@ class VideoXLProcessor(ProcessorMixin):
         sample_fps: float | None = 1,
         max_sample_fps: float | None = 4,
         chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<|image_pad|>",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        image_timestamps: bool = False,
+        frame_fit: str = "stretch",
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -107,6 +121,10 @@ class VideoXLProcessor(ProcessorMixin):
         self.tokens_per_group = tokens_per_group
         self.video_token = video_token
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        self.image_token = image_token
+        self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
+        self.image_timestamps = image_timestamps
+        self.frame_fit = frame_fit
         self.time_format = time_format
         self.max_num_frames = max_num_frames
         self.sample_fps = sample_fps
@@ -137,6 +155,9 @@ class VideoXLProcessor(ProcessorMixin):
             tokens_per_group=config.compressor_config.tokens_per_group,
             video_token=tokenizer.convert_ids_to_tokens(config.video_token_id),
             time_format=config.time_format,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            image_timestamps=config.image_timestamps,
+            frame_fit=config.frame_fit,
         )
         ids = processor.time_token_ids(0.0)
         expected = (config.time_start_token_id, config.time_end_token_id)
@@ -148,10 +169,10 @@ class VideoXLProcessor(ProcessorMixin):
         return processor
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """Writes a conversation as prompt text, with one marker per video.
+        """Writes a conversation as prompt text, with one marker per video and image.
 
         Args:
-            messages: List of `{"role", "content"}`; content is a string or a list of text and video items.
+            messages: List of `{"role", "content"}`; content is a string or a list of text, video and image items.
             add_generation_prompt: Whether the assistant's header is appended.
 
         Returns:
@@ -171,7 +192,7 @@ class VideoXLProcessor(ProcessorMixin):
         Returns:
             n + 1 lists of token ids.
         """
-        pieces = text.split(self.video_token)
+        pieces = self._marker.split(text)
         return [
             list(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else [] for piece in pieces
         ]
@@ -192,12 +213,12 @@ class VideoXLProcessor(ProcessorMixin):
         """Placeholders of a video of `num_frames` frames; the last group may be partial, its tokens are not."""
         return -(-num_frames // self.frames_per_group) * self.tokens_per_group
 
-    def expand(self, pieces: Sequence[list[int]], timestamps: Sequence[Sequence[float]]) -> list[int]:
-        """Puts the videos' timestamps and placeholders between the pieces of a prompt.
+    def expand(self, pieces: Sequence[list[int]], timestamps: Sequence[Sequence[float] | int]) -> list[int]:
+        """Puts the timestamps and placeholders of videos and images between the pieces of a prompt.
 
         Args:
-            pieces: Lists of token ids, one more than videos (see `prompt_pieces`).
-            timestamps: For every video the times of all its frames, in seconds.
+            pieces: Lists of token ids, one more than videos and images (see `prompt_pieces`).
+            timestamps: For every video the times of all its frames, in seconds; for every image how many tiles it has.
 
         Returns:
             The token ids of the whole sequence.
@@ -207,11 +228,16 @@ class VideoXLProcessor(ProcessorMixin):
         """
         if len(pieces) != len(timestamps) + 1:
             raise ValueError(
-                f"{len(timestamps)} videos need {len(timestamps) + 1} pieces of text around them, got {len(pieces)}"
+                f"{len(timestamps)} videos and images need {len(timestamps) + 1} pieces of text around them, got "
+                f"{len(pieces)}"
             )
         ids = list(pieces[0])
         for number, (times, piece) in enumerate(zip(timestamps, pieces[1:], strict=True)):
-            if len(times) == 0:
+            if isinstance(times, int):
+                stamp = self.time_token_ids(0.0) if self.image_timestamps else []
+                ids += [*stamp, *[self.video_token_id] * self.tokens_per_group] * times
+                times = ()
+            elif len(times) == 0:
                 raise ValueError(f"video {number} has no frames; pass the time of each of its frames")
             for seconds in times[:: self.frames_per_group]:
                 ids += self.time_token_ids(seconds)
@@ -237,14 +263,16 @@ class VideoXLProcessor(ProcessorMixin):
         fps: float | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Prepares rendered prompts and their videos.
+        """Prepares rendered prompts and their videos and images.
 
         Args:
-            text: A prompt or a list of prompts, with one marker per video (`apply_chat_template` writes them).
+            text: A prompt or a list of prompts, with a marker per video or image (`apply_chat_template` writes them).
             videos: One video, a list in order of appearance over all texts, or one list per text. A video is a path,
                 a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `video`, `video_path`,
                 `path`, `url` and, for this video alone, `timestamps` and sampling settings.
-            images, audios: Nothing yet (None or empty).
+            images: One image, a list in order of appearance over all texts, or one list per text. An image is a path,
+                a PIL image, uint8 [H, W, 3], or a dict with one of `image`, `path`, `url`.
+            audios: Nothing (None or empty).
             timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
             padding: Whether prompts are padded to the longest.
             padding_side: `"left"` or `"right"`.
@@ -259,14 +287,15 @@ class VideoXLProcessor(ProcessorMixin):
             **kwargs: What clients pass without effect; anything else is an error.
 
         Returns:
-            `BatchFeature` with `input_ids` and `attention_mask` [B, L], and where there are videos
-            `pixel_values_videos`: float32 [V, F, 3, S, S], or a list of [F_i, 3, S, S] if their lengths differ.
+            `BatchFeature` with `input_ids` and `attention_mask` [B, L], and where there are videos or images
+            `pixel_values_videos`: float32 [V, F, 3, S, S], or, if their lengths differ or there are images, a list in
+            order of appearance of [F_i, 3, S, S] for a video and [T_i, 1, 3, S, S] for an image.
 
         Raises:
             ValueError: On input that does not fit, with what to do.
             VideoDecodeError: If a video cannot be read.
         """
-        refuse_unsupported({**kwargs, "images": images, "audios": audios}, self._argument_names, truncation)
+        refuse_unsupported({**kwargs, "audios": audios}, self._argument_names, truncation)
         texts = [text] if isinstance(text, str) else text
         if not texts or not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -276,19 +305,28 @@ class VideoXLProcessor(ProcessorMixin):
         given |= {} if max_sample_fps == DEFAULT else {"max_sample_fps": max_sample_fps}
 
         # Everything is checked before the first video is opened.
-        groups = assign_videos(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
+        groups = assign_visuals(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
+        pictures = assign_visuals(
+            images, [prompt.count(self.image_token) for prompt in texts], self.image_token, "image"
+        )
         times = iter(assign_timestamps(timestamps, sum(map(len, groups))))
         defaults = {name: getattr(self, name) for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
         requests = [[video_request(video, next(times), given, defaults) for video in group] for group in groups]
+        pictures = [[image_source(image) for image in group] for group in pictures]
         rows, pixels = [], []
-        for prompt, group in zip(texts, requests, strict=True):
-            loaded = [self._load_video(**request) for request in group]
+        for prompt, of_videos, of_images in zip(texts, map(iter, requests), map(iter, pictures), strict=True):
+            loaded = [
+                self._load_video(**next(of_videos))
+                if marker == self.video_token
+                else self._load_image(next(of_images))
+                for marker in self._marker.findall(prompt)
+            ]
             rows.append(self.expand(self.prompt_pieces(prompt), [seconds for _, seconds in loaded]))
             pixels += [frames for frames, _ in loaded]
 
         data = self._pad(rows, padding, padding_side, return_tensors)
         if pixels:
-            ragged = len({len(frames) for frames in pixels}) > 1
+            ragged = any(map(any, pictures)) or len({len(frames) for frames in pixels}) > 1
             # One video is the common and largest case: no copy.
             data["pixel_values_videos"] = (
                 pixels if ragged else torch.stack(pixels) if len(pixels) > 1 else pixels[0].unsqueeze(0)
@@ -330,7 +368,7 @@ class VideoXLProcessor(ProcessorMixin):
         template = self._select_template(chat_template)
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
-        call_names = set(self._argument_names) - {"text", "videos"}
+        call_names = set(self._argument_names) - {"text", "videos", "images"}
         variables = {
             name: kwargs.pop(name)
             for name in list(kwargs)
@@ -345,23 +383,28 @@ class VideoXLProcessor(ProcessorMixin):
         if not (is_list or hasattr(conversation, "messages")) or not conversation:
             raise ValueError("a conversation is a non-empty list of {'role': ..., 'content': ...}")
         batched = is_list and not isinstance(conversation[0], dict)
-        read = [read_messages(chat, self.video_token) for chat in (conversation if batched else [conversation])]
+        markers = {"video": self.video_token, "image": self.image_token}
+        read = [read_messages(chat, markers) for chat in (conversation if batched else [conversation])]
         texts, _ = render_jinja_template(
             [messages for messages, _ in read],
             chat_template=template,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, "video_token": self.video_token, **variables},
+            **{**self.tokenizer.special_tokens_map, **{f"{kind}_token": marker for kind, marker in markers.items()}},
+            **variables,
         )
-        for text, (_, videos) in zip(texts, read, strict=True):
-            if text.count(self.video_token) != len(videos):
-                raise ValueError(
-                    f"the rendered text has {text.count(self.video_token)} markers ({self.video_token}) for "
-                    f"{len(videos)} video items; the chat template or the messages put the literal marker elsewhere"
-                )
+        visuals = {kind: [[item for item in items if item["type"] == kind] for _, items in read] for kind in markers}
+        for kind, marker in markers.items():
+            for text, items in zip(texts, visuals[kind], strict=True):
+                if text.count(marker) != len(items):
+                    raise ValueError(
+                        f"the rendered text has {text.count(marker)} markers ({marker}) for {len(items)} {kind} "
+                        "items; the chat template or the messages put the literal marker elsewhere"
+                    )
         if not tokenize:
             return texts if batched else texts[0]
-        inputs = self(texts, videos=[videos for _, videos in read], return_tensors=return_tensors, **kwargs)
+        kwargs.pop("images", None)  # empty, as some clients pass it
+        inputs = self(texts, videos=visuals["video"], images=visuals["image"], return_tensors=return_tensors, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def post_process_image_text_to_text(
@@ -387,6 +430,11 @@ class VideoXLProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values_videos"]
 
     @property
+    def _marker(self):
+        """Finds the places of videos and images in a rendered prompt."""
+        return re.compile("|".join(map(re.escape, (self.video_token, self.image_token))))
+
+    @property
     def _argument_names(self):
         """What `__call__` takes by name."""
         return [name for name in signature(self.__call__).parameters if name != "kwargs"]
@@ -401,10 +449,29 @@ class VideoXLProcessor(ProcessorMixin):
 
     def _load_video(self, source, **request):
         """Pixels [F, 3, S, S] and times of a video's sampled frames."""
-        batches = list(open_video(source, size=self.image_size, **request))
+        batches = list(open_video(source, size=self.image_size, fit=self.frame_fit, **request))
         frames = torch.cat([batch.frames for batch in batches])
         seconds = [time for batch in batches for time in batch.timestamps]
         return normalize_frames(frames, self.image_mean, self.image_std), seconds
+
+    def _load_image(self, source):
+        """Pixels [T, 1, 3, S, S] of an image's tiles, and T."""
+        tiles = self.read_tiles(source)
+        return normalize_frames(tiles, self.image_mean, self.image_std)[:, None], len(tiles)
+
+    def read_tiles(self, source: Any) -> torch.Tensor:
+        """Opens an image and cuts it.
+
+        Args:
+            source: A path, a PIL image or uint8 [H, W, 3].
+
+        Returns:
+            uint8 [T, 3, S, S].
+
+        Raises:
+            FileNotFoundError, ValueError: If it is no image.
+        """
+        return cut_tiles(load_image(source), self.image_size, self.image_grid_pinpoints)
 
     def _pad(self, rows, padding, padding_side, return_tensors):
         """Pads rows of ids with the pad token; returns ids and mask as asked."""

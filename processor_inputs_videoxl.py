@@ -1,4 +1,4 @@
-"""What callers hand to the processor, checked and brought into one form: messages, videos, sampling, other arguments.
+"""What callers hand to the processor, checked and brought into one form: messages, videos, images, other arguments.
 
 Surprising here: nothing is ignored silently. Transformers' pipelines and evaluation clients pass a lot that has no
 effect on this model; that is listed below, and whatever is not listed is refused with what to do instead.
@@ -22,6 +22,8 @@ SAMPLING_KEYS = {name: name for name in ("max_num_frames", "sample_fps", "max_sa
 SAMPLING_KEYS |= {"max_frames": "max_num_frames", "nframes": "num_frames"}
 # Pixel budgets are other models' settings: here every frame has the tower's size.
 IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
+# Where an image given as a dict names its source.
+IMAGE_SOURCE_KEYS = ("image", "path", "url")
 VIDEO_KEYS = {*SOURCE_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS, "timestamps"}
 # What two names for one thing exclude.
 RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
@@ -34,23 +36,22 @@ HARMLESS_IF_EMPTY = {
     *("return_metadata", "return_assistant_tokens_mask", "return_token_type_ids", "return_mm_token_type_ids"),
     "reasoning_effort",
 }
-_NO_IMAGES = "; images come later, pass a list of PIL images as a video"
 
 
-def read_messages(conversation, video_token):
+def read_messages(conversation, markers):
     """Checks a conversation.
 
     Args:
         conversation: A list of messages, or an object with `messages` (the pipelines' `Chat`).
-        video_token: The marker, which no text may contain.
+        markers: Per kind of visual item (`"video"`, `"image"`) its marker, which no text may contain.
 
     Returns:
-        Its messages with bare video items, and the full video items in order.
+        Its messages with bare visual items, and the full visual items in order.
 
     Raises:
         ValueError: On a malformed message.
     """
-    messages, videos = [], []
+    messages, visuals = [], []
     for number, message in enumerate(getattr(conversation, "messages", conversation)):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"message {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
@@ -61,24 +62,23 @@ def read_messages(conversation, video_token):
         for item in [content] if isinstance(content, str) else content:
             item = {"type": "text", "text": item} if isinstance(item, str) else item
             kind = item.get("type") if isinstance(item, dict) else type(item).__name__
-            if kind == "video":
-                videos.append(item)
-                items.append({"type": "video"})
+            if kind in markers:
+                visuals.append(item)
+                items.append({"type": kind})
             elif kind == "text" and isinstance(item.get("text"), str):
-                if video_token in item["text"]:
+                if found := [marker for marker in markers.values() if marker in item["text"]]:
                     raise ValueError(
-                        f"message {number} has {video_token} in its text, where only video items put it; "
+                        f"message {number} has {found[0]} in its text, where only video and image items put it; "
                         "remove it and pass {'type': 'video', 'video': ...} in its place"
                     )
                 items.append({"type": "text", "text": item["text"]})
             else:
-                hint = _NO_IMAGES if "image" in str(kind).lower() else ""
                 raise ValueError(
-                    f"message {number}: an item must be {{'type': 'text', 'text': ...}} or "
-                    f"{{'type': 'video', 'video': ...}}, got type {kind!r}{hint}"
+                    f"message {number}: an item must be {{'type': 'text', 'text': ...}}, {{'type': 'video', "
+                    f"'video': ...}} or {{'type': 'image', 'image': ...}}, got type {kind!r}"
                 )
         messages.append({**message, "content": content if isinstance(content, str) else items})
-    return messages, videos
+    return messages, visuals
 
 
 def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> None:
@@ -90,45 +90,46 @@ def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> 
         raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
     unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
     if unsupported:
-        hint = _NO_IMAGES if "images" in unsupported else ""
-        raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out{hint}")
+        raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")
 
 
-def assign_videos(videos, counts, video_token):
-    """Distributes the videos over the texts.
+def assign_visuals(visuals, counts, marker, kind="video"):
+    """Distributes the videos, or the images, over the texts.
 
     Args:
-        videos: None, one video, a flat list, or a list (or None) per text.
+        visuals: None, one of them, a flat list, or a list (or None) per text.
         counts: The markers of each text.
-        video_token: The marker, for the message.
+        marker: The marker, for the message.
+        kind: `"video"` or `"image"`.
 
     Returns:
-        A list of videos per text, as many as its markers.
+        A list per text, as long as it has markers.
 
     Raises:
-        ValueError: If videos and markers do not fit.
+        ValueError: If visuals and markers do not fit.
     """
-    if videos is None:
-        videos = []
-    elif _is_one_video(videos):
-        videos = [videos]
-    nested = [video is None or not _is_one_video(video) for video in videos]
+    is_one = _is_one_video if kind == "video" else _is_one_image
+    if visuals is None:
+        visuals = []
+    elif is_one(visuals):
+        visuals = [visuals]
+    nested = [visual is None or not is_one(visual) for visual in visuals]
     if any(nested):
         if not all(nested) or len(nested) != len(counts):
             raise ValueError(
-                f"videos must be a flat list, or a list of lists with one list per text; got {len(nested)} entries, "
+                f"{kind}s must be a flat list, or a list of lists with one list per text; got {len(nested)} entries, "
                 f"{sum(nested)} of them lists, for {len(counts)} texts"
             )
-        groups = [[] if group is None else list(group) for group in videos]
+        groups = [[] if group is None else list(group) for group in visuals]
     else:
-        rest = iter(videos)
+        rest = iter(visuals)
         groups = [list(islice(rest, count)) for count in counts]
         groups[-1] += rest
     for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
         if len(group) != count:
             raise ValueError(
-                f"text {number} has {count} video markers ({video_token}), but there are {len(group)} videos "
-                "for it; write the text with apply_chat_template from messages with one video item per video"
+                f"text {number} has {count} {kind} markers ({marker}), but there are {len(group)} {kind}s "
+                f"for it; write the text with apply_chat_template from messages with one {kind} item per {kind}"
             )
     return groups
 
@@ -183,6 +184,22 @@ def video_request(video, timestamps, given, defaults):
     return {"source": video, "timestamps": timestamps, **request}
 
 
+def image_source(image):
+    """The source of an image, which may be given as a dict (as a message's image item is).
+
+    Raises:
+        ValueError: On unknown keys or no source.
+    """
+    if not isinstance(image, dict):
+        return image
+    sources = [name for name in IMAGE_SOURCE_KEYS if image.get(name) is not None]
+    if len(sources) != 1 or not set(image) <= {*IMAGE_SOURCE_KEYS, *IGNORED_KEYS}:
+        raise ValueError(
+            f"an image item takes one of {', '.join(IMAGE_SOURCE_KEYS)}; got {', '.join(map(str, image))}"
+        )
+    return image[sources[0]]
+
+
 def _choose_in_memory(video, timestamps, count, sample_fps):
     """Spreads `count` frames over those in memory, all of which `open_video` would use; a file is left alone."""
     if isinstance(video, (list, tuple, np.ndarray, torch.Tensor)) and len(video) > count > 0:
@@ -199,6 +216,11 @@ def _is_one_video(value):
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and (isinstance(value[0], Image.Image) or np.ndim(value[0]) == 3)
     return getattr(value, "ndim", 4) != 5
+
+
+def _is_one_image(value):
+    """Whether this is a single image: anything but a list."""
+    return not isinstance(value, (list, tuple))
 
 
 def _is_empty(value):

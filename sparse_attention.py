@@ -79,6 +79,7 @@ class VisualLayout:
         time_start_token_id,
         time_end_token_id,
         offset=0,
+        timed=None,
     ) -> "VisualLayout":
         """Finds the groups of one unpadded sequence.
 
@@ -90,6 +91,7 @@ class VisualLayout:
             input_ids: [L] ids, on any device.
             groups_per_video: Number of groups of each video, in order of appearance.
             offset: Position of the first id.
+            timed: Per video, whether its groups have timestamps (images have none); None where all may have.
 
         Raises:
             ValueError: If the number of placeholders is not the number of visual tokens, or placeholders of a group
@@ -105,7 +107,7 @@ class VisualLayout:
                 "processor, and keep the placeholder out of the text."
             )
         videos, cursor = [], 0
-        for group_count in groups_per_video:
+        for number, group_count in enumerate(groups_per_video):
             groups = []
             for index in range(group_count):
                 visual_start = is_placeholder.index(True, cursor)
@@ -117,6 +119,7 @@ class VisualLayout:
                 start = visual_start
                 if (
                     time_start_token_id is not None
+                    and (timed is None or timed[number])
                     and visual_start > cursor
                     and ids[visual_start - 1] == time_end_token_id
                 ):
@@ -134,6 +137,11 @@ class VisualLayout:
     def then(self, other: "VisualLayout") -> "VisualLayout":
         """This layout followed by another one whose positions continue it."""
         return VisualLayout(self.videos + other.videos, other.length)
+
+    def until(self, length: int) -> "VisualLayout":
+        """This layout without what lies behind its first `length` positions, which end with a whole group."""
+        videos = (tuple(group for group in video if group.end <= length) for video in self.videos)
+        return VisualLayout(tuple(video for video in videos if video), length)
 
     @property
     def groups(self) -> list[GroupSpan]:

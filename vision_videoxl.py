@@ -1,9 +1,9 @@
-"""The vision path: the tower, and how videos become visual tokens a bounded number of frames at a time.
+"""The vision path: the tower, and how videos and images become visual tokens a bounded number of frames at a time.
 
 Groups of frames never see each other, so videos may share a pass, and any split into whole groups gives the same
-tokens.
+tokens. A tile of an image is a group of equal frames; the tower runs on it once.
 
-V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, S image side.
+V videos, F frames, G groups of frames, T tiles, N visual tokens per group, P patches, C tower channels, S image side.
 """
 
 from dataclasses import dataclass
@@ -35,12 +35,14 @@ class VideoXLVisionMixin:
         """Encodes videos into visual tokens, a bounded number of frames at a time.
 
         Args:
-            pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W]; any device and float dtype.
+            pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W] (a video) and [T_i, 1, 3, H, W] (an
+                image); any device and float dtype.
             output_tower_features: Also return the tower's output.
             return_dict: False returns a plain tuple.
 
         Returns:
-            `VideoXLVideoFeatures`; per video, `pooler_output` holds [G, N, hidden] and `tower_features` [F, P, C].
+            `VideoXLVideoFeatures`; per video, `pooler_output` holds [G, N, hidden] and `tower_features` [F, P, C];
+            per image, [T, N, hidden] and [T, P, C].
 
         Raises:
             ValueError: On pixels of another shape.
@@ -54,16 +56,20 @@ class VideoXLVisionMixin:
                 "processor builds it"
             )
         for pixels in pixel_values_videos:
-            if pixels.ndim != 4 or pixels.shape[0] == 0 or tuple(pixels.shape[1:]) != (channels, side, side):
+            frame = (channels, side, side)
+            if pixels.shape[:1] == (0,) or tuple(pixels.shape[1:]) not in (frame, (1, *frame)):
                 raise ValueError(
                     f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
-                    f"one frame, got {tuple(pixels.shape)}; the processor builds it"
+                    f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
+                    "processor builds it"
                 )
         pixel_values_videos = [self._fill_groups(pixels) for pixels in pixel_values_videos]
+        size = self.config.compressor_config.frames_per_group
         tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
         for owners, chunk in self._vision_chunks(pixel_values_videos):
-            visual, tower = self._encode_frames(chunk)
-            groups = [-(-frames // self.config.compressor_config.frames_per_group) for _, frames in owners]
+            copies = size if chunk.ndim == 5 else 1
+            visual, tower = self._encode_frames(chunk.flatten(0, -4), copies)
+            groups = [-(-frames * copies // size) for _, frames in owners]
             for (video, _), part in zip(owners, visual.split(groups), strict=True):
                 tokens[video].append(part)
             if output_tower_features:
@@ -75,12 +81,16 @@ class VideoXLVisionMixin:
         return output if return_dict else output.to_tuple()
 
     def _vision_chunks(self, videos):
-        """Yields ([(video, frames)], pixels): short videos share a chunk as long as groups stay whole."""
+        """Yields ([(video, frames)], pixels): images, and short videos in whole groups, share a chunk."""
         limit, size = self.config.resolve_vision_chunk_frames(), self.config.compressor_config.frames_per_group
         owners, parts, total = [], [], 0
         for video, pixels in enumerate(videos):
             for part in pixels.split(limit):
-                if parts and (total % size or total + part.shape[0] > limit or part.device != parts[0].device):
+                if parts and (
+                    total + part.shape[0] > limit
+                    or (part.device, part.ndim) != (parts[0].device, parts[0].ndim)
+                    or (part.ndim == 4 and total % size)
+                ):
                     yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
                     owners, parts, total = [], [], 0
                 owners.append((video, part.shape[0]))
@@ -88,19 +98,23 @@ class VideoXLVisionMixin:
                 total += part.shape[0]
         yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C]."""
+    def _encode_frames(self, pixels: torch.Tensor, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C].
+
+        With `copies` each frame counts so many times, behind the tower.
+        """
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
         pixels = pixels.to(device=patch_embedding.device, dtype=patch_embedding.dtype)
         features = TOWERS[self.config.vision_config.model_type](self.vision_tower, pixels)
-        return self.multi_modal_projector(self.compressor(features)), features
+        repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
+        return self.multi_modal_projector(self.compressor(repeated)), features
 
     def _fill_groups(self, pixels: torch.Tensor) -> torch.Tensor:
         """Frames of a video in whole groups where random ones are doubled; the compressor repeats the last one."""
         padding = self.config.frame_padding
         if padding not in ("last", "random"):
             raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
-        if padding == "last":
+        if padding == "last" or pixels.ndim == 5:
             return pixels
         order = duplicated_frames(len(pixels), self.config.frames_per_group, self.config.frame_padding_seed)
         return pixels[order]

@@ -27,7 +27,7 @@ PROMPT = (
 FOLDER = (
     *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
     *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "processor_config.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer_config.json"),
+    *("image_processing_videoxl.py", "tokenizer.json", "tokenizer_config.json"),
 )
 
 
@@ -174,6 +174,7 @@ def config(**changes):
         "vision_config": SimpleNamespace(image_size=98),
         "compressor_config": SimpleNamespace(tokens_per_group=16),
         **{"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "frames_per_group": 2},
+        "image_grid_pinpoints": None,
         **{"video_token_id": 151654, "time_start_token_id": 1462, "time_end_token_id": 25},
         "time_format": "Time {seconds:.1f}s:",
     }
@@ -424,7 +425,7 @@ def test_other_templates(tokenizer, processor):
         ("Hello", "non-empty list"),
         ([{"role": "tool", "content": "x"}], "role"),
         ([{"role": "user"}], "content"),
-        (user({"type": "image", "image": PILS[0]}), "images come later"),
+        (user(text("look <|image_pad|>")), "message 0 has"),
         (user({"type": "audio", "audio": "a.wav"}), "an item must be"),
         (user(text(f"look {MARKER}")), "message 0 has"),
         ([{"role": "user", "content": MARKER}], "message 0 has"),
@@ -460,7 +461,7 @@ def test_harmless_arguments(processor, arguments):
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ({"images": [PILS[0]]}, "images come later"),
+        ({"images": [PILS[0]]}, "0 image markers .* 1 images"),
         ({"audio": ["a.wav"]}, "audio"),
         ({"truncation": True}, "never truncated"),
         ({"max_length": 12}, "max_length"),

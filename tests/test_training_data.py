@@ -124,11 +124,14 @@ def test_media_of_all_kinds(processor, tmp_path, clips):
     assert not [sample for sample in samples if isinstance(sample, BrokenSample)]
     text = [processor.tokenizer.decode(sample["input_ids"]) for sample in samples]
     frames = [[len(video) for video in sample["pixel_values_videos"]] for sample in samples]
-    assert frames == [[4], [4], [6], [1], [1, 1], []]
+    tiles = [tuple(image.shape[:2]) for image in samples[4]["pixel_values_videos"]]
+    assert frames[:3] == [[4], [4], [6]] and frames[5] == []
+    assert tiles == [(frames[3][0], 1)] * 2
     assert torch.equal(samples[0]["pixel_values_videos"][0], samples[1]["pixel_values_videos"][0])
-    assert "Time 0.0s:" in text[3]
+    assert "Time" not in text[3]
     assert text[2].count("Time") == 2 and "Time 2.0s:" in text[2]  # frame 4 at 2 frames a second
-    assert text[4].count("Time 0.0s:") == 2
+    marker = processor.video_token
+    assert text[4].count(marker) == 2 * text[3].count(marker) == 2 * frames[3][0] * processor.tokens_per_group
     assert "Time" not in text[5]
     assert [sample["source"] for sample in samples] == ["mine"] * 6
 

@@ -34,10 +34,10 @@ class Collator:
         """Pads on the right.
 
         Returns:
-            `input_ids`, `labels` [B, L] and, where there are any, `position_ids` [B, L], `pixels` [frames of all
-            videos, 3, S, S] and `frame_counts` (see `videos_of`); `answers`: (row, start, stop, type); `broken`:
-            (source, name, reason); `samples`: how many came. If all are broken the batch is one row without labels,
-            whose loss is zero.
+            `input_ids`, `labels` [B, L] and, where there are any, `position_ids` [B, L], `pixels` [frames and tiles of
+            all videos and images, 3, S, S] and `shapes` (see `videos_of`); `answers`: (row, start, stop, type);
+            `broken`: (source, name, reason); `samples`: how many came. If all are broken the batch is one row without
+            labels, whose loss is zero.
         """
         good = [sample for sample in samples if not isinstance(sample, BrokenSample)]
         broken = [
@@ -69,7 +69,8 @@ class Collator:
             batch["position_ids"] = positions
         if pixels := [video for sample in rows for video in sample["pixel_values_videos"]]:
             # One tensor: each costs its own way from the worker to the trainer.
-            batch["pixels"], batch["frame_counts"] = torch.cat(pixels), [len(video) for video in pixels]
+            batch["pixels"] = torch.cat([video.flatten(0, -4) for video in pixels])
+            batch["shapes"] = [tuple(video.shape[:-3]) for video in pixels]
         return batch
 
     def _filler(self):
@@ -90,8 +91,11 @@ class Collator:
 
 
 def videos_of(batch: dict) -> list[torch.Tensor]:
-    """The videos of a collator's batch, [F, 3, S, S] each, in order of appearance."""
-    return list(batch["pixels"].split(batch["frame_counts"])) if "pixels" in batch else []
+    """The videos [F, 3, S, S] and images [T, 1, 3, S, S] of a collator's batch, in order of appearance."""
+    if "pixels" not in batch:
+        return []
+    parts = batch["pixels"].split([shape[0] for shape in batch["shapes"]])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, batch["shapes"], strict=True)]
 
 
 class EpochSampler(Sampler):

@@ -5,11 +5,11 @@ What is surprising:
   than `max_length`) comes out of the dataset as a `BrokenSample`; see `batches.py` for what becomes of it.
 * Prompts come from the processor alone, so training sees exactly the ids that `generate` sees. The published code
   differs: it writes the newline behind the video twice in training.
-* The processor knows videos only. An image is a video of one frame at 0.0 s, its timestamp included.
+* An image is cut in tiles and has no timestamp, as in the published code; see the processor.
 * Everything random is drawn from (seed, entry, index), never from a worker's state, so a resumed run sees the same
   samples.
 
-L sequence, F frames, S image side.
+L sequence, F frames, T tiles, S image side.
 """
 
 import json
@@ -121,7 +121,7 @@ def read_conversation(record: dict, num_media: int) -> tuple[list[dict], list[st
         num_media: Videos or images of the sample.
 
     Returns:
-        Messages (video items are bare), and per assistant turn the type of its question ("" if there is none).
+        Messages (media items are bare), and per assistant turn the type of its question ("" if there is none).
 
     Raises:
         ValueError: If turns do not alternate, are empty, or the markers do not fit the media.
@@ -149,7 +149,8 @@ def read_conversation(record: dict, num_media: int) -> tuple[list[dict], list[st
         text = turn["value"].replace(MEDIA_MARKER, "").strip()
         if not text:
             raise ValueError(f"turn {number} of the conversation is empty")
-        content = [{"type": "video"}] * num_media + [{"type": "text", "text": text}] if number == 0 else text
+        media = [{"type": "image" if "image" in record else "video"}] * num_media
+        content = [*media, {"type": "text", "text": text}] if number == 0 else text
         messages.append({"role": ROLES[turn["from"]], "content": content})
         if number % 2 == 0:
             types.append(turn.get("type", ""))
@@ -285,8 +286,9 @@ class MixtureDataset(Dataset):
         """One sample.
 
         Returns:
-            `input_ids` and `labels` [L], `pixel_values_videos` (list of [F, 3, S, S]), `answers` (list of (start,
-            stop, type)), `position_ids` [L] if positions are stretched, `source`, `name`; or a `BrokenSample`.
+            `input_ids` and `labels` [L], `pixel_values_videos` (list of [F, 3, S, S] and, for images,
+            [T, 1, 3, S, S]), `answers` (list of (start, stop, type)), `position_ids` [L] if positions are stretched,
+            `source`, `name`; or a `BrokenSample`.
         """
         number, inner = self.locate(index)
         samples = self._samples[number]
@@ -295,18 +297,21 @@ class MixtureDataset(Dataset):
             # An error here is a bug of the world, not a broken file.
             messages, types, videos = samples.load(inner)
             if not self.answers:
-                messages, types = _without_text(videos)
-            return self._prepare(messages, types, videos, source, name, index)
+                messages, types = _without_text(len(videos), "video")
+            return self._prepare(messages, types, {"videos": videos}, source, name, index)
         try:
-            videos = samples.videos(inner, self._open_scaled)
-            messages, types = samples.conversation(inner, len(videos)) if self.answers else _without_text(videos)
-            return self._prepare(messages, types, videos, source, name, index)
+            kind, media = samples.media(inner, self._open_scaled)
+            if self.answers:
+                messages, types = samples.conversation(inner, len(media))
+            else:
+                messages, types = _without_text(len(media), kind)
+            return self._prepare(messages, types, {f"{kind}s": media}, source, name, index)
         except Exception as error:  # decoders raise what they like; the reason is reported by name
             return BrokenSample(source, name, f"{type(error).__name__}: {error}")
 
-    def _prepare(self, messages, types, videos, source, name, index):
+    def _prepare(self, messages, types, media, source, name, index):
         text = self.processor.render(messages, add_generation_prompt=False)
-        inputs = self.processor([text], videos=[videos] if videos else None, **self.video)
+        inputs = self.processor([text], **{kind: [items] for kind, items in media.items()}, **self.video)
         ids = inputs["input_ids"][0]
         if self.max_length is not None and len(ids) > self.max_length:
             return BrokenSample(source, name, f"{len(ids)} tokens, max_length is {self.max_length}")
@@ -333,10 +338,10 @@ class MixtureDataset(Dataset):
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
 
 
-def _without_text(videos):
-    if not videos:
+def _without_text(count, kind):
+    if not count:
         raise ValueError("the sample has neither a video nor an image")
-    return [{"role": "user", "content": [{"type": "video"}] * len(videos)}], []
+    return [{"role": "user", "content": [{"type": kind}] * count}], []
 
 
 class _JsonSamples:
@@ -366,11 +371,15 @@ class _JsonSamples:
         media = known.get("video") or known.get("image") or ""
         return f"{known.get('id', index)} {media if isinstance(media, str) else ', '.join(map(str, media))}".strip()
 
-    def videos(self, index, open_scaled):
+    def media(self, index, open_scaled):
+        """What the sample shows: `"video"` or `"image"`, and a list of items."""
         record = self.records[index]
         if not isinstance(record, dict) or ("image" in record and "video" in record):
             raise ValueError("a sample is a dict with conversations and at most one of image and video")
         scale = float(record.get("scale", 1.0))
+        if "image" in record:
+            images = record["image"] if isinstance(record["image"], list) else [record["image"]]
+            return "image", [str(self.root / image) for image in images]
         videos = []
         if "video" in record:
             path = self.root / record["video"]
@@ -384,13 +393,10 @@ class _JsonSamples:
                 videos = [open_scaled(str(path), scale)]
             else:
                 videos = [{"video": str(path)}]
-        elif "image" in record:
-            images = record["image"] if isinstance(record["image"], list) else [record["image"]]
-            videos = [{"video": [Image.open(self.root / image)], "timestamps": [0.0]} for image in images]
-        return videos
+        return "video", videos
 
-    def conversation(self, index, num_videos):
-        return read_conversation(self.records[index], num_videos)
+    def conversation(self, index, num_media):
+        return read_conversation(self.records[index], num_media)
 
 
 class _WorldSamples:

@@ -144,11 +144,14 @@ class DTSPretraining(nn.Module):
         """The frozen tower's features of all videos in whole groups: [G, T, P, C].
 
         Args:
-            pixel_values_videos: Videos [F, 3, H, W]; a partial last group is filled with the last frame.
+            pixel_values_videos: Videos [F, 3, H, W], a partial last group is filled with the last frame; and images
+                [T, 1, 3, H, W], each tile a group of equal frames.
         """
         weight = self.vision_tower.embeddings.patch_embedding.weight
         features = []
         for pixels in pixel_values_videos:
+            if pixels.ndim == 5:
+                pixels = pixels.flatten(0, 1).repeat_interleave(self.frames, dim=0)
             missing = -len(pixels) % self.frames
             if missing:
                 pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
@@ -161,7 +164,7 @@ class DTSPretraining(nn.Module):
         """Reconstruction losses of a batch of videos (see the module docstring).
 
         Args:
-            pixel_values_videos: List of [F, 3, H, W].
+            pixel_values_videos: List of [F, 3, H, W] or [T, 1, 3, H, W].
 
         Returns:
             `loss`, and its parts `masked_loss` and `visible_loss`; 1.0 is what predicting zero gives.

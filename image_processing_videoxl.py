@@ -1,0 +1,118 @@
+"""Images to square tiles, cut as the published code cuts them ("anyres" without its thumbnail).
+
+What is surprising:
+* An image is fitted, keeping its shape, into one of several grids of tiles: the one in which most of its own pixels
+  survive, of these the one with the least empty space. What stays empty is black, and the tiles are cut row by row.
+* The published code also squashes the whole image into a first tile, and drops that tile in front of the language
+  model. Here it is not made.
+* Each tile becomes one group of visual tokens, as if it were `frames_per_group` equal frames, and has no timestamp.
+
+Shapes: T tiles, S side of a tile, H x W the image.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
+MAX_GRID_SIDE = 6
+
+
+def is_image(source: Any) -> bool:
+    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
+    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
+
+
+def load_image(source: Any) -> Image.Image:
+    """Opens an image, turned as its EXIF data say, in RGB.
+
+    Args:
+        source: Path of a local file, a PIL image, or uint8 [H, W, 3].
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Anything that is no image.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        pixels = source.cpu().numpy() if isinstance(source, torch.Tensor) else source
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"an image as an array must be uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
+        source = Image.fromarray(np.ascontiguousarray(pixels)) if pixels.size else Image.new("RGB", (0, 0))
+    elif isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        if not os.path.exists(path):
+            if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", path):
+                raise ValueError(
+                    f"{path:.100} is an address; only local files are opened. Download it, pass the path."
+                )
+            raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
+        try:
+            with Image.open(path) as file:
+                file.load()
+                source = file
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is no image that can be read ({error}); save or copy it again.") from error
+    elif not isinstance(source, Image.Image):
+        raise ValueError(f"an image must be a path, a PIL image or uint8 [H, W, 3], got {type(source).__name__}.")
+    if 0 in source.size:
+        raise ValueError(f"an image needs pixels, got one of size {source.size}.")
+    return ImageOps.exif_transpose(source).convert("RGB")
+
+
+def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The grid that keeps most of an image's pixels, of these the one with the least empty space; else the first.
+
+    Args:
+        size: (width, height) of the image.
+        grids: (width, height) of each grid, in pixels.
+    """
+    width, height = size
+
+    def worth(grid):
+        scale = min(grid[0] / width, grid[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - grid[0] * grid[1]
+
+    return max(grids, key=worth)
+
+
+def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
+    """Fits an image into its grid and cuts it (see the module docstring).
+
+    Args:
+        image: In RGB.
+        size: S, in pixels.
+        grids: (width, height) of each grid in pixels, multiples of S; None for all of 1 to 6 columns and rows.
+
+    Returns:
+        uint8 [T, 3, S, S], row by row.
+
+    Raises:
+        ValueError: On a grid that is not made of whole tiles.
+    """
+    sides = range(size, size * MAX_GRID_SIDE + 1, size)
+    grids = [tuple(grid) for grid in grids] if grids else [(x, y) for x in sides for y in sides]
+    if wrong := [grid for grid in grids if len(grid) != 2 or any(side <= 0 or side % size for side in grid)]:
+        raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
+    grid = choose_grid(image.size, grids)
+    (width, height), (full_width, full_height) = image.size, grid
+    if full_width / width < full_height / height:
+        fitted = full_width, min(math.ceil(height * full_width / width), full_height)
+    else:
+        fitted = min(math.ceil(width * full_height / height), full_width), full_height
+    canvas = Image.new("RGB", grid)
+    resized = image.resize(fitted, Image.Resampling.BICUBIC)
+    canvas.paste(resized, ((full_width - fitted[0]) // 2, (full_height - fitted[1]) // 2))
+    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+    tiles = pixels.unfold(1, size, size).unfold(2, size, size)  # [3, rows, columns, S, S]
+    return tiles.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size).contiguous()
