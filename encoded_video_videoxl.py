@@ -94,7 +94,7 @@ class EncodedVideo(str):
         return stamp is None or stamp == self._stamp
 
     def to(self, device) -> "EncodedVideo":
-        """Moves all that is held to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
+        """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
         move_cache(self.cache, device)
         return self
 
