@@ -281,6 +281,7 @@ class VideoXLPrefillMixin:
         if batch > 1:
             stack_caches(cache, caches, past + count)
             cache.choices = [getattr(row, "choices", None) for row in caches]
+            cache.deferred = None
         hidden = pad_left(states, count)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
