@@ -21,6 +21,8 @@ class Family:
         preset: File in `presets/`, without suffix; None while the family is recognised but not yet supported.
         names: Rows (published name, our name); `*` stands for the same text on both sides. The first that fits counts.
         ignored: Published names that our model has no use for; `*` stands for any text.
+        extra_rows: Rows that embedding and head may have beyond the vocabulary: the published code appends one for a
+            marker when it loads, and some checkpoints were saved with it.
     """
 
     title: str
@@ -29,6 +31,7 @@ class Family:
     preset: str | None = None
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    extra_rows: int = 0
 
     def fits(self, names) -> bool:
         """Whether a checkpoint with these tensor names carries the family's marks."""
@@ -114,6 +117,7 @@ FAMILIES = {
         preset="video-xl-pro-3b-march",
         names=(*_TOWER_AND_PROJECTOR, *_DTS, *_SELECTOR_TEXT, *_BEACONS, *_LANGUAGE_MODEL),
         ignored=_OLD_BUFFERS,
+        extra_rows=1,
     ),
     "videoxl1": Family(
         title="Video-XL",
@@ -122,6 +126,7 @@ FAMILIES = {
         preset="video-xl-7b",
         names=(*_TOWER_AND_PROJECTOR, *_BEACONS, *_LANGUAGE_MODEL),
         ignored=_OLD_BUFFERS,
+        extra_rows=1,
     ),
     "videochatflash": Family(title="VideoChat-Flash", has=("model.mm_projector.mlp.",), lacks=("model.sae.",)),
 }

@@ -21,7 +21,7 @@ import types
 import uuid
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,7 +70,10 @@ name_table, recognise_family = _families.name_table, _families.recognise_family
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a published tensor lies, and what its header says: `shape`, and `dtype` in safetensors' words (`BF16`)."""
+    """Where a published tensor lies, and what its header says: `shape`, and `dtype` in safetensors' words (`BF16`).
+
+    `shape` may have fewer rows than are stored: only these are read.
+    """
 
     file: Path
     name: str
@@ -326,6 +329,10 @@ def match_tensors(
     if missing := [name for name in expected if name not in plan and name not in optional]:
         names = [f"{table.to_published(name)} {expected[name]}" for name in missing]
         raise ValueError(f"the checkpoint lacks {_some(names)}: is the download complete?")
+    for ours in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(plan):
+        rows, *rest = plan[ours].shape
+        if 0 < rows - expected[ours][0] <= table.extra_rows:
+            plan[ours] = replace(plan[ours], shape=(expected[ours][0], *rest))
     for ours, tensor in plan.items():
         if tensor.shape != expected[ours]:
             raise ValueError(f"tensor {tensor.name} has shape {tensor.shape}, expected is {expected[ours]}")
@@ -342,7 +349,7 @@ def match_tensors(
 def _read_tensor(tensor, dtype=None):
     with _open_shard(tensor.file) as shard:
         try:
-            stored = shard.get_tensor(tensor.name)
+            stored = shard.get_slice(tensor.name)[: tensor.shape[0]] if tensor.shape else shard.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"tensor {tensor.name} in {tensor.file} cannot be read ({error})") from error
     if dtype is None:

@@ -114,10 +114,7 @@ class VideoXLTokenSelector(nn.Module):
         """
         scores = self.scores(block, groups, text)
         visual = _visual_rows(groups, scores.device)
-        count = int(len(visual) * keep_ratio)
-        count = count if max_tokens is None else min(count, max_tokens)
-        # A handful of tokens would round down to none.
-        count = count // KEEP_MULTIPLE * KEEP_MULTIPLE or min(count, len(visual))
+        count = kept_count(len(visual), keep_ratio, max_tokens)
         bonus = torch.full((groups[-1][2],), -1.0, device=scores.device)
         bonus[visual] = scores
         is_kept = bonus < 0
@@ -130,6 +127,14 @@ class VideoXLTokenSelector(nn.Module):
             taken = block[start : start + ROWS_AT_ONCE].to(text.device).index_select(0, numbers - start)
             rows.append(rotate_rows(taken, numbers) + bonus[numbers].clamp(min=0)[:, None].to(taken.dtype))
         return kept, torch.cat(rows)
+
+
+def kept_count(tokens: int, keep_ratio: float, max_tokens: int | None) -> int:
+    """How many of a video's visual tokens are kept, see `VideoXLTokenSelector.forward`."""
+    count = int(tokens * keep_ratio)
+    count = count if max_tokens is None else min(count, max_tokens)
+    # A handful of tokens would round down to none.
+    return count // KEEP_MULTIPLE * KEEP_MULTIPLE or count
 
 
 def rotate_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -179,4 +184,4 @@ def build_token_selector(config) -> VideoXLTokenSelector | None:
     return VideoXLTokenSelector(config.text_config.hidden_size, heads)
 
 
-__all__ = ["VideoXLTokenSelector", "build_token_selector", "rotate_rows"]
+__all__ = ["VideoXLTokenSelector", "build_token_selector", "kept_count", "rotate_rows"]

@@ -315,6 +315,33 @@ def test_tokenizer_and_generation_config_come_along(make_source, tmp_path, root,
     assert (processor.video_token, processor.tokens_per_group, processor.image_size) == ("<|vision_pad|>", 144, 56)
 
 
+def test_rows_for_a_marker_are_cut(tmp_path):
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    tensors = load_file(source / "model.safetensors")
+    longer = {name: torch.cat([tensors[name], torch.ones(1, 64)]) for name in (EMBEDDING, HEAD)}
+    save_file(tensors | longer, source / "model.safetensors")
+    written = converted_tensors(convert(source, tmp_path / "output"))
+    table = name_table("videoxl1")
+    assert all(torch.equal(written[table.to_ours(name)], tensors[name]) for name in longer)
+    save_file(tensors | {HEAD: torch.ones(258, 64)}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(258, 64\), expected is \(256, 64\)"):
+        convert(source, tmp_path / "other")
+
+
+def test_layers_above_the_one_that_is_taken_are_accounted_for(tmp_path):
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    tensors = load_file(source / "model.safetensors")
+    unused = [name for name in tensors if ".encoder.layers.2." in name]
+    written = converted_tensors(convert(source, tmp_path / "output"))
+    assert len(unused) == 16 and len(written) == len(tensors) - len(unused)
+    beyond = {name.replace(".layers.2.", ".layers.3."): tensors[name].clone() for name in unused}
+    save_file(tensors | beyond, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown tensor .*encoder.layers.3\."):
+        convert(source, tmp_path / "other")
+
+
 def test_a_tokenizer_without_a_placeholder_gets_one(make_source, tmp_path, test_data):
     """Qwen2's tokenizer is Qwen2.5's without the special tokens behind the first three."""
     output = tmp_path / "with_placeholder"
