@@ -19,7 +19,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVis
 PREFILL_MODES = ("full", "streaming", "mask")
 DECODE_MODES = ("full", "bilevel")
 FRAME_FITS = ("stretch", "crop")
-FRAME_PADDINGS = ("last", "random")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
 
@@ -392,10 +391,10 @@ class VideoXLConfig(PreTrainedConfig):
             raise ValueError(
                 f"beacon_ratio must be a whole number of at least 1, a list of such, or 'none', got {ratio!r}"
             )
-        if self.beacon_ratio_mix not in BEACON_RATIO_MIXES:
+        if len(ratios) > 1 and self.beacon_ratio_mix not in BEACON_RATIO_MIXES:
             raise ValueError(
-                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {self.beacon_ratio_mix!r}; a single "
-                "beacon_ratio needs none of them"
+                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {self.beacon_ratio_mix!r}; or give a "
+                "single beacon_ratio, which needs none"
             )
         return {"window": self.beacon_window, "ratios": ratios, "mix": self.beacon_ratio_mix, "seed": self.beacon_seed}
 
@@ -453,10 +452,7 @@ class VideoXLConfig(PreTrainedConfig):
             A `VideoXLConfig`.
         """
         if preset is None and "beacon_window" in published:
-            raise ValueError(
-                "this config.json is of a family member whose other settings are in a preset: convert the checkpoint "
-                "with convert_weights.py"
-            )
+            raise ValueError("a config.json with beacon memory needs a preset: convert it with convert_weights.py")
         config = dict(preset) if preset else cls().to_dict()
         text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
         if not {"rope_theta", "rope_parameters"} & set(text):
@@ -467,11 +463,9 @@ class VideoXLConfig(PreTrainedConfig):
         if vision["model_type"] != "siglip_vision_model":
             # Members with SigLIP drop its last layer whatever this key says.
             config["vision_feature_layer"] = published.get("mm_vision_select_layer", config["vision_feature_layer"])
-        compressor = dict(config.get("compressor_config", {}))
+        compressor = {"projector_pool_size": 2, **config.get("compressor_config", {})}
         compressor["hidden_size"] = published.get("mm_hidden_size", vision["hidden_size"])
-        compressor["projector_pool_size"] = published.get(
-            "mm_spatial_pool_stride", compressor.get("projector_pool_size", 2)
-        )
+        compressor["projector_pool_size"] = published.get("mm_spatial_pool_stride", compressor["projector_pool_size"])
         if (mode := published.get("mm_spatial_pool_mode", "average")) != "average":
             raise ValueError(f"mm_spatial_pool_mode must be 'average', got {mode!r}")
         if compressor.get("compressor_type") == "none":
