@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # What must hold on the oldest supported transformers.
 OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py tests/test_bilevel.py \
+	tests/test_images.py tests/test_clients.py \
 	$(wildcard tests/test_golden_*.py)
+# Packages of requirements.txt that only some things need.
+OPTIONAL = accelerate peft matplotlib
 
 # What `make demo` asks, and what is right.
 DEMO_QUESTIONS = "What color is the star?" "Which way does the ring move?" "When does the triangle first appear?" \
@@ -18,10 +21,10 @@ DEMO_ANSWERS = "orange / right / At 14 seconds / egg / the star"
 export HF_HUB_OFFLINE := 1
 
 # The models of the tests are tiny, so threads gain little; beside another process they spin for a core that is taken.
-test test-all test-oldest: export OMP_NUM_THREADS := 1
+test test-all test-oldest test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest train-small evaluate style format clean
+.PHONY: help demo test test-all test-oldest test-without train-small evaluate style format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +49,9 @@ test-all: style ## style, then all tests that need no GPU
 
 test-oldest: $(OLDEST)/.installed ## loading, chat, bi-level and parity tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+test-without: $(VENV)/.installed ## the tests with each optional package that is installed missing in turn
+	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PYTEST_ARGS); done
 
 train-small: $(VENV)/.installed ## train the bundled checkpoint from nothing (hours on two cores; goes on where it stopped)
 	$(BIN)/python training/train_small.py --install

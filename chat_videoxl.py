@@ -109,6 +109,7 @@ class VideoXLChatMixin:
         dense_chunks=None,
         selector=None,
         return_chunks=False,
+        media_dict=None,
     ):
         """Answers a question about videos and images, or continues a conversation.
 
@@ -136,6 +137,7 @@ class VideoXLChatMixin:
             return_chunks: Also return the chunks of the conversation's videos and images: dicts with `video` (its
                 number), `index`, `start` and `end` in seconds (0 for an image), `level` (`"dense"`, `"pooled"`,
                 `"dropped"`) and `score` (None where nothing was scored).
+            media_dict: What clients of VideoChat-Flash pass; only `video_read_type`, which means nothing here.
 
         Returns:
             The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
@@ -145,6 +147,8 @@ class VideoXLChatMixin:
         """
         if not isinstance(user_prompt, str) or not user_prompt.strip():
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
+        if unknown := sorted(set(media_dict or {}) - {"video_read_type"}):
+            raise ValueError(f"media_dict: {', '.join(unknown)} is not supported; cut the clip, or pass its frames")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         items = turn_items(video_path)
         visuals = [item for item in items if item["type"] in VISUAL_KINDS]
@@ -153,8 +157,9 @@ class VideoXLChatMixin:
                 raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
             visuals[0].setdefault("timestamps", timestamps)
         messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None)
-        if not messages and is_encoded(video_path) and video_path.system_prompt is not None:
-            messages.append({"role": "system", "content": video_path.system_prompt})
+        first = source_of(visuals[0]) if visuals else None
+        if not messages and is_encoded(first) and first.system_prompt is not None:
+            messages.append({"role": "system", "content": first.system_prompt})
         known = [visual for visual in visuals or [None] if place_visual(messages, visual)]
         if timestamps is not None and known and not any("timestamps" in item for item in visual_items(messages)):
             raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")

@@ -350,6 +350,11 @@ class VideoXLConfig(PreTrainedConfig):
             ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
+        if getattr(self, "mm_llm_compress", False):
+            raise ValueError(
+                "mm_llm_compress drops visual tokens between layers, which only VideoChat-Flash models do: this model "
+                "does not. Set it to False; sparse_attention saves key-values here"
+            )
         if getattr(self, "enable_sparse", False):
             published = getattr(self, "sparse_config", None) or {}
             settings["prefill"] = getattr(self, "sparse_mode", None) or "streaming"

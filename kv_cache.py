@@ -101,6 +101,9 @@ class VideoXLCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, added = self.held, key_states.shape[-2]
+        if length and self.keys.device != key_states.device:
+            # The language model's layers may lie on several devices, and what was moved or loaded on one.
+            self.set_content(self.keys.to(key_states.device), self.values.to(key_states.device))
         if not (self._has_room(length + added) and self._room.claim(self, length, length + added)):
             self._grow(key_states, value_states, length, added)
         for buffer, states in zip(self._room.buffers, (key_states, value_states), strict=True):

@@ -50,6 +50,17 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    @property
+    def device(self) -> torch.device:
+        # override: weights that accelerate has offloaded are on "meta"; its hook on them knows where they run
+        device, embeddings = super().device, self.get_input_embeddings()
+        if device.type != "meta" or embeddings is None:
+            return device
+        hook = getattr(embeddings, "_hf_hook", None)
+        device = embeddings.weight.device
+        running = getattr(hook, "execution_device", None)
+        return torch.device(running) if device.type == "meta" and running is not None else device
+
     @torch.no_grad()
     def _init_weights(self, module):
         # override: the library's default covers linear, convolution, norm and embedding layers, not bare parameters

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
@@ -160,6 +161,10 @@ class VideoXLPlanningMixin:
             raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r}")
         memory = None if memory is None else parse_memory(memory)
         step, times = 1 / (sample_fps or 1), None
+        if is_image(video_path):
+            raise ValueError(
+                "plan counts the frames of videos, and this is an image: it takes tokens_per_group a tile"
+            )
         if video_path is not None:
             sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
             sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}

@@ -71,6 +71,8 @@ class VideoXLPrefillMixin:
     def _run_windows(self, inputs_embeds, layout, cache, keep_hidden, beacons):
         """Runs text as it is and videos window by window, of which beacons stay; text is all that is returned."""
         begin = cursor = layout.length - inputs_embeds.shape[1]
+        # Through the module, whose weight may be offloaded.
+        beacon = self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=inputs_embeds.device))
         inv_freq = self.language_model.rotary_emb.inv_freq
         for video in layout.videos:
             start, end = video[0].start, video[-1].end
@@ -84,7 +86,7 @@ class VideoXLPrefillMixin:
                 if last <= 0:
                     continue
                 assert first >= 0, "a window that grows is run anew from its start"
-                rows = window.interleave(inputs_embeds[0, first:last], self.beacon_embed_tokens.weight)
+                rows = window.interleave(inputs_embeds[0, first:last], beacon)
                 places = window.places(rows.device)
                 self._run_behind(rows[None], cache, None, beacon_places=places)
                 for layer in cache.layers:

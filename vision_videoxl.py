@@ -104,7 +104,8 @@ class VideoXLVisionMixin:
         With `copies` each frame counts so many times, behind the tower.
         """
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
-        pixels = pixels.to(device=patch_embedding.device, dtype=patch_embedding.dtype)
+        device = patch_embedding.device if patch_embedding.device.type != "meta" else self.device  # offloaded
+        pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
         features = TOWERS[self.config.vision_config.model_type](self.vision_tower, pixels)
         repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         return self.multi_modal_projector(self.compressor(repeated)), features

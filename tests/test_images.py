@@ -288,6 +288,17 @@ def test_an_encoded_image_is_saved_and_asked_like_a_video(model, tokenizer, phot
         model.load_video(tmp_path / "photo.videoxl", tokenizer)
 
 
+def test_an_encoded_image_among_items_keeps_its_system_prompt(model, tokenizer, processor, clips, photo):
+    image = model.encode_video(photo, tokenizer, system_prompt="Be brief.")
+    items = [item(image, "image"), item(clips[0], "video")]
+    settings = {"max_num_frames": 8, "generation_config": SHORT}
+    answer, history = model.chat(items, tokenizer, "What is it?", **settings)
+    messages = [{"role": "system", "content": "Be brief."}]
+    messages += user(item(photo), item(clips[0], "video"), ask("What is it?"))
+    assert answer == generated(model, processor, messages, max_num_frames=8)
+    assert history[1]["content"][0]["image"] is image
+
+
 def test_chunks_of_a_conversation_with_images(model, tokenizer, clips, photo):
     model.config.sparse_attention = {"decode": "bilevel", "decode_chunk_groups": 1}
     content = [item(clips[0], "video"), item(photo)]
@@ -330,3 +341,8 @@ def test_frames_with_timestamps_as_an_item(model, tokenizer):
     assert model.chat([as_item], tokenizer, "What?", **settings) == plain
     assert as_item == {"type": "video", "video": frames, "timestamps": times}
     assert model.encode_video(as_item, tokenizer).timestamps == times
+
+
+def test_a_plan_is_about_videos(model, photo):
+    with pytest.raises(ValueError, match="this is an image"):
+        model.plan(video_path=photo)

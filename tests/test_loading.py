@@ -36,6 +36,7 @@ if save_to != "-":
     for part in (model, tokenizer, processor):
         part.save_pretrained(save_to)
 optional = {"torchvision", "decord", "torchcodec", "flash_attn", "accelerate", "gradio", "peft", "bitsandbytes"}
+optional |= {"torchao", "optimum", "matplotlib", "lmms_eval", "datasets"}
 print(json.dumps({
     "names": names, "answer": answer, "reply": reply, "processor": type(processor).__name__,
     "missing": sorted(map(str, loading["missing_keys"])), "unexpected": sorted(map(str, loading["unexpected_keys"])),

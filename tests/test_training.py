@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+pytest.importorskip("accelerate", reason="training needs accelerate")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder

@@ -1,0 +1,297 @@
+"""Benchmark runners: published settings and prompts, our plug-in in the real lmms-eval, adapters written by others.
+
+The adapters of others are replayed call by call, with the arguments that they pass; lmms-eval itself runs where it is
+installed (`pip install lmms-eval`, a heavy package that pins an older PyAV, so not in requirements.txt).
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def presets(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root / "evaluation"))
+        import presets
+
+        yield presets
+        sys.modules.pop("presets", None)
+
+
+# ---------------------------------------------------------------- published settings and prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("What happens at 00:15?", "What happens at 15 seconds?"),
+        ("from 25:50-30:15, who", "from 1550 seconds-1815 seconds, who"),
+        ("at 01:02:33 and 1:00:02.", "at 3753 seconds and 3602 seconds."),
+        ("at 100:05", "at 6005 seconds"),
+        ("00:01:05.5 (00:07)", "65.5 seconds (7 seconds)"),
+        ("It is 16:9, not 4:3; the ratio 1:2:3 and 12:34:56:78 stay.", None),
+        ("on 2024:01:02, or 10:75, or v1.10:30", None),
+        ("no times", None),
+    ],
+)
+def test_clock_times_become_seconds(presets, text, seconds):
+    assert presets.rewrite_times(text) == (text if seconds is None else seconds)
+
+
+def test_published_settings(presets):
+    def published(name):
+        preset = presets.PRESETS[name]
+        return preset.max_num_frames, preset.prefill, preset.chunk_groups, preset.window_chunks, preset.decode
+
+    assert len(presets.PRESETS) == 12
+    assert published("mlvu") == (256, "full", 4, 3, "full")
+    assert published("videomme") == (400, "full", 4, 3, "full")
+    assert published("videomme-chunk") == (300, "mask", 4, 3, "full")
+    assert published("videomme-bilevel") == (400, "mask", 4, 3, "bilevel")
+    assert published("longvideobench-chunk") == (400, "mask", 6, 5, "full")
+    assert published("longvideobench-bilevel") == (400, "mask", 4, 3, "bilevel")
+    assert published("lvbench-chunk") == (600, "mask", 4, 11, "full")
+    for name, preset in presets.PRESETS.items():
+        assert (preset.sample_fps, preset.max_sample_fps, preset.rewrite_times) == (1, 4, True)
+        assert preset.max_new_tokens == (32 if "longvideobench" in name else 16)
+        assert preset.prompt == name.split("-")[0] and preset.prompt in presets.PROMPTS
+
+
+def test_every_preset_is_a_valid_setting_of_the_model(presets, model):
+    for preset in presets.PRESETS.values():
+        model.config.sparse_attention = preset.sparse_attention()
+        settings = model.config.resolve_sparse_attention()
+        assert (settings.prefill, settings.decode) == (preset.prefill, preset.decode)
+        assert settings.window_chunks == preset.window_chunks
+    assert replace(preset, pool_size=9).sparse_attention("mean_key")["reload"] == "mean_key"
+
+
+def test_published_prompts(presets):
+    question, options = "What is it?", ["A. One.", "B. Two."]
+    assert presets.mlvu_prompt({"question": "What?\n(A) 1\n(B) 2"}) == (
+        "\nWhat?\n(A) 1\n(B) 2\nOnly give the best option.\n\nBest option: ("
+    )
+    assert presets.videomme_prompt({"question": question, "options": options}).endswith(
+        "of the correct option.\nWhat is it?\n['A. One.', 'B. Two.']\n\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    numbered = {"question": question, "option0": "One", "option1": "Two", "option2": "N/A"}
+    assert presets.longvideobench_prompt(numbered) == (
+        "What is it?\nA. One\nB. Two\nAnswer with the option's letter from the given choices directly.\n"
+    )
+    doubled = "What is it?\nA. (A) One\nB. (B) Two\nAnswer with the option's letter from the given choices directly."
+    assert presets.lvbench_prompt({"question": "What is it?\n(A) One\n(B) Two"}) == doubled
+    assert presets.lvbench_prompt({"question": question, "options": ["One", "Two"]}) == doubled
+
+
+# ---------------------------------------------------------------- the real lmms-eval
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function {name}_utils.visual
+doc_to_text: !function {name}_utils.text
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 4, temperature: 0, top_p: 1.0, num_beams: 1, do_sample: false}}
+process_results: !function {name}_utils.results
+metric_list: [{{metric: answered, aggregation: mean, higher_is_better: true}}]
+metadata: [{{version: 0.0}}]
+"""
+UTILS = """
+def visual(doc):
+    return [doc["video"]]
+
+
+def text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"]
+
+
+def results(doc, answers):
+    return {"answered": float(isinstance(answers[0], str))}
+"""
+NAME = "videoxl_clips"
+
+
+@pytest.fixture
+def task(tmp_path, clips):
+    """A folder with a task of lmms-eval about two clips, its questions in turns."""
+    docs = [
+        {"video": clips[number % 2], "question": f"What moves at 00:0{number}?", "answer": "dots"}
+        for number in range(5)
+    ]
+    (tmp_path / "docs.json").write_text(json.dumps(docs))
+    (tmp_path / f"{NAME}.yaml").write_text(TASK.format(name=NAME, data=tmp_path / "docs.json", folder=tmp_path))
+    (tmp_path / f"{NAME}_utils.py").write_text(UTILS)
+    return tmp_path
+
+
+def run(task, root, program, model, model_args, processes=1):
+    """Runs lmms-eval; what it wrote: (results, samples in the order of the questions)."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        pytest.skip("lmms-eval is not installed: pip install lmms-eval")
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launcher += ["--main_process_port", "0"]
+    command = [*launcher, *program, "--model", model, "--model_args", model_args, "--tasks", NAME]
+    command += ["--include_path", str(task), "--output_path", str(task / "out"), "--log_samples", "--batch_size", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(task / "home"), "HF_DATASETS_OFFLINE": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
+    files = sorted((task / "out").rglob("*.json*"))
+    assert done.returncode == 0 and files, done.stdout[-3000:] + done.stderr[-3000:]
+    results = next(json.loads(file.read_text()) for file in files if file.name.endswith("results.json"))
+    lines = next(file.read_text().splitlines() for file in files if "samples" in file.name)
+    samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
+    return results, samples
+
+
+def answers_of(samples):
+    found = [sample["filtered_resps"] for sample in samples]
+    return [answer if isinstance(answer, str) else answer[0] for answer in found]
+
+
+def test_plug_in_answers_as_chat_does(task, root, bundled_model, tokenizer, clips):
+    arguments = f"pretrained={root},preset=lvbench-chunk,prompt=task,max_num_frames=12,dtype=float32,device=cpu"
+    results, samples = run(task, root, ["evaluation/lmms_eval_videoxl.py"], "videoxl", arguments)
+    bundled_model.config.sparse_attention = {"prefill": "mask", "chunk_groups": 4, "window_chunks": 11}
+    options = {"return_history": False, "max_num_frames": 12, "generation_config": {"max_new_tokens": 16}}
+    expected = [
+        bundled_model.chat(clips[number % 2], tokenizer, f"What moves at {number} seconds?", **options)
+        for number in range(5)
+    ]
+    assert answers_of(samples) == expected
+    assert results["results"][NAME]["answered,none"] == 1.0
+    # The result file says what a preset stands for, and what was given in its place.
+    said = results["config"]["model_args"]
+    said = said if isinstance(said, str) else json.dumps(said)
+    for setting in ("preset", "lvbench-chunk", "window_chunks", "11", "max_num_frames", "12", "rewrite_times", "True"):
+        assert setting in said, (setting, said)
+
+
+@pytest.mark.slow
+def test_plug_in_with_two_processes(task, root):
+    arguments = f"pretrained={root},preset=mlvu,max_num_frames=8,dtype=float32"
+    program = ["evaluation/lmms_eval_videoxl.py"]
+    _, together = run(task, root, program, "videoxl", arguments, processes=2)
+    _, alone = run(task, root, program, "videoxl", arguments)
+    assert len(together) == 5 and answers_of(together) == answers_of(alone)
+
+
+@pytest.mark.slow
+def test_plug_in_reads_only_what_it_knows(task, root):
+    for arguments, found in (("preset=mlv", "there is no preset"), ("frames=3", "unknown model_args")):
+        with pytest.raises(AssertionError, match=found):
+            run(task, root, ["evaluation/lmms_eval_videoxl.py"], "videoxl", f"pretrained={root},{arguments}")
+
+
+@pytest.mark.slow
+def test_lmms_evals_own_huggingface_model(task, root):
+    """Unmodified, from its own command line: AutoModel, processor(text=..., videos=...), generate."""
+    arguments = f"pretrained={root},trust_remote_code=True,device=cpu,device_map=cpu"
+    _, samples = run(task, root, ["-m", "lmms_eval"], "huggingface", arguments)
+    assert len(samples) == 5 and all(isinstance(answer, str) for answer in answers_of(samples))
+
+
+# ---------------------------------------------------------------- adapters of others, replayed
+
+
+def test_adapter_for_video_xl_2(root, clips):
+    """The calls of the third-party adapter for the published Video-XL-2 code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        root,
+        trust_remote_code=True,
+        device_map=None,
+        quantization_config=None,
+        attn_implementation="sdpa",
+        dtype=torch.float16,
+        low_cpu_mem_usage=True,
+    )
+    model.config.enable_chunk_prefill = True
+    model.config.prefill_config = {
+        "chunk_prefill_mode": "streaming",
+        "chunk_size": 4,
+        "step_size": 1,
+        "offload": True,
+        "chunk_size_for_vision_tower": 24,
+    }
+    visual, context = clips[0], "What moves?\nA. Dots\nB. Cars"
+    generation_config = {
+        "max_new_tokens": 4, "temperature": None, "do_sample": False, "top_p": None, "num_beams": 1,
+        "use_cache": True, "until": ["\n\n"], "image_sizes": None,
+    }  # fmt: skip
+    with torch.inference_mode():
+        answer = model.chat(
+            visual,
+            tokenizer,
+            context,
+            chat_history=None,
+            return_history=False,
+            max_num_frames=16,
+            sample_fps=None,
+            max_sample_fps=None,
+            generation_config=generation_config,
+        )
+    assert isinstance(answer, str)
+    assert model.config.resolve_sparse_attention().prefill == "streaming"
+
+
+def test_adapter_for_videochat_flash(model, tokenizer, clips):
+    """The calls of lmms-eval's adapter and of the model card; its own models come later, the signature is here."""
+    model.config.mm_llm_compress = False
+    model.config.llm_compress_type = "attention"
+    model.config.llm_compress_layer_list = [24]
+    model.config.llm_image_token_ratio_list = [1.0, 0.5]
+    config = {**SHORT, "temperature": 0, "do_sample": False, "top_p": None, "num_beams": 1}
+    response = model.chat(
+        clips[0],
+        tokenizer,
+        "What moves?",
+        chat_history=None,
+        return_history=False,
+        max_num_frames=8,
+        media_dict={"video_read_type": "decord"},
+        generation_config=config,
+    )
+    by_name = model.chat(
+        video_path=clips[0],
+        tokenizer=tokenizer,
+        user_prompt="What moves?",
+        return_history=False,
+        max_num_frames=8,
+        generation_config={"do_sample": False, "temperature": 0.0, "top_p": 0.1, "num_beams": 1, **SHORT},
+    )
+    assert response == by_name
+    output, history = model.chat(
+        video_path=clips[0], tokenizer=tokenizer, user_prompt="What moves?", return_history=True, max_num_frames=8,
+        generation_config=config,
+    )  # fmt: skip
+    second, _ = model.chat(
+        video_path=clips[0], tokenizer=tokenizer, user_prompt="And then?", chat_history=history, return_history=True,
+        max_num_frames=8, generation_config=config,
+    )  # fmt: skip
+    assert output == response and isinstance(second, str)
+
+
+def test_what_this_model_cannot_do_is_said(model, tokenizer, clips):
+    model.config.mm_llm_compress = True
+    with pytest.raises(ValueError, match="mm_llm_compress"):
+        model.chat(clips[0], tokenizer, "What?", max_num_frames=8)
+    model.config.mm_llm_compress = False
+    with pytest.raises(ValueError, match="media_dict"):
+        model.chat(clips[0], tokenizer, "What?", media_dict={"video_read_type": "decord", "start": 1.0, "end": 2.0})
