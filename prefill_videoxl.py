@@ -145,8 +145,8 @@ class VideoXLPrefillMixin:
                 count += 1
             segment, steps = steps[:count], steps[count:]
             start, stop = segment[0].start, segment[-1].stop
-            options = {}
-            if beacon_places is not None:
+            options = {"beacon_places": beacon_places} if beacon_places is not None else {}
+            if options and (start > begin or stop < end):  # a window larger than a segment
                 inside = (beacon_places >= start - begin) & (beacon_places < stop - begin)
                 options["beacon_places"] = beacon_places[inside] - (start - begin)
             hidden = self.language_model(

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 from videoxl.convert_weights import convert
+from videoxl.image_processing_videoxl import cut_tiles
+from videoxl.video_processing_videoxl import normalize_frames
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
@@ -78,6 +81,13 @@ class Case:
                 block = torch.full((self.settings["visual_tokens"],), self.model.config.video_token_id)
             ids = torch.cat([ids[:place], block, ids[place + 1 :]])
         return {"input_ids": ids[None], "pixel_values_videos": [self.pixels]}
+
+    def assert_tiles(self, tolerance):
+        """The processor's way cuts the case's image into the reference's tiles."""
+        config = self.model.config
+        image = Image.fromarray(self.tensor("image").numpy())
+        tiles = cut_tiles(image, config.vision_config.image_size, config.image_grid_pinpoints)
+        assert_close(normalize_frames(tiles, config.image_mean, config.image_std)[:, None], self.pixels, tolerance)
 
     def decode_logits(self, past_key_values, tokens):
         """[n, vocabulary] logits after feeding each of `tokens` behind a prefilled cache."""

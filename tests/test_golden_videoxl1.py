@@ -31,6 +31,10 @@ def runs(case):
         yield run, lambda name, run=run: case.tensor(f"{run['run']}.{name}")
 
 
+def test_tiles_of_an_image(request):
+    open_golden(request, "videoxl1", "full").case("c6").assert_tiles(1e-6)
+
+
 @pytest.mark.parametrize("source", ["shipped", "full"])
 def test_pixels(request, source):
     golden = open_golden(request, "videoxl1", source)

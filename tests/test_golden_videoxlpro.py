@@ -44,6 +44,10 @@ def runs(case):
         yield run, lambda name, run=run: case.golden.tensors[f"{run['run']}.{name}"]
 
 
+def test_tiles_of_an_image(request):
+    open_golden(request, "videoxlpro", "full").case("c6").assert_tiles(1e-6)
+
+
 @pytest.mark.parametrize("source", ["shipped", "full"])
 def test_pixels(request, source):
     golden = open_golden(request, "videoxlpro", source)

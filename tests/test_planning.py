@@ -162,6 +162,30 @@ def test_other_members_peaks_are_what_the_allocator_sees(member, tokenizer):
         assert 0.7 < expected / peak < 1.4, (expected, peak)
 
 
+def test_other_members_run_in_bounded_memory(member, tokenizer):
+    """What four times the frames need more is what is kept: key-values of beacons, or features."""
+
+    def encoded(count):
+        frames, videos = np.zeros((count, 8, 8, 3), np.uint8), []
+        times = [float(second) for second in range(count)]
+        peak = allocated_peak(lambda: videos.append(member.encode_video(frames, tokenizer, timestamps=times)))
+        return peak, videos[0]
+
+    encoded(4)
+    (short_peak, short), (long_peak, long) = encoded(150), encoded(600)
+    # Buffers have up to a quarter of spare room, and one that grows is there twice for a moment.
+    allowed = (1.25 + 0.25) * (long.nbytes - short.nbytes) + 0.05 * short_peak
+    assert long_peak - short_peak < allowed, (short_peak, long_peak, short.nbytes, long.nbytes)
+    if member.config.max_visual_tokens is not None:
+        question = {"input_ids": torch.tensor([[5, 6, 7]])}
+        caches = [member._question_cache(video) for video in (short, long)]
+        with torch.no_grad():
+            peaks = [allocated_peak(lambda cache=cache: member(**question, past_key_values=cache)) for cache in caches]
+        assert caches[0].layers[0].held == caches[1].layers[0].held, "the same number of tokens, whatever the length"
+        # Scores are a few numbers a token; rows are scored a bounded number at a time.
+        assert peaks[1] < 1.5 * peaks[0]
+
+
 def test_other_members_max_frames(member):
     weights = member.plan(1).weight_bytes
     for extra in (8, 15, 30):
