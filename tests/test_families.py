@@ -193,6 +193,17 @@ def test_a_loss_reaches_every_part(member, inputs):
     member.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_under_inference_mode(member, tokenizer, clips, dtype):
+    half = copy.deepcopy(member).to(dtype)
+    with torch.inference_mode():
+        video = half.encode_video(clips[0], tokenizer, **ONE_PER_SECOND)
+    assert isinstance(ask(half, tokenizer, video), str)
+    with torch.inference_mode():
+        assert ask(half, tokenizer, video) == ask(half, tokenizer, video)
+    assert video.nbytes == member.encode_video(clips[0], tokenizer, **ONE_PER_SECOND).nbytes // 2
+
+
 def test_sparse_attention_is_refused_with_the_way_out(member, tokenizer, inputs):
     prompt = inputs(video_of(7, 5))
     for settings in ({"prefill": "streaming"}, {"decode": "bilevel"}, {"offload": True}):
