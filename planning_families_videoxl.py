@@ -31,6 +31,8 @@ def compressed_stages(formulas, config, frames, groups, total, question_tokens, 
         `(stages, bytes of the encoded video, tokens that a question runs behind)`.
     """
     visual = groups * formulas.visual
+    # `generate` carries every token in int64, those without key-values too.
+    counted = {"ids and masks": 24 * (total + question_tokens + new_tokens)}
     in_batch = min(frames, formulas.batch_frames)
     pixels = formulas.pixels(frames, in_batch)
     vision = formulas.vision(min(in_batch, config.resolve_vision_chunk_frames()))
@@ -39,7 +41,7 @@ def compressed_stages(formulas, config, frames, groups, total, question_tokens, 
         held, room, running = _prefill(formulas, total - visual, visual, 2 * batch_tokens)
         stages = {"vision": formulas.cached(held, room) | pixels | vision, "prefill": running | pixels}
         question, decode = formulas.question(held, room, question_tokens, new_tokens)
-        stages |= {"question": largest(*question), "decode": largest(*decode)}
+        stages |= {"question": largest(*question) | counted, "decode": largest(*decode) | counted}
         return stages, held * formulas.per_token, held
     # Rows wait in the language model's width; a batch is there twice more, as tokens and as embeddings.
     width = formulas.text_config.hidden_size * formulas.bytes
@@ -55,7 +57,7 @@ def compressed_stages(formulas, config, frames, groups, total, question_tokens, 
     timed = 4 * formulas.bytes if config.token_selector == "timed_query" else 0
     scoring = {"scoring": part * (formulas.bytes + (0 if formulas.bytes == 4 else 4) + timed) + 4 * 4 * visual}
     question, decode = formulas.question(held, room, question_tokens, new_tokens)
-    rows = {"visual features": total * width}
+    rows = {"visual features": total * width, **counted}
     stages["question"] = largest(waiting | scoring, running | rows, *(terms | rows for terms in question))
     stages["decode"] = largest(*decode) | rows
     return stages, total * width, held

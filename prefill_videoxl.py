@@ -231,6 +231,7 @@ class VideoXLPrefillMixin:
         """Runs the rows that wait in a cache, of the videos' those that the selector keeps for the text."""
         waiting, layout = cache.deferred, cache.layout
         keep_ratio, limit = self.config.resolve_keep_ratio(), self.config.max_visual_tokens
+        # Text before, between and behind the videos, whose timestamps are theirs.
         edges = [0, *(edge for video in layout.videos for edge in (video[0].start, video[-1].end)), layout.length]
         pieces = [
             waiting[start:stop].to(question) if stop > start else question[0, :0]
