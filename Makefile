@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DEMO := .venv-demo
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # What must hold on the oldest supported transformers.
@@ -21,10 +22,10 @@ DEMO_ANSWERS = "orange / right / At 14 seconds / egg / the star"
 export HF_HUB_OFFLINE := 1
 
 # The models of the tests are tiny, so threads gain little; beside another process they spin for a core that is taken.
-test test-all test-oldest test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-without train-small evaluate style format clean
+.PHONY: help demo page notebook screenshot test test-all test-browser test-oldest test-without train-small evaluate style format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +51,25 @@ test-all: style ## style, then all tests that need no GPU
 test-oldest: $(OLDEST)/.installed ## loading, chat, bi-level and parity tests on the oldest supported transformers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
 
+test-browser: $(DEMO)/.installed browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
+	$(DEMO)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
+
+screenshot: $(DEMO)/.installed browser ## take the README's picture of the demo page again
+	SCREENSHOT=$(CURDIR)/assets/demo_page.png $(DEMO)/bin/python -m pytest tests/test_demo_browser.py -m slow -k picture
+
+# Without the right to install, the tests of the page are skipped and say why.
+.PHONY: browser
+browser:
+	@command -v chromium && command -v chromedriver || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) || \
+		echo "chromium and chromium-driver are missing and could not be installed; install them as root"
+
+page: $(DEMO)/.installed ## serve the demo page, with the bundled checkpoint
+	$(DEMO)/bin/python demo_gradio.py $(PAGE_ARGS)
+
+notebook: $(VENV)/.installed ## execute the notebook again and save its outputs
+	$(BIN)/python notebooks/execute.py notebooks/quickstart.ipynb
+
 test-without: $(VENV)/.installed ## the tests with each optional package that is installed missing in turn
 	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PYTEST_ARGS); done
 
@@ -74,7 +94,8 @@ clean: ## remove caches (not the environments)
 
 $(VENV)/.installed: requirements.txt
 $(OLDEST)/.installed: requirements-oldest.txt
-$(VENV)/.installed $(OLDEST)/.installed:
+$(DEMO)/.installed: requirements-demo.txt
+$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)

@@ -2,12 +2,9 @@
 
 What is surprising:
 * With `--json`, standard output gets one JSON object and nothing else; warnings and progress go to standard error.
-* A model folder is used without the network, and its code runs: the caller names that folder (by default this
-  one). A Hub id means code from elsewhere, so it needs `--trust-remote-code`.
+* Questions on the command line know nothing of each other; those of a conversation follow one another.
 * `--load` takes the place of the video: what was encoded then is asked now, so settings of encoding are refused.
-* torch and transformers are imported after the arguments were checked, so that a typing mistake is answered at once.
-
-Exit status: 0, or 2 for bad usage and bad input, or 1 for anything else.
+* `cli.py batch` is another program, in cli_batch.py.
 """
 
 import argparse
@@ -16,26 +13,37 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
-from typing import NoReturn
 
-HERE = Path(__file__).resolve().parent
-MIB = 2**20
-# A table of chunks shows at most so many; --json has them all.
-MAX_ROWS = 40
-BAR_WIDTH = 24
-# Options of encoding: they mean nothing for a video that is encoded already.
-FRAME_OPTIONS = ("max_num_frames", "sample_fps", "max_sample_fps", "uniform")
-PREFILL_FIELDS = ("prefill", "chunk_groups", "window_chunks")
-DECODE_FIELDS = ("decode", "decode_chunk_groups", "pool_size")
+from cli_options import (
+    DECODE_FIELDS,
+    FRAME_OPTIONS,
+    PREFILL_FIELDS,
+    Parser,
+    add_encoding_options,
+    add_model_options,
+    check_file,
+    check_model,
+    choose_device,
+    errors_as_status,
+    generation_settings,
+    load_model,
+    sampling_of,
+)
 
+PROMPT = "\nyou> "
 EPILOG = """\
 examples:
   python cli.py talk.mp4 "What is this talk about?"
       Takes 1 to 4 frames a second, at most 512, and asks the model in the folder of cli.py.
 
+  python cli.py talk.mp4
+      A conversation: each question is answered in the light of the earlier ones, until Ctrl-D.
+
   python cli.py match.mp4 "Who wins?" "When is the first goal?" --stats
-      Encodes the video once, answers both questions, and tells where time and memory went.
+      Encodes the video once, answers both questions, each by itself, and tells where time and memory went.
+
+  python cli.py film.mp4 --plan --uniform --max-num-frames 1024
+      Says what that would take in tokens and memory, before anything is decoded.
 
   python cli.py film.mp4 "Tell the plot." --uniform --max-num-frames 1024
       Spreads 1024 frames over the whole film, whatever its length.
@@ -49,126 +57,39 @@ examples:
   python cli.py --load talk.videoxl "And who speaks last?" --decode bilevel
       Asks the saved video: nothing is decoded or encoded.
 
+  python cli.py batch questions.jsonl --out answers.jsonl
+      Many videos: see python cli.py batch --help.
+
 exit status:
-  0 done; 2 bad usage or bad input (no such file, not a video, not a model); 1 anything else
+  0 done; 2 bad usage or bad input (no such file, not a video, not a model); 130 interrupted; 1 anything else
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(2, f"{message} (see --help)")
-
-
-class TokenCounter:
-    """A streamer that counts the tokens of an answer; the prompt comes first, in one piece."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def put(self, value) -> None:
-        self.calls += 1
-
-    def end(self) -> None:
-        """Nothing is left to write."""
-
-    @property
-    def tokens(self) -> int:
-        return max(self.calls - 1, 0)
-
-
-def fail(status: int, message: object) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(status)
-
-
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def rate(text: str) -> float | None:
-    """Frames a second, or None for "none"."""
-    if text.lower() == "none":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f'expected frames a second above 0, or "none", got {text!r}')
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="cli.py",
-        usage="cli.py [options] VIDEO QUESTION [QUESTION ...]\n       "
-        "cli.py [options] --load FILE QUESTION [QUESTION ...]\n       cli.py [options] --plan VIDEO",
-        description="Ask about a video. It is encoded once; every question is answered on the encoded video.",
+        usage="cli.py [options] VIDEO [QUESTION ...]\n       cli.py [options] --load FILE [QUESTION ...]\n"
+        "       cli.py [options] --plan VIDEO\n       cli.py batch QUESTIONS --out ANSWERS [options]",
+        description="Ask about a video. It is encoded once; every question is answered on the encoded video. Without "
+        "a question, a terminal becomes a conversation.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("video", metavar="VIDEO", nargs="?", help="path of a video file; not with --load")
     parser.add_argument("questions", metavar="QUESTION", nargs="*", help="one question or more, each in quotes")
-
-    frames = parser.add_argument_group("frames")
-    frames.add_argument(
-        "--max-num-frames", metavar="N", type=positive_int, default=argparse.SUPPRESS, help="at most N (default: 512)"
+    parser.add_argument(
+        "-i", "--interactive", action="store_true", help="go on with questions from standard input, one a line"
     )
-    frames.add_argument(
-        "--sample-fps", metavar="FPS", type=rate, default=argparse.SUPPRESS, help="frames a second (default: 1)"
-    )
-    frames.add_argument(
-        "--max-sample-fps",
-        metavar="FPS",
-        type=rate,
-        default=argparse.SUPPRESS,
-        help='rate of short videos, as far as N allows; "none": always --sample-fps (default: 4)',
-    )
-    frames.add_argument(
-        "--uniform",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="spread N frames over the whole video, without a rate",
-    )
-
-    sparse = parser.add_argument_group("sparse attention", "Where nothing is given, the model's config decides.")
-    for name, kind, text in (
-        ("prefill", {"choices": ("full", "streaming", "mask")}, "what a part of the video sees of earlier parts"),
-        ("chunk-groups", {}, "groups of frames in a chunk of prefill"),
-        ("window-chunks", {}, "earlier chunks that a chunk sees in full"),
-        ("decode", {"choices": ("full", "bilevel")}, "what a question sees: all, or pooled where it matters less"),
-        ("decode-chunk-groups", {}, "groups of frames in a chunk of bilevel decoding"),
-        ("pool-size", {}, "visual tokens that become one where pooled"),
-    ):
-        kind = kind or {"metavar": "N", "type": positive_int}
-        sparse.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
-
+    add_encoding_options(parser)
     files = parser.add_argument_group("encoded videos")
-    files.add_argument("--save", metavar="FILE", help="keep the encoded video in FILE, which must not exist yet")
+    files.add_argument(
+        "--save",
+        metavar="FILE",
+        help="keep the encoded video in FILE, which must not exist yet; questions are optional",
+    )
     files.add_argument("--load", metavar="FILE", help="ask the video that --save kept, instead of VIDEO")
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="DIR_OR_ID", default=str(HERE), help="folder or Hub id (default: the folder of cli.py)"
-    )
-    model.add_argument("--trust-remote-code", action="store_true", help="run code from the Hub; needed for a Hub id")
-    model.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one, else cpu)")
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision (default: auto, which is that of the stored weights)",
-    )
-    model.add_argument(
-        "--max-new-tokens", metavar="N", type=positive_int, default=256, help="longest answer (default: %(default)s)"
-    )
-
+    add_model_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--plan", action="store_true", help="print what VIDEO would take in tokens and memory, and stop"
@@ -185,8 +106,6 @@ def check_options(options: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: With what to do.
     """
-    given = {name: getattr(options, name) for name in FRAME_OPTIONS if hasattr(options, name)}
-    uniform = given.pop("uniform", False)
     if options.load is not None:
         # Without a VIDEO, all words are questions.
         options.questions[:0] = [] if options.video is None else [options.video]
@@ -196,206 +115,201 @@ def check_options(options: argparse.Namespace) -> dict:
         check_file(options.load, "file of an encoded video")
     elif options.video is not None:
         check_file(options.video, "video file")
-    if options.plan and (options.video is None or options.questions):
-        raise ValueError("--plan takes a VIDEO and no questions")
-    if not (options.questions or options.plan):
-        raise ValueError(f"{'QUESTION is' if options.video or options.load else 'VIDEO and QUESTION are'} missing")
+    if options.plan:
+        if options.video is None or options.questions or options.interactive:
+            raise ValueError("--plan takes a VIDEO and no questions")
+        if options.save is not None:
+            raise ValueError("--plan encodes nothing that --save could keep; leave one of them out")
+    elif options.video is None and options.load is None:
+        raise ValueError("VIDEO and QUESTION are missing")
+    elif not options.questions and not options.interactive and options.save is None:
+        # At a terminal, the user can still be asked.
+        if options.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ValueError("QUESTION is missing; write it in quotes behind the video")
+        options.interactive = True
     if not all(map(str.strip, options.questions)):
         raise ValueError("a question is empty; write it in quotes")
-    if uniform and set(given) - {"max_num_frames"}:
-        raise ValueError("--uniform takes frames without a rate; leave --sample-fps and --max-sample-fps out")
+    if len(options.questions) > 2 and not any(" " in question for question in options.questions):
+        raise ValueError(f"{len(options.questions)} questions of one word each: write a question in quotes")
+    if options.interactive and options.json:
+        raise ValueError("--json prints one object at the end; a conversation (--interactive) has none")
+    sampling = sampling_of(options)
     if options.save is not None:
         if os.path.lexists(options.save):
             raise ValueError(f"--save {options.save} exists already; remove it, or save under another name")
         if not os.path.isdir(folder := os.path.dirname(options.save) or "."):
             raise FileNotFoundError(f"--save {options.save}: there is no folder {folder}")
-    folder = Path(options.model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no config.json")
-        # Read by huggingface_hub when it is imported, so before transformers is.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    elif folder.exists() or options.model.startswith((".", "/", "~")) or options.model.count("/") != 1:
-        raise ValueError(f"{options.model} is neither a model folder nor a Hub id (org/name)")
-    elif not options.trust_remote_code:
-        raise ValueError(
-            f"no folder {options.model} here, so it is a Hub id, and its code would run on this machine; "
-            "add --trust-remote-code if you trust it"
-        )
-    return given | ({"sample_fps": None, "max_sample_fps": None} if uniform else {})
+    check_model(options)
+    return sampling
 
 
-def check_file(path: str, what: str) -> None:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such {what} (looked from {os.getcwd()})")
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder, expected a {what}")
+class Session:
+    """A loaded model and an encoded video, to be asked.
 
+    Args:
+        options, sampling: What `check_options` has seen and returned.
 
-def configure(config, options: argparse.Namespace) -> None:
-    """Sets what the options say of sparse attention; all else stays as the model has it."""
-    current = config.resolve_sparse_attention()
-    given = {name: getattr(options, name) for name in PREFILL_FIELDS + DECODE_FIELDS if hasattr(options, name)}
-    if any(name in given for name in PREFILL_FIELDS):
-        # The published switches would win over what the user has typed.
-        config.enable_sparse = config.enable_chunk_prefill = False
-    config.sparse_attention = {name: given.get(name, getattr(current, name)) for name in current.fields}
-
-
-def choose_device(name: str | None):
-    """A device that works here.
-
-    Raises:
-        ValueError: If it does not.
+    Attributes:
+        facts: What --json prints, without answers.
     """
-    import torch
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    def __init__(self, options: argparse.Namespace, sampling: dict):
+        started = time.perf_counter()
+        self.options, self.device = options, choose_device(options.device)
+        self.model, self.tokenizer = load_model(options, self.device, options.json or not sys.stderr.isatty())
+        self.facts = {"model": options.model}
+        loaded = time.perf_counter()
+        if options.plan:
+            length = {"max_new_tokens": options.max_new_tokens}
+            self.plan = self.model.plan(video_path=options.video, tokenizer=self.tokenizer, **sampling, **length)
+            return
+        if options.load is not None:
+            self.video = self.model.load_video(options.load, self.tokenizer)
+        else:
+            self.video = self.model.encode_video(options.video, self.tokenizer, **sampling)
+        encoded = time.perf_counter()
+        if options.save is not None:
+            self.video.save(options.save)
+        sparse = self.model.config.resolve_sparse_attention()
+        self.facts |= {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "video": str(self.video),
+            "loaded_from": options.load,
+            "saved_to": options.save,
+            "duration": round(self.video.duration, 3),
+            "num_frames": self.video.num_frames,
+            "visual_tokens": self.video.num_visual_tokens,
+            "tokens": len(self.video.input_ids),
+            "cache_bytes": self.video.nbytes,
+            "load_seconds": round(loaded - started, 3),
+            "encode_seconds": round(encoded - loaded, 3),
+            "sparse_attention": {**self.video.prefill, **{name: getattr(sparse, name) for name in DECODE_FIELDS}},
+        }
 
+    def ask(self, question: str, out=None, history=None) -> tuple[dict, list]:
+        """Answers a question, streaming to the text file `out` if there is one.
 
-def ask(options: argparse.Namespace, sampling: dict) -> dict:
-    """Loads the model, encodes the video and answers all questions; returns what there is to say about it."""
-    started = time.perf_counter()
-    device = choose_device(options.device)
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+        Returns:
+            What --json says about the answer, and the history with this turn.
+        """
+        from cli_output import AnswerStreamer
 
-    if options.json or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).to(device)
-    loaded = time.perf_counter()
-    configure(model.config, options)
-    if options.plan:
-        length = {"max_new_tokens": options.max_new_tokens}
-        plan = model.plan(video_path=options.video, tokenizer=tokenizer, **sampling, **length)
-        return {"model": options.model, "video": options.video, "plan": plan.to_dict() if options.json else str(plan)}
-    if options.load is not None:
-        video = model.load_video(options.load, tokenizer)
-    else:
-        video = model.encode_video(options.video, tokenizer, **sampling)
-    encoded = time.perf_counter()
-    if options.save is not None:
-        video.save(options.save)
-    sparse = model.config.resolve_sparse_attention()
-    result = {
-        "model": options.model,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "video": str(video),
-        "loaded_from": options.load,
-        "saved_to": options.save,
-        "duration": round(video.duration, 3),
-        "num_frames": video.num_frames,
-        "visual_tokens": video.num_visual_tokens,
-        "tokens": len(video.input_ids),
-        "cache_bytes": video.nbytes,
-        "load_seconds": round(loaded - started, 3),
-        "encode_seconds": round(encoded - loaded, 3),
-        "sparse_attention": {**video.prefill, **{name: getattr(sparse, name) for name in DECODE_FIELDS}},
-        "answers": [],
-    }
-    settings = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
-    told = {"return_history": False, "return_chunks": True, "generation_config": settings}
-    for question in options.questions:
-        counter, before = TokenCounter(), time.perf_counter()
-        answer, chunks = model.chat(video, tokenizer, question, streamer=counter, **told)
-        entry = {"question": question, "answer": answer, "tokens": counter.tokens}
+        streamer, before = AnswerStreamer(self.tokenizer, out), time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            answer, history, chunks = self.model.chat(
+                self.video,
+                self.tokenizer,
+                question,
+                chat_history=history,
+                return_chunks=True,
+                streamer=streamer,
+                generation_config=generation_settings(self.options),
+            )
+        entry = {"question": question, "answer": answer, "tokens": streamer.tokens}
         entry["seconds"] = round(time.perf_counter() - before, 3)
-        result["answers"].append(entry | ({"chunks": chunks} if options.show_chunks else {}))
-    result["peak_memory_bytes"] = peak_memory(device)
-    return result
+        return entry | ({"chunks": chunks} if self.options.show_chunks else {}), history
+
+    def peak_memory(self) -> int | None:
+        """Bytes: of the GPU that was used, else of this process; None where the system does not tell."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_memory(device) -> int | None:
-    """Bytes: of the GPU that was used, else of this process; None where the system does not tell."""
-    import torch
+def show(session: Session, question: str, history=None) -> list:
+    """Asks and prints; returns the history."""
+    from cli_output import describe_answer
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    sys.stdout.write("A  ")
+    sys.stdout.flush()
+    entry, history = session.ask(question, sys.stdout, history)
+    sys.stdout.write("\n" + describe_answer(entry, session.options.stats))
+    sys.stdout.flush()
+    return history
 
 
-def describe(result: dict, stats: bool) -> str:
-    """The result as text for a terminal."""
-    if "plan" in result:
-        return result["plan"]
-    rows = [
-        ("video", f"{result['video'] or 'frames from memory'}, {result['duration']:.1f} s"),
-        ("frames", f"{result['num_frames']}"),
-        ("visual tokens", f"{result['visual_tokens']}"),
-        ("read saved video" if result["loaded_from"] else "decode + encode", f"{result['encode_seconds']:.2f} s"),
-    ]
-    if stats:
-        peak = result["peak_memory_bytes"]
-        rows[:0] = [
-            ("model", f"{result['model']}, {result['parameters'] / 1e6:,.1f} M parameters"),
-            ("runs on", f"{result['device']}, {result['dtype']}"),
-            ("load", f"{result['load_seconds']:.2f} s"),
-        ]
-        rows += [
-            ("attention", ", ".join(f"{name} {value}" for name, value in result["sparse_attention"].items())),
-            ("encoded video", f"{result['tokens']} tokens, {result['cache_bytes'] / MIB:.1f} MiB of key-values"),
-            ("peak memory", "unknown" if peak is None else f"{peak / MIB:,.0f} MiB"),
-        ]
-    lines = [f"{name:<17}{value}" for name, value in rows]
-    for entry in result["answers"]:
-        spent = f"{entry['seconds']:.2f} s"
-        if stats and entry["seconds"] > 0:
-            spent += f", {entry['tokens']} tokens, {entry['tokens'] / entry['seconds']:.0f} a second"
-        lines += ["", f"Q  {entry['question']}", f"A  {entry['answer']}", f"   [{spent}]"]
-        lines += chunk_table(entry.get("chunks", ()))
-    # A model may write any byte; control characters would steer the terminal.
-    return "".join(
-        sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in "\n".join(lines)
-    )
+def converse(session: Session, history: list | None) -> None:
+    """Answers questions from standard input, each in the light of the earlier ones, until its end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lets `input` edit its line)
+
+    typed = sys.stdin.isatty()
+    if typed:
+        print(
+            "\nAsk on. /new forgets the conversation (not the video), /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+        )
+    while True:
+        try:
+            question = input(PROMPT if typed else "").strip()
+        except EOFError:
+            if typed:
+                print()
+            return
+        if question == "/quit":
+            return
+        if question == "/new":
+            history = None
+        elif question.startswith("/"):
+            print(f"there is no {question.split()[0]}; there are /new and /quit")
+        elif question:
+            if not typed:
+                print(f"\nQ  {question}")
+            try:
+                history = show(session, question, history)
+            except KeyboardInterrupt:
+                # The turn is not in the history: it can be asked again.
+                print("\n   [stopped]")
+            except (ValueError, RuntimeError) as error:
+                print(f"\n   [{type(error).__name__}: {' '.join(str(error).split())}]")
 
 
-def chunk_table(chunks) -> list[str]:
-    """Lines that show what became of each chunk; of many chunks, those that matter most."""
-    if not chunks:
-        return []
-    levels = [chunk["level"] for chunk in chunks]
-    counts = ", ".join(f"{levels.count(level)} {level}" for level in dict.fromkeys(levels))
-    order = ("dense", "pooled", "dropped")
-    ranked = sorted(chunks, key=lambda chunk: (order.index(chunk["level"]), -(chunk["score"] or 0)))
-    shown = sorted(ranked[:MAX_ROWS], key=chunks.index)
-    largest = max((chunk["score"] or 0 for chunk in chunks), default=0) or 1
-    lines = ["", f"   {len(chunks)} chunks: {counts}" + f"; {MAX_ROWS} are shown" * (len(chunks) > MAX_ROWS)]
-    lines.append(f"   chunk  {'seconds':^17}  level    score")
-    for chunk in shown:
-        times, score = f"{chunk['start']:7.1f} - {chunk['end']:7.1f}", chunk["score"]
-        bar = "-" if score is None else f"{score:.3f} " + "#" * round(BAR_WIDTH * score / largest)
-        lines.append(f"   {chunk['index']:>5}  {times}  {chunk['level']:<7}  {bar}".rstrip())
-    return lines
+def run(options: argparse.Namespace, sampling: dict) -> None:
+    """Does what the options say, and prints it."""
+    # Whatever libraries print must not get between the caller and the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        session = Session(options, sampling)
+    if options.plan:
+        facts = {**session.facts, "video": options.video, "plan": session.plan.to_dict()}
+        print(json.dumps(facts, ensure_ascii=False) if options.json else session.plan)
+    elif options.json:
+        answers = [session.ask(question)[0] for question in options.questions]
+        facts = {**session.facts, "answers": answers, "peak_memory_bytes": session.peak_memory()}
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        from cli_output import describe_memory, describe_video
+
+        sys.stdout.write(describe_video(session.facts, options.stats))
+        history = None
+        for question in options.questions:
+            print(f"\nQ  {question}")
+            # Questions of one command know nothing of each other, unless they begin a conversation.
+            history = show(session, question, history if options.interactive else None)
+        if options.interactive:
+            converse(session, history)
+        if options.stats:
+            sys.stdout.write(describe_memory(session.peak_memory()))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["batch"]:
+        import cli_batch
+
+        return cli_batch.main(arguments[1:])
     options = build_parser().parse_intermixed_args(arguments)
-    try:
-        sampling = check_options(options)
-        # Whatever libraries print must not get between the caller and the result.
-        with contextlib.redirect_stdout(sys.stderr):
-            result = ask(options, sampling)
-    except (FileNotFoundError, ValueError) as error:
-        fail(2, error)
-    except (ImportError, OSError, RuntimeError) as error:
-        fail(1, f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        fail(1, "interrupted")
-    print(json.dumps(result, ensure_ascii=False) if options.json else describe(result, options.stats))
+    with errors_as_status():
+        run(options, check_options(options))
+        sys.stdout.flush()
     return 0
 
 

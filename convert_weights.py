@@ -4,8 +4,8 @@
 
 What is surprising:
 * Which family a checkpoint belongs to, and what its tensors are called, is said in `convert_families`.
-* The folder is complete (weights, configs, tokenizer, template, remote code) and appears at once: everything goes to a
-  hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
+* The folder is complete (weights, configs, tokenizer, template, remote code, model card) and appears at once:
+  everything goes to a hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
 * Expected names and shapes come from our model class on the meta device: a table cannot silently drift from the model.
 * Only safetensors are read. A pickle can run code while it is being loaded.
 """
@@ -31,6 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from model_card import converted_card
 
 ROOT = Path(__file__).resolve().parent
 PRESETS = ROOT / "presets"
@@ -114,13 +116,14 @@ def convert(
     output = _check_output(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source = _find_source(source)
+    hub_id, source = None if Path(source).expanduser().is_dir() else str(source), _find_source(source)
     if output == source or source in output.parents:
         raise ValueError(f"OUTPUT {output} lies inside SOURCE {source}; choose a folder outside of it")
 
     published = _read_json(source / "config.json")
     tensors = read_source(source)
-    table = name_table(recognise_family(published, tensors))
+    family = recognise_family(published, tensors)
+    table = name_table(family)
     log(f"{source}: {table.title}, {len(tensors)} tensors")
     config = _build_config(published, _read_preset(preset or table.preset), tensors, dtype)
     plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
@@ -131,6 +134,7 @@ def convert(
     try:
         video_token = _copy_tokenizer(source, partial, config)
         _write_configs(config, video_token, source, partial)
+        _write_card(family, hub_id, source, partial)
         for file in remote_code_files():
             shutil.copyfile(ROOT / file, partial / file)
         write_weights(plan, partial, dtype, max_shard_size, log)
@@ -163,6 +167,7 @@ def _find_source(source):
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"SOURCE {source} is neither an existing folder nor a Hub id (org/name)")
     patterns = ["*.safetensors", WEIGHTS_INDEX, "config.json", "generation_config.json", *TOKENIZER_FILES]
+    patterns += ["README.md", "LICENSE"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns)).resolve()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -447,6 +452,16 @@ def _write_configs(config, video_token, source, folder):
     if (source / "generation_config.json").is_file():
         _write_json(folder / "generation_config.json", _read_json(source / "generation_config.json"))
     shutil.copyfile(ROOT / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+
+
+def _write_card(family, hub_id, source, folder):
+    # The root's licence is that of the code, and must not look like that of the weights.
+    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE-CODE")
+    if (source / "LICENSE").is_file():
+        shutil.copyfile(source / "LICENSE", folder / "LICENSE")
+    published = source / "README.md"
+    card = published.read_text(encoding="utf-8") if published.is_file() else None
+    (folder / "README.md").write_text(converted_card(family, hub_id, source.name, card), encoding="utf-8")
 
 
 def remote_code_files() -> list[str]:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _package = types.ModuleType("videoxl")
 _package.__path__ = [str(ROOT)]
 sys.modules.setdefault("videoxl", _package)
+# Scripts of the root import each other plainly.
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")

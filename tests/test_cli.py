@@ -6,21 +6,24 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 
 import av
 import numpy as np
 import pytest
-from videoxl.cli import chunk_table
+import torch
+
+from cli_output import chunk_table, printable
 
 CLIP = os.path.join("assets", "demo.mp4")
 
 
 @pytest.fixture(scope="module")
 def cli(root):
-    def run(*arguments: str, cwd=root, **environment: str) -> subprocess.CompletedProcess:
+    def run(*arguments: str, cwd=root, typed="", **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(root / "cli.py"), *map(str, arguments)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=env, input=typed, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -136,6 +139,90 @@ def test_plan_says_what_encoding_gives(cli):
     assert "frames" in done.stdout and "peak" in done.stdout
 
 
+def test_conversation_from_a_pipe(cli):
+    typed = "And then?\n\n/new\n/what\nWhat happens?\n/quit\nNever asked?\n"
+    done = cli(CLIP, "What happens?", "-i", "--max-new-tokens", "4", "--max-num-frames", "8", typed=typed)
+    assert done.returncode == 0, done.stderr
+    turns = re.findall(r"^Q  (.*)\nA  (.*)", done.stdout, re.MULTILINE)
+    assert [question for question, _ in turns] == ["What happens?", "And then?", "What happens?"]
+    assert turns[0] == turns[2], "/new forgets the conversation"
+    assert "there is no /what" in done.stdout
+    assert done.stdout.count("decode + encode") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are driven through pty")
+def test_conversation_at_a_terminal(root):
+    import pty
+
+    main, child = pty.openpty()
+    command = [sys.executable, "cli.py", CLIP, "--max-new-tokens", "400", "--max-num-frames", "8"]
+    process = subprocess.Popen(command, cwd=root, stdin=child, stdout=child, stderr=child, start_new_session=True)
+    os.close(child)
+    killer = threading.Timer(200, process.kill)
+    killer.start()
+    try:
+        shown = read_until(main, "you> ")
+        assert "Ctrl-D" in shown and "Q  " not in shown
+        os.write(main, b"What happens?\n")
+        assert re.search(r"A  .*\[\d+\.\d+ s\]", read_until(main, "you> "), re.DOTALL)
+        os.write(main, b"\x04")
+        read_until(main, None)
+        assert process.wait() == 0
+    finally:
+        killer.cancel()
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+def read_until(terminal, end):
+    """What a terminal shows up to `end`, or (None) until the program has closed it."""
+    shown = ""
+    while end is None or not shown.endswith(end):
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:  # Linux says so that the other side is closed
+            data = b""
+        if not data:
+            assert end is None, f"ended before {end!r}: {shown}"
+            return shown
+        shown += data.decode(errors="replace")
+    return shown
+
+
+def test_answers_stream_word_by_word(tokenizer):
+    from cli_output import AnswerStreamer
+
+    class Pieces(list):
+        write = list.append
+
+        def flush(self):
+            self.append(None)
+
+    pieces, ids = Pieces(), tokenizer("  At 14 seconds")["input_ids"]
+    streamer = AnswerStreamer(tokenizer, pieces)
+    streamer.put(tokenizer("prompt", return_tensors="pt")["input_ids"])
+    for number in ids:
+        streamer.put(torch.tensor([number]))
+    streamer.end()
+    written = [piece for piece in pieces if piece]
+    assert "".join(written) == "At 14 seconds" and len(written) >= 3
+    assert streamer.tokens == len(ids)
+    assert printable("a\x1b[2Jb\n") == "a\N{REPLACEMENT CHARACTER}[2Jb\n"
+
+
+def test_encoding_for_later_needs_no_question(cli, tmp_path):
+    done = cli(CLIP, "--save", tmp_path / "demo.videoxl", "--max-num-frames", "8")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo.videoxl").is_file() and "saved to" in done.stdout and "Q  " not in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error(root):
+    pipeline = f"{shlex.quote(sys.executable)} cli.py {CLIP} What? How? --max-num-frames 8 | head -c 1"
+    done = subprocess.run(pipeline, shell=True, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.stdout, done.stderr) == ("v", "")
+
+
 def test_table_of_many_chunks_keeps_the_chosen_ones():
     chunks = [
         {"index": index, "start": 4.0 * index, "end": 4.0 * index + 4, "level": "pooled", "score": index / 1000}
@@ -168,10 +255,13 @@ def test_help_teaches(cli):
         ([], "VIDEO and QUESTION are missing"),
         (["--load", "missing.videoxl", "What?"], "no such file of an encoded video"),
         ([CLIP, "What?", "--plan"], "--plan takes a VIDEO and no questions"),
+        ([CLIP, "--plan", "--save", "file"], "--plan encodes nothing"),
+        ([CLIP, "--json", "--interactive"], "--json prints one object"),
         ([CLIP, "What?", "--save", "nowhere/file"], "there is no folder nowhere"),
         ([CLIP, "What?", "--prefill", "dense"], "--prefill"),
         ([CLIP, "What?", "--pool-size", "0"], "at least 1, got '0'"),
         ([CLIP, " "], "empty"),
+        ([CLIP, "Why", "is", "it", "red?"], "4 questions of one word each"),
         ([CLIP, "What?", "--frames", "3"], "unrecognized arguments: --frames"),
         ([CLIP, "What?", "--max-num-frames", "0"], "at least 1, got '0'"),
         ([CLIP, "What?", "--max-new-tokens", "many"], "at least 1, got 'many'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from goldens import FIXTURES
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
@@ -247,9 +248,24 @@ def test_a_converted_folder_is_complete(make_source, tensors, tmp_path, root):
     code = {path.name for path in output.glob("*.py")}
     assert {"modeling_videoxl.py", "configuration_videoxl.py", "processing_videoxl.py"} <= code
     assert not code & {"convert_weights.py", "cli.py"}
-    assert not list(output.glob("README*")) and not list(output.glob("LICENSE*"))
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.base_model, card.data.license) == (["BAAI/Video-XL-2"], "apache-2.0")
+    # The licence of the code must not look like that of the weights.
+    assert [path.name for path in output.glob("LICENSE*")] == ["LICENSE-CODE"]
     assert {path.stat().st_mode for path in output.iterdir()} == {(output / "config.json").stat().st_mode}
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_weights_keep_their_licence(make_source, tmp_path):
+    source = make_source()
+    (source / "LICENSE").write_text("theirs")
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\n---\n# Theirs\n"
+    )
+    output = convert(source, tmp_path / "output")
+    assert (output / "LICENSE").read_text() == "theirs" and (output / "LICENSE-CODE").is_file()
+    data = ModelCard.load(output / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "theirs", "LICENSE")
 
 
 def test_shards_in_and_out(make_source, tensors, tmp_path):

@@ -250,14 +250,40 @@ def test_lora(tiny, tmp_path):
 def resumable(tiny, output, **changes):
     return tiny_recipe(
         tiny, output, batch_size=3, max_steps=7, save_steps=2, sparse_attention=PLANS, position_stretch=500,
-        scheduler="cosine", warmup=2, workers=1, **changes,
+        warmup=2, workers=1, **{"scheduler": "cosine"} | changes,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["sft", "dts"])
-def test_resume_is_bitwise(tiny, tmp_path, monkeypatch, stage):
+def test_muon_takes_the_matrices(tiny, tmp_path):
+    """Matrices but embeddings are Muon's, the rest is AdamW's, each group at its module's rate and on schedule."""
+    modules = {"vision_tower": 1e-4}
+    recipe = tiny_recipe(tiny, tmp_path / "out", muon=True, modules=modules, scheduler="linear", max_steps=4)
+    trainer, _ = trainer_for(recipe)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    ours = {True: set(), False: set()}
+    for group in optimizer.param_groups:
+        ours[group["muon"]] |= {names[id(parameter)] for parameter in group["params"]}
+        assert group["lr"] in (1e-4, recipe["learning_rate"])
+    assert {name for name in ours[True] if "vision_tower" in name and name.endswith("fc1.weight")}
+    assert any("embed_tokens" in name for name in ours[False]) and any(name.endswith("bias") for name in ours[False])
+    assert not any("embed" in name or name.endswith("bias") for name in ours[True])
+    everything = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert ours[True] | ours[False] == everything and not ours[True] & ours[False]
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    still = {name for name, parameter in trainer.model.named_parameters() if torch.equal(before[name], parameter)}
+    assert all("post_layernorm" in name for name in still)  # behind the layer that is read
+    assert all(group["lr"] == 0 for group in trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"muon": True, "scheduler": "linear"}, {"stage": "dts", "dts": {"decoder_heads": 2}}],
+    ids=["sft", "muon", "dts"],
+)
+def test_resume_is_bitwise(tiny, tmp_path, monkeypatch, own):
     """Interrupted in step 6 (in the third epoch) with a half-written checkpoint beside: the weights of one go."""
-    own = {"stage": "dts", "dts": {"decoder_heads": 2}} if stage == "dts" else {}
     run(resumable(tiny, tmp_path / "whole", **own))
 
     take = BrokenReport.take

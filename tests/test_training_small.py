@@ -45,6 +45,35 @@ def test_facts_say_what_a_frame_shows(workshop):
     assert any(see.facts_of(clip, time)[0].any() for time in range(32))
 
 
+def test_the_course_of_a_group(workshop):
+    """Who stands in which frame, who moves which way, who ends in which colour, against the clip's own words."""
+    see, _, _ = workshop
+    clip = see.make_clip(11, "held_out", seconds=32, cards=3, signs=2, shapes=6, num_questions=0)
+    shares, seen = see.course_shares(4), set()
+    for begin in np.arange(0, 31, 0.5):
+        times = [begin + number * 0.25 for number in range(4)]
+        parts = np.split(see.course_of(clip, times), np.cumsum(list(shares.values()))[:-1])
+        standing, moving, ending = parts[0].reshape(-1, 4), parts[1].reshape(len(see.SHAPES), 4), parts[2]
+        cards = [any(card.second <= time < card.second + card.seconds for card in clip.cards) for time in times]
+        assert standing[-1].tolist() == cards
+        for row, shape in enumerate(see.SHAPES):
+            item = next((item for item in clip.items if item.shape == shape), None)
+            there = [
+                item is not None and item.span_at(t) is not None and not c for t, c in zip(times, cards, strict=True)
+            ]
+            assert standing[row].tolist() == there
+            way = {see.DIRECTIONS[number] for number in moving[row].nonzero()[0]}
+            assert way == ({item.direction} if sum(there) > 1 and item.direction else set())
+            ends = [see.PAIRS[number][0] for number in ending.nonzero()[0] if see.PAIRS[number][1] == shape]
+            assert len(ends) == any(there)
+            if ends:
+                last = max(time for time, visible in zip(times, there, strict=True) if visible)
+                changed = item.change and last >= item.change[0]
+                assert ends == [item.change[1] if changed else item.color]
+            seen |= way | ({"changed"} if ends and changed else set())
+    assert seen
+
+
 def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, root, tmp_path):
     see, _, _ = workshop
     recipe = see.DEFAULTS | {

@@ -6,9 +6,12 @@ The published model starts from a SigLIP tower that has seen billions of picture
 nothing has none, and the language model's loss alone is a slow teacher. So this stage, which is ours, asks for what a
 group of frames shows directly. A linear head on the group's visual tokens names, for each of the four frames, the
 coloured shapes and their sizes and places, the words and digits on signs, and the key and value of a card. A second
-one sees only the mean of the tokens and names what any of the four frames shows: that is what a head of attention can
-read with one look, and what pooled key-values still hold. Both heads are thrown away. The output folder holds the
-whole model; the language model stays what it was.
+one sees only their mean, which is what a head of attention can read with one look and what pooled key-values still
+hold. It names what any of the four frames shows, in which of them shapes, signs and cards stand, which way shapes move
+and which colour they end in. A third one asks as a language model does: for each shape, for a sign and for a card, one
+query attends to the tokens and finds what is to be known, or that there is none. The output folder holds the whole
+model, whose language model stays what it was, and the heads in `heads.safetensors`: a later stage may give the third
+one to the language model (`hand_over.py`).
 
 G groups in a batch, T frames a group, N visual tokens a group.
 """
@@ -21,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
@@ -29,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
+from training.muon import MuonWithAdamW, is_matrix  # noqa: E402
 from training.recipe import read_recipe  # noqa: E402
 from training.train import newest_checkpoint  # noqa: E402
 from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
@@ -49,6 +54,19 @@ for _kind, _values in FACTS.items():
     for _value in _values:
         INDEX[_kind, _value] = len(INDEX)
 NUM_FACTS, NUM_PLACES = len(INDEX), 2 * len(SHAPES)
+DIRECTIONS = ("left", "right", "up", "down")
+SHARES = {kind: len(values) for kind, values in FACTS.items()}
+
+
+def course_shares(frames_per_group: int) -> dict[str, int]:
+    """How many facts of each kind `course_of` has: shapes, sign and card per frame, ways, last colours."""
+    return {
+        "standing": (len(SHAPES) + 2) * frames_per_group,
+        "moving": len(SHAPES) * len(DIRECTIONS),
+        "ending": len(PAIRS),
+    }
+
+
 # Root mean square that the visual tokens are drawn to: nothing in DTS normalises what its convolutions put out.
 TOKEN_SCALE, SCALE_WEIGHT = 0.2, 0.05
 DEFAULTS = {
@@ -58,7 +76,9 @@ DEFAULTS = {
     "output_dir": None,
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
     "mean_weight": 1.0,
+    "asked_weight": 0.0,
     "learning_rate": 1e-3,
+    "muon": False,
     "modules": {},
     "weight_decay": 0.01,
     "warmup": 100,
@@ -104,6 +124,39 @@ def facts_of(clip, time: float) -> tuple[np.ndarray, np.ndarray]:
     return facts, places
 
 
+def course_of(clip, times) -> np.ndarray:
+    """What happens in a group of frames: who stands where in time, who moves which way, who ends in which colour.
+
+    Args:
+        clip: A `video_world.Clip`.
+        times: Seconds of the T frames.
+
+    Returns:
+        0 and 1, as `course_shares` says.
+    """
+    standing = np.zeros((len(SHAPES) + 2, len(times)), np.float32)
+    moving, ending = np.zeros((len(SHAPES), len(DIRECTIONS)), np.float32), np.zeros(len(PAIRS), np.float32)
+    last = {}
+    for number, time in enumerate(times):
+        second = time - clip.start
+        if any(card.second <= second < card.second + card.seconds for card in clip.cards):
+            standing[-1, number] = 1
+            continue
+        for item in clip.items:
+            if item.span_at(second) is None:
+                continue
+            row = -2 if item.text else SHAPES.index(item.shape)
+            standing[row, number] = 1
+            if item.text:
+                continue
+            last[item.shape] = item.change[1] if item.change and second >= item.change[0] else item.color
+            if item.direction and standing[row].sum() > 1:
+                moving[row, DIRECTIONS.index(item.direction)] = 1
+    for shape, color in last.items():
+        ending[PAIRS.index((color, shape))] = 1
+    return np.concatenate([standing.ravel(), moving.ravel(), ending])
+
+
 class GroupDataset(Dataset):
     """Groups of frames from clips of the world, each with its facts.
 
@@ -122,7 +175,7 @@ class GroupDataset(Dataset):
         return int(self.data["size"])
 
     def __getitem__(self, index: int) -> dict:
-        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES]."""
+        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES], `course` (see `course_of`)."""
         processor, rng = self.processor, random.Random(f"{self.seed}-{index}")
         seed = int(self.data.get("first_seed", 0)) + index
         clip = make_clip(
@@ -139,36 +192,101 @@ class GroupDataset(Dataset):
             "pixels": (frames - mean) / std,
             "facts": torch.from_numpy(np.stack(facts)),
             "places": torch.from_numpy(np.stack(places)),
+            "course": torch.from_numpy(course_of(clip, times)),
         }
 
 
+class AskingHead(nn.Module):
+    """One learned query for each shape, for a sign and for a card, which attends to a group's tokens.
+
+    What it finds is read by one linear layer for all shapes, so a token has to say the colour, size and way of what
+    stands there, and by one each for signs and cards.
+
+    Args:
+        hidden_size: Width of a token.
+        frames_per_group: T.
+        head_size: Of queries and keys.
+    """
+
+    def __init__(self, hidden_size: int, frames_per_group: int, head_size: int = 32):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(SHAPES) + 2, head_size))
+        self.key = nn.Linear(hidden_size, head_size)
+        self.value = nn.Linear(hidden_size, 2 * head_size)
+        self.thresholds = nn.Parameter(torch.zeros(len(SHAPES) + 2))
+        self.shape = nn.Linear(2 * head_size, 2 * len(COLORS) + len(SIZES) + len(DIRECTIONS) + frames_per_group)
+        self.sign = nn.Linear(2 * head_size, len(TEXTS) + frames_per_group)
+        self.card = nn.Linear(2 * head_size, len(PAIRS + WORDS) + len(TEXTS) + frames_per_group)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits that a thing is there [G, shapes + 2], and of what is asked of it: see `asked_of`.
+
+        Args:
+            tokens: [G, N, hidden_size].
+        """
+        scores = torch.einsum("qd,gnd->gqn", self.queries, self.key(tokens)).float()
+        found = (scores.softmax(dim=-1).to(tokens.dtype) @ self.value(tokens)).float()
+        count = len(SHAPES)
+        there = scores.logsumexp(dim=-1) - self.thresholds
+        return there, [self.shape(found[:, :count]), self.sign(found[:, count]), self.card(found[:, count + 1])]
+
+
+def asked_of(shown: torch.Tensor, shares: dict[str, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What an `AskingHead` should find.
+
+    Args:
+        shown: Facts of a group, [G, ...].
+        shares: Their kinds, see `VisionPretraining.of_group`.
+
+    Returns:
+        What is there [G, shapes + 2]; of shapes their colours, last colours, sizes, ways and frames [G, shapes, ...],
+        of the sign its text and frames [G, ...], of the card its key, value and frames.
+    """
+    facts = dict(zip(shares, shown.split(list(shares.values()), dim=1), strict=True))
+    count = len(SHAPES)
+    standing = facts["standing"].unflatten(1, (count + 2, -1))
+    colors, ending = (facts[kind].unflatten(1, (-1, count)).transpose(1, 2) for kind in ("shape", "ending"))
+    sizes, moving = (facts[kind].unflatten(1, (count, -1)) for kind in ("size", "moving"))
+    return standing.amax(dim=-1), [
+        torch.cat([colors, ending, sizes, moving, standing[:, :count]], dim=-1),
+        torch.cat([facts["sign"], standing[:, count]], dim=-1),
+        torch.cat([facts["card_key"], facts["card_value"], standing[:, count + 1]], dim=-1),
+    ]
+
+
 class VisionPretraining(nn.Module):
-    """A model's vision path with a linear head that names facts.
+    """A model's vision path with heads that name facts.
 
     Args:
         model: A Video-XL model; its language model is left alone.
         frames_per_group: T.
-        mean_weight: Of what is named from the mean of the tokens, in the loss.
+        mean_weight, asked_weight: Of what is named from the mean of the tokens, and of what is found by queries, in
+            the loss.
     """
 
-    def __init__(self, model, frames_per_group: int, mean_weight: float = 1.0):
+    def __init__(self, model, frames_per_group: int, mean_weight: float = 1.0, asked_weight: float = 0.0):
         super().__init__()
-        self.mean_weight = mean_weight
+        self.mean_weight, self.asked_weight = mean_weight, asked_weight
         self.config = model.config
         self.vision_tower = model.model.vision_tower
         self.compressor = model.model.compressor
         self.multi_modal_projector = model.model.multi_modal_projector
         self.encode = model.get_video_features
-        width = model.model.tokens_per_group * model.config.text_config.hidden_size
+        hidden_size = model.config.text_config.hidden_size
+        self.of_group = SHARES | course_shares(frames_per_group)
+        width = model.model.tokens_per_group * hidden_size
         self.head = nn.Linear(width, frames_per_group * (NUM_FACTS + NUM_PLACES))
-        self.mean_head = nn.Linear(model.config.text_config.hidden_size, NUM_FACTS)
+        self.mean_head = nn.Linear(hidden_size, sum(self.of_group.values()))
+        self.asking_head = AskingHead(hidden_size, frames_per_group)
 
-    def forward(self, pixels, facts, places):
-        """The loss of G groups, and the logits of facts: per frame [G, T, NUM_FACTS], from the mean [G, NUM_FACTS].
+    def forward(self, pixels, facts, places, course):
+        """The loss of G groups and logits: of facts per frame [G, T, NUM_FACTS], of a group's facts from the mean of
+        its tokens [G, ...], and what the queries find (see `AskingHead.forward`).
 
         Args:
             pixels: [G, T, 3, S, S].
             facts, places: See `facts_of`, [G, T, ...].
+            course: See `course_of`, [G, ...].
         """
         tokens = torch.cat(self.encode(pixels).pooler_output).float()
         scale = tokens.pow(2).mean(dim=-1).clamp(min=1e-12).sqrt()
@@ -179,27 +297,45 @@ class VisionPretraining(nn.Module):
             .unflatten(1, facts.shape[1:2] + (-1,))
             .split([NUM_FACTS, NUM_PLACES], -1)
         )
-        loss = F.binary_cross_entropy_with_logits(named, facts, reduction="sum") / facts.shape[:2].numel()
-        there = places.isfinite()
-        loss = loss + 4 * F.mse_loss(placed[there], places[there]) if there.any() else loss
+        groups = len(facts)
+        loss = missed(named, facts) / facts.shape[:2].numel()
+        seen = places.isfinite()
+        loss = loss + 4 * F.mse_loss(placed[seen], places[seen]) if seen.any() else loss
         of_mean = self.mean_head(normed.mean(dim=1)).float()
-        shown = facts.amax(dim=1)
-        missed = F.binary_cross_entropy_with_logits(of_mean, shown, reduction="sum") / len(facts)
-        loss = loss + self.mean_weight * missed
+        shown = torch.cat([facts.amax(dim=1), course], dim=1)
+        loss = loss + self.mean_weight * missed(of_mean, shown) / groups
+        there, found = self.asking_head(normed)
+        is_there, asked = asked_of(shown, self.of_group)
+        of_asked = missed(there, is_there)
+        for part, wanted, present in zip(found, asked, split_things(is_there), strict=True):
+            of_asked = of_asked + missed(part[present], wanted[present])
+        loss = loss + self.asked_weight * of_asked / groups
         loss = loss + SCALE_WEIGHT * (scale / TOKEN_SCALE).log().pow(2).mean()
-        return {"loss": loss, "logits": named, "of_mean": of_mean}
+        return {"loss": loss, "logits": named, "of_mean": of_mean, "there": there, "found": found}
 
 
-def accuracy(logits: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
-    """Per kind of fact, of the frames that show any, the share in which exactly the right ones are named."""
-    found, result, start = (logits > 0).flatten(0, 1), {}, 0
-    facts = facts.bool().flatten(0, 1)
-    for kind, values in FACTS.items():
-        part = slice(start, start + len(values))
-        start += len(values)
-        shown = facts[:, part].any(dim=1)
-        exact = (found[:, part] == facts[:, part]).all(dim=1)
-        result[kind] = exact[shown].float().mean().item() if shown.any() else float("nan")
+def missed(logits: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """The sum of binary cross-entropies."""
+    return F.binary_cross_entropy_with_logits(logits, facts, reduction="sum")
+
+
+def split_things(is_there: torch.Tensor) -> list[torch.Tensor]:
+    """[G, shapes + 2] as masks of shapes [G, shapes], of signs [G] and of cards [G]."""
+    is_there = is_there.bool()
+    return [is_there[:, : len(SHAPES)], is_there[:, -2], is_there[:, -1]]
+
+
+def accuracy(logits: torch.Tensor, facts: torch.Tensor, shares: dict[str, int]) -> dict[str, float]:
+    """Per kind of fact, of the rows that show any, the share in which exactly the right ones are named.
+
+    Args:
+        logits, facts: [R, number of facts].
+        shares: How many of them each kind has.
+    """
+    result, sizes = {}, list(shares.values())
+    for kind, found, shown in zip(shares, (logits > 0).split(sizes, 1), facts.bool().split(sizes, 1), strict=True):
+        exact, any_shown = (found == shown).all(dim=1), shown.any(dim=1)
+        result[kind] = exact[any_shown].float().mean().item() if any_shown.any() else float("nan")
     return result
 
 
@@ -221,28 +357,53 @@ class VisionTrainer(Trainer):
                 rate = float(self.recipe["modules"].get(module_of("model." + name), self.args.learning_rate))
                 decay = self.args.weight_decay if parameter.ndim > 1 else 0.0
                 groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+                if self.recipe["muon"]:
+                    groups[-1]["muon"] = is_matrix(name, parameter) and "head" not in name
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **options)
+            if self.recipe["muon"]:
+                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
+            else:
+                self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # override: shares of frames that are named right
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
-        logits, of_mean, facts, losses = [], [], [], []
+        named, of_mean, facts, of_group, losses = [], [], [], [], []
+        there, found = [], ([], [], [])
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader(eval_dataset):
                 output = self.model(**batch)
-                logits.append(output["logits"])
+                named.append(output["logits"].flatten(0, 1))
+                facts.append(batch["facts"].flatten(0, 1))
                 of_mean.append(output["of_mean"])
-                facts.append(batch["facts"])
+                of_group.append(torch.cat([batch["facts"].amax(dim=1), batch["course"]], dim=1))
+                there.append(output["there"])
+                for parts, part in zip(found, output["found"], strict=True):
+                    parts.append(part)
                 losses.append(float(output["loss"]))
         self.model.train()
-        facts = torch.cat(facts)
-        kinds = accuracy(torch.cat(logits), facts)
-        kinds |= {
-            f"{kind} of mean": value
-            for kind, value in accuracy(torch.cat(of_mean)[:, None], facts.amax(dim=1, keepdim=True)).items()
-        }
+        of_group, shares = torch.cat(of_group), self.model.of_group
+        kinds = accuracy(torch.cat(named), torch.cat(facts), SHARES)
+        kinds |= {f"{kind} of mean": value for kind, value in accuracy(torch.cat(of_mean), of_group, shares).items()}
+        is_there, asked = asked_of(of_group, shares)
+        kinds["there asked"] = ((torch.cat(there) > 0) == is_there.bool()).all(dim=1).float().mean().item()
+        frames = shares["standing"] // (len(SHAPES) + 2)
+        texts = {"text": len(TEXTS), "frames": frames}
+        names = (
+            {
+                "color": len(COLORS),
+                "last color": len(COLORS),
+                "size": len(SIZES),
+                "way": len(DIRECTIONS),
+                "frames": frames,
+            },
+            {f"sign {name}": size for name, size in texts.items()},
+            {"card key": len(PAIRS + WORDS)} | {f"card {name}": size for name, size in texts.items()},
+        )
+        for share, parts, wanted, present in zip(names, found, asked, split_things(is_there), strict=True):
+            right = accuracy(torch.cat(parts)[present], wanted[present], share)
+            kinds |= {f"{name} asked": value for name, value in right.items()}
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
         metrics[f"{metric_key_prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
         metrics |= {f"{metric_key_prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
@@ -294,7 +455,7 @@ def run(recipe: dict, resume: bool = False) -> None:
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), **options)
     model.config.vision_chunk_frames = 1024
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"])
+    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"], recipe["asked_weight"])
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
     arguments = {
         "output_dir": str(output),
@@ -330,6 +491,10 @@ def run(recipe: dict, resume: bool = False) -> None:
     model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    heads = {
+        name: tensor for name, tensor in pretraining.state_dict().items() if name.partition(".")[0].endswith("head")
+    }
+    save_file(heads, output / "heads.safetensors")
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ DEFAULTS = {
     "modules": {},
     "sparse_attention": {"prefill": "full"},
     "learning_rate": 1e-5,
+    "muon": False,  # Muon for the matrices, AdamW for the rest; see muon.py
     "weight_decay": 0.0,
     "warmup": 0.03,  # steps, or below 1 a share of all steps
     "scheduler": "cosine",

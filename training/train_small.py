@@ -24,7 +24,12 @@ LOGS = ROOT / "training" / "logs" / "small"
 
 def stages() -> list[str]:
     """Names of the stages, in order."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted((path.stem for path in RECIPES.glob("*.yaml")), key=number_of)
+
+
+def number_of(stage: str) -> int:
+    """The number in front of a stage's name."""
+    return int(stage.partition("_")[0])
 
 
 def train(output: Path, first: str | None) -> Path:
@@ -72,7 +77,7 @@ def read_logs(folder: Path) -> list[tuple[str, list[dict]]]:
     """Per stage its name and the lines of its log."""
     return [
         (path.stem, [json.loads(line) for line in path.read_text().splitlines()])
-        for path in sorted(folder.glob("*.jsonl"))
+        for path in sorted(folder.glob("*.jsonl"), key=lambda path: number_of(path.stem))
     ]
 
 

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 
 from training.batches import EpochSampler, videos_of
 from training.data import IGNORE
+from training.muon import MuonWithAdamW, is_matrix
 from training.recipe import MODULES, learning_rates, plans
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
@@ -66,17 +67,20 @@ class VideoXLTrainer(Trainer):
             for name, parameter in opt_model.named_parameters():
                 if parameter.requires_grad:
                     rate = rates.get(module_of(name)) or self.args.learning_rate
-                    groups[rate, self.args.weight_decay if name in decay else 0.0].append(parameter)
+                    muon = self.recipe["muon"] and is_matrix(name, parameter)
+                    groups[rate, self.args.weight_decay if name in decay else 0.0, muon].append(parameter)
             if not groups:
                 raise ValueError("every module is frozen, there is nothing to train; see 'modules' in the recipe")
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
-            self.optimizer = optimizer_class(
-                [
-                    {"params": parameters, "lr": rate, "weight_decay": weight_decay}
-                    for (rate, weight_decay), parameters in groups.items()
-                ],
-                **options,
-            )
+            groups = [
+                {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+                | ({"muon": muon} if self.recipe["muon"] else {})
+                for (rate, weight_decay, muon), parameters in groups.items()
+            ]
+            if self.recipe["muon"]:
+                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
+            else:
+                self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # override: logits only where labels are
