@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from convert_families import Family, name_table, recognise_family
 from model_card import converted_card
 
 ROOT = Path(__file__).resolve().parent
@@ -57,17 +58,12 @@ AUTO_MAP = {
 AUTO_MAP |= dict.fromkeys(AUTO_MODELS, f"modeling_videoxl.{ARCHITECTURE}")
 
 
-def _root_module(module):
+def _remote_code(module):
     # The remote files import each other relatively, so the flat root is imported as a package.
     package = types.ModuleType("videoxl")
     package.__path__ = [str(ROOT)]
     sys.modules.setdefault("videoxl", package)
     return importlib.import_module(f"videoxl.{module}")
-
-
-_families = _root_module("convert_families")
-Family, FAMILIES = _families.Family, _families.FAMILIES
-name_table, recognise_family = _families.name_table, _families.recognise_family
 
 
 @dataclass(frozen=True)
@@ -259,7 +255,7 @@ def _some(names, limit=5):
 
 
 def _build_config(published, preset, tensors, dtype):
-    config_class = _root_module("configuration_videoxl").VideoXLConfig
+    config_class = _remote_code("configuration_videoxl").VideoXLConfig
     if preset.get("tie_word_embeddings"):
         # Whether the file says it depends on the version of transformers that wrote it; the head itself does not.
         published = {"tie_word_embeddings": "lm_head.weight" not in tensors, **published}
@@ -283,7 +279,7 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: If the config's sizes do not go together.
     """
-    model_class = getattr(_root_module("modeling_videoxl"), ARCHITECTURE)
+    model_class = getattr(_remote_code("modeling_videoxl"), ARCHITECTURE)
     try:
         with torch.device("meta"):
             model = model_class(config)
@@ -294,7 +290,7 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
 
 def unused_layers(config) -> tuple[str, ...]:
     """Prefixes of the tower's layers above the one whose output is taken: some checkpoints store them, some do not."""
-    depth = _root_module("vision_videoxl").tower_depth(config)
+    depth = _remote_code("vision_videoxl").tower_depth(config)
     return tuple(
         f"model.vision_tower.encoder.layers.{number}."
         for number in range(depth, config.vision_config.num_hidden_layers)
@@ -414,7 +410,7 @@ def _copy_tokenizer(source, folder, config):
         tokenizer.save_pretrained(folder)
         _drop_chat_template(folder)
     try:
-        return _root_module("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
+        return _remote_code("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
     except (ValueError, TypeError) as error:
         _warn(f"the tokenizer of {source} does not fit its weights: {error}")
         return None

@@ -18,6 +18,8 @@ from videoxl import convert_weights
 from videoxl.configuration_videoxl import VideoXLConfig
 from videoxl.convert_weights import convert, name_table, recognise_family
 
+import convert_families
+
 CHECKPOINT = FIXTURES / "videoxl2" / "checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -221,8 +223,8 @@ def test_other_checkpoints_are_refused(published, names, message):
 def test_unknown_and_unsupported_families_are_refused(make_source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown family"):
         name_table("videoxl3")
-    unsupported = dataclasses.replace(convert_weights.FAMILIES["videoxl2"], preset=None)
-    monkeypatch.setitem(convert_weights.FAMILIES, "videoxl2", unsupported)
+    unsupported = dataclasses.replace(convert_families.FAMILIES["videoxl2"], preset=None)
+    monkeypatch.setitem(convert_families.FAMILIES, "videoxl2", unsupported)
     with pytest.raises(ValueError, match="Video-XL-2 .*not supported yet"):
         convert(make_source(), tmp_path / "output")
     assert_nothing_left(tmp_path)
