@@ -96,7 +96,9 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
 
 
 def pending_choice(cache, settings) -> bool:
-    """Whether a cache is a dense one with videos that has to be mixed before the next question."""
+    """Whether something waits for the next question: rows to select from, or a dense cache with videos to be mixed."""
+    if getattr(cache, "deferred", None) is not None:
+        return True
     layout = getattr(cache, "layout", None)
     return settings.decode == "bilevel" and bool(layout and layout.videos) and getattr(cache, "choices", None) is None
 

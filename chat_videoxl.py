@@ -241,6 +241,8 @@ class VideoXLChatMixin:
         """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
         if encoded is None:
             return None
+        if getattr(encoded.cache, "deferred", None) is not None:
+            return fork_cache(encoded.cache)  # what is selected comes to the device
         full = self.config.resolve_sparse_attention().decode == "full"
         cache = fork_cache(encoded.cache, make_room=full and encoded.cache.layers[0].keys.device == self.device)
         if full:
@@ -366,9 +368,16 @@ class VideoXLChatMixin:
             encoded = start(path, kind="image", sampling={"size": processor.image_size})
             encoded.extend_image(tiles)
             return encoded
-        reader = open_video(
-            source, size=processor.image_size, batch_frames=self.config.resolve_vision_chunk_frames(), **options
+        if self.config.frame_padding != "last":
+            raise ValueError(
+                "frame_padding='random' needs all frames at once, so it is for forward and generate; set it to 'last'"
+            )
+        limit, unit = (
+            self.config.resolve_vision_chunk_frames(),
+            self.config.resolve_unit_frames(self.config.resolve_beacons()),
         )
+        options |= {"size": processor.image_size, "fit": processor.frame_fit}
+        reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
         with reader:
             encoded = start(reader.source, sampling=reader.sampling)
             if progress is None:

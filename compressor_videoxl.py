@@ -1,4 +1,4 @@
-"""From a tower's frame features to visual tokens: dynamic token synthesis (DTS), projector and pooling.
+"""From a tower's frame features to visual tokens: compressors (dynamic token synthesis), projector and pooling.
 
 What is surprising, all of it load-bearing because the published weights were trained with it (Video-XL-2, arXiv
 2506.19225; public reference `sae.py`, `sae_utils.py`, `attention_temporal_videoae.py`):
@@ -46,6 +46,21 @@ def pad_to_whole_groups(frames: torch.Tensor, frames_per_group: int) -> torch.Te
     if missing == 0:
         return frames
     return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
+
+
+def duplicated_frames(num_frames: int, frames_per_group: int, seed: int) -> list[int]:
+    """How the published Video-XL-Pro code makes whole groups: frames that are drawn at random come twice, in place.
+
+    Fewer frames than a group has are filled by repeating the last.
+
+    Returns:
+        Indices of frames, ascending; a multiple of `frames_per_group`.
+    """
+    missing = -num_frames % frames_per_group
+    if num_frames < frames_per_group:
+        return [*range(num_frames), *[num_frames - 1] * missing]
+    drawn = torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed))[:missing]
+    return sorted([*range(num_frames), *drawn.tolist()])
 
 
 def group_frames(grids: torch.Tensor, frames_per_group: int) -> torch.Tensor:
@@ -201,7 +216,8 @@ class VideoXLMultiModalProjector(nn.Module):
         return rearrange(F.avg_pool2d(grid, self.pool_size), "g c y x -> g (y x) c")
 
 
-COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis}
+# Compressors: frame features [F, P, C] -> [G, S * S, C].
+COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis, "none": nn.Identity}
 
 
 def build_compressor(config) -> nn.Module:

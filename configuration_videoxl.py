@@ -11,10 +11,27 @@ What is surprising:
   `VideoXLConfig.from_published` reads it, and `from_dict` sends flat dicts there.
 """
 
+import math
+import random
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
 PREFILL_MODES = ("full", "streaming", "mask")
 DECODE_MODES = ("full", "bilevel")
+FRAME_FITS = ("stretch", "crop")
+TOKEN_SELECTORS = (None, "query", "timed_query")
+BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
+
+# Between these the published Video-XL-Pro code draws the share of visual tokens that it keeps.
+RANDOM_KEEP_RATIO = (0.7, 0.99)
+# Settings of published beacon memory that are built here; other values of these keys are another algorithm.
+_BEACON_ALGORITHM = {
+    "beacon_pos": "interleave",
+    "beacon_attn": "full-coverage",
+    "beacon_sink_size": 0,
+    "beacon_parallel_window": 1,
+    "beacon_param": ["q", "k", "v"],
+}
 
 # Model types that published checkpoints of the family carry in their flat config.json.
 PUBLISHED_MODEL_TYPES = ("llava_qwen", "llava_qwen_flash", "videochat_flash_qwen")
@@ -65,7 +82,8 @@ class VideoXLCompressorConfig(PreTrainedConfig):
     """How frame features become visual tokens, up to and including the projector.
 
     Args:
-        compressor_type: Slot value; `"dts"` is dynamic token synthesis (Video-XL-2, Video-XL-Pro).
+        compressor_type: Slot value; `"dts"` is dynamic token synthesis (Video-XL-2, Video-XL-Pro), `"none"` passes
+            the tower's features on (Video-XL).
         hidden_size: Channels of the tower's features and of the compressor.
         frames_per_group: Frames that are merged into one group of tokens; a power of two.
         grid_size: Side of the square grid that the tower's grid is resized to before the compressor.
@@ -137,6 +155,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
 
     model_type = "videoxl_sparse_attention"
     base_config_key = "sparse_attention"
+    # What `resolve_sparse_attention` adds for families with beacon memory, see `resolve_beacons`.
+    beacons = None
     fields = (
         "prefill",
         "chunk_groups",
@@ -177,8 +197,9 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
 
     @property
     def plan(self) -> dict:
-        """What decides who sees whom during prefill."""
-        return {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
+        """What decides who sees whom during prefill, and what is kept of it."""
+        plan = {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
+        return plan if self.beacons is None else {**plan, "beacons": self.beacons}
 
     def check(self) -> None:
         """Raises ValueError if a field is outside its range (fields may have been set after construction)."""
@@ -210,8 +231,24 @@ class VideoXLConfig(PreTrainedConfig):
             timestamps.
         time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
         image_mean, image_std: Normalisation of pixels in 0..1, per channel.
+        frame_fit: How a frame becomes a square: `"stretch"`, or `"crop"` (short side to size, middle of the long one).
+        frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
+            frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
+        frame_padding_seed: Of that choice.
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of the tower's image size, as in Video-XL-2.
+        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
+        token_selector: Which visual tokens reach the language model: None for all, `"query"` by the prompt's text
+            (Video-XL-Pro of March 2025), `"timed_query"` by it after attention to timestamps (of April 2025).
+        selector_heads: Heads of that attention.
+        keep_ratio: Share of the visual tokens that the selector keeps, rounded down to a multiple of 16 tokens.
+        keep_seed: None, or the seed with which the share is drawn between 0.7 and 0.99 instead, as in published code.
+        max_visual_tokens: At most so many tokens of a video are kept; None for no limit.
+        beacon_window: Visual tokens that are compressed at once into beacons; None for families without them.
+        beacon_ratio: Visual tokens per beacon: a number, a list to choose from, or `"none"` (or None).
+        beacon_ratio_mix: How to choose from a list: `"step-random"` for every window, `"instance-random"` for every
+            video, `"sequence"` in turn.
+        beacon_seed: Of these choices, which start anew with every video.
     """
 
     model_type = "videoxl"
@@ -236,7 +273,20 @@ class VideoXLConfig(PreTrainedConfig):
         time_format="Time {seconds:.1f}s:",
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
+        frame_fit="stretch",
+        frame_padding="last",
+        frame_padding_seed=0,
         image_grid_pinpoints=None,
+        image_timestamps=False,
+        token_selector=None,
+        selector_heads=4,
+        keep_ratio=1.0,
+        keep_seed=None,
+        max_visual_tokens=None,
+        beacon_window=None,
+        beacon_ratio=None,
+        beacon_ratio_mix="step-random",
+        beacon_seed=42,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -257,7 +307,23 @@ class VideoXLConfig(PreTrainedConfig):
         self.time_format = time_format
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.frame_fit = frame_fit
+        self.frame_padding = frame_padding
+        self.frame_padding_seed = frame_padding_seed
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.image_timestamps = image_timestamps
+        self.token_selector = token_selector
+        self.selector_heads = selector_heads
+        self.keep_ratio = keep_ratio
+        self.keep_seed = keep_seed
+        self.max_visual_tokens = max_visual_tokens
+        self.beacon_window = beacon_window
+        self.beacon_ratio = beacon_ratio
+        self.beacon_ratio_mix = beacon_ratio_mix
+        self.beacon_seed = beacon_seed
+        for name, known in (("frame_fit", FRAME_FITS), ("token_selector", TOKEN_SELECTORS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def __setattr__(self, name, value):
@@ -281,7 +347,7 @@ class VideoXLConfig(PreTrainedConfig):
         it.
 
         Raises:
-            ValueError: On a value outside its range.
+            ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
         if getattr(self, "mm_llm_compress", False):
@@ -300,7 +366,66 @@ class VideoXLConfig(PreTrainedConfig):
             settings["chunk_groups"] = published.get("chunk_size", settings["chunk_groups"])
             settings["window_chunks"] = published.get("step_size", settings["window_chunks"])
             settings["offload"] = bool(published.get("offload", settings["offload"]))
-        return VideoXLSparseAttentionConfig(**settings)
+        resolved = VideoXLSparseAttentionConfig(**settings)
+        resolved.beacons = self.resolve_beacons()
+        if resolved.beacons is None and self.token_selector is None:
+            return resolved
+        if (resolved.prefill, resolved.decode, resolved.offload) != ("full", "full", False):
+            cause = "selects visual tokens by the question" if self.token_selector else "has beacon memory"
+            remedy = "" if self.token_selector else ", or beacon_ratio to 'none'"
+            raise ValueError(
+                f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
+                f"'full', no offload); got prefill={resolved.prefill!r}, decode={resolved.decode!r}, "
+                f"offload={resolved.offload!r}: set it to {{}}{remedy}"
+            )
+        return resolved
+
+    def resolve_beacons(self) -> dict | None:
+        """The beacon memory in force now: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
+
+        Raises:
+            ValueError: On a value outside its range.
+        """
+        ratio = self.beacon_ratio
+        if self.beacon_window is None or ratio is None or ratio == "none":
+            if self.beacon_window is None and ratio not in (None, "none"):
+                raise ValueError(f"this model has no beacon memory (beacon_window), so beacon_ratio={ratio!r} is void")
+            return None
+        ratios = list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]
+        if not ratios or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ratios):
+            raise ValueError(
+                f"beacon_ratio must be a whole number of at least 1, a list of such, or 'none', got {ratio!r}"
+            )
+        if len(ratios) > 1 and self.beacon_ratio_mix not in BEACON_RATIO_MIXES:
+            raise ValueError(
+                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {self.beacon_ratio_mix!r}; or give a "
+                "single beacon_ratio, which needs none"
+            )
+        return {"window": self.beacon_window, "ratios": ratios, "mix": self.beacon_ratio_mix, "seed": self.beacon_seed}
+
+    def resolve_unit_frames(self, beacons: dict | None) -> int:
+        """Frames behind which a video can be continued as if it had not ended: a group, or what fills beacon windows.
+
+        Args:
+            beacons: As `resolve_beacons` gave them when the video was begun.
+        """
+        if beacons is None or self.token_selector is not None:
+            return self.frames_per_group
+        window = beacons["window"]
+        return window // math.gcd(window, self.compressor_config.tokens_per_group) * self.frames_per_group
+
+    def resolve_keep_ratio(self) -> float:
+        """The share of visual tokens that the selector keeps now.
+
+        Raises:
+            ValueError: On a value outside its range.
+        """
+        if self.keep_seed is not None:
+            return random.Random(self.keep_seed).uniform(*RANDOM_KEEP_RATIO)
+        ratio = self.keep_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ValueError(f"keep_ratio must be a number above 0 and at most 1, got {ratio!r}")
+        return ratio
 
     def resolve_vision_chunk_frames(self) -> int:
         """Frames per call of the tower: a whole number of groups, at least one; the published switch wins."""
@@ -331,24 +456,37 @@ class VideoXLConfig(PreTrainedConfig):
         Returns:
             A `VideoXLConfig`.
         """
+        if preset is None and "beacon_window" in published:
+            raise ValueError("a config.json with beacon memory needs a preset: convert it with convert_weights.py")
         config = dict(preset) if preset else cls().to_dict()
         text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
         if not {"rope_theta", "rope_parameters"} & set(text):
             text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
         config["text_config"] = {"model_type": "qwen2", **text}
         vision = {key: value for key, value in config["vision_config"].items() if key != "transformers_version"}
-        config["vision_config"] = {**vision, **published.get("vision_config", {})}
-        compressor = dict(config.get("compressor_config", {}))
-        compressor["hidden_size"] = published.get("mm_hidden_size", config["vision_config"]["hidden_size"])
+        vision = config["vision_config"] = {**vision, **published.get("vision_config", {})}
+        if vision["model_type"] != "siglip_vision_model":
+            # Members with SigLIP drop its last layer whatever this key says.
+            config["vision_feature_layer"] = published.get("mm_vision_select_layer", config["vision_feature_layer"])
+        compressor = {"projector_pool_size": 2, **config.get("compressor_config", {})}
+        compressor["hidden_size"] = published.get("mm_hidden_size", vision["hidden_size"])
+        compressor["projector_pool_size"] = published.get("mm_spatial_pool_stride", compressor["projector_pool_size"])
+        if (mode := published.get("mm_spatial_pool_mode", "average")) != "average":
+            raise ValueError(f"mm_spatial_pool_mode must be 'average', got {mode!r}")
+        if compressor.get("compressor_type") == "none":
+            compressor["grid_size"] = vision["image_size"] // vision["patch_size"]
         config["compressor_config"] = compressor
-        config["tie_word_embeddings"] = published.get("tie_word_embeddings", False)
-        for key in ("video_token_id", "time_start_token_id", "time_end_token_id"):
-            config[key] = published.get(key, config.get(key))
-        if isinstance(published.get("image_grid_pinpoints"), (list, tuple)):
-            config["image_grid_pinpoints"] = published["image_grid_pinpoints"]
-        for key in ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config"):
-            if key in published:
-                config[key] = published[key]
+        config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        copied = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
+        copied += ("video_token_id", "time_start_token_id", "time_end_token_id")
+        copied += ("image_grid_pinpoints",) if isinstance(published.get("image_grid_pinpoints"), list) else ()
+        if config.get("beacon_window") is not None:
+            copied += ("beacon_window", "beacon_ratio", "beacon_ratio_mix")
+            expected = {**_BEACON_ALGORITHM, "beacon_stride": published.get("beacon_window")}
+            if other := [key for key, value in expected.items() if published.get(key, value) != value]:
+                settings = ", ".join(f"{key}={published[key]!r} instead of {expected[key]!r}" for key in other)
+                raise ValueError(f"beacon memory with {settings} is not supported")
+        config |= {key: published[key] for key in copied if key in published}
         config["dtype"] = published.get("torch_dtype", published.get("dtype"))
         for key in ("model_type", "architectures", "transformers_version"):
             config.pop(key, None)

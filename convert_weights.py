@@ -3,8 +3,7 @@
     python convert_weights.py SOURCE OUTPUT [--preset NAME] [--dtype bfloat16] [--max-shard-size 5GB]
 
 What is surprising:
-* A family is one entry of `FAMILIES`: its marks, its rows of names, its preset. The rows read in both directions, so
-  the same table tells what a published checkpoint must contain.
+* Which family a checkpoint belongs to, and what its tensors are called, is said in `convert_families`.
 * The folder is complete (weights, configs, tokenizer, template, remote code, model card) and appears at once:
   everything goes to a hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
 * Expected names and shapes come from our model class on the meta device: a table cannot silently drift from the model.
@@ -22,7 +21,7 @@ import types
 import uuid
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from convert_families import Family, name_table, recognise_family
 from model_card import converted_card
 
 ROOT = Path(__file__).resolve().parent
@@ -42,6 +42,7 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
+PLACEHOLDER = "<|vision_pad|>"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The entry points of the remote code; every file that they reach by relative imports is part of the output.
@@ -57,125 +58,20 @@ AUTO_MAP = {
 AUTO_MAP |= dict.fromkeys(AUTO_MODELS, f"modeling_videoxl.{ARCHITECTURE}")
 
 
-@dataclass(frozen=True)
-class Family:
-    """What tells one family's checkpoints from the others, and how its tensors are called here.
-
-    Args:
-        title: Name for messages.
-        has, lacks: Prefixes that some tensor name starts with, and that none starts with.
-        preset: File in `presets/`, without suffix; None while the family is recognised but not yet supported.
-        names: Rows (published name, our name); `*` stands for the same text on both sides. The first that fits counts.
-        ignored: Published names that our model has no use for; `*` stands for any text.
-    """
-
-    title: str
-    has: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
-    preset: str | None = None
-    names: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-
-    def fits(self, names) -> bool:
-        """Whether a checkpoint with these tensor names carries the family's marks."""
-
-        def some_start(prefix):
-            return any(name.startswith(prefix) for name in names)
-
-        return all(map(some_start, self.has)) and not any(map(some_start, self.lacks))
-
-    def ignores(self, name: str) -> bool:
-        """Whether the published tensor `name` is known and has no place in our model."""
-        return any(_fit(pattern, name) is not None for pattern in self.ignored)
-
-    def to_ours(self, name: str) -> str | None:
-        """Our name of the published tensor `name`; None if no row fits."""
-        return _rename(name, self.names)
-
-    def to_published(self, name: str) -> str | None:
-        """The published name of our tensor `name`; None if no row fits."""
-        return _rename(name, [(ours, published) for published, ours in self.names])
-
-
-def _fit(pattern, name):
-    match = re.fullmatch("(.+)".join(map(re.escape, pattern.split("*"))), name)
-    return match and match.groups()
-
-
-def _rename(name, rows):
-    for pattern, replacement in rows:
-        if (texts := _fit(pattern, name)) is not None:
-            return replacement.replace("*", "{}").format(*texts)
-    return None
-
-
-# All families carry Qwen2 under the names of Qwen2ForCausalLM.
-_LANGUAGE_MODEL_NAMES = (
-    ("model.embed_tokens.*", "model.language_model.embed_tokens.*"),
-    ("model.layers.*", "model.language_model.layers.*"),
-    ("model.norm.*", "model.language_model.norm.*"),
-    ("lm_head.*", "lm_head.*"),
-)
-
-FAMILIES = {
-    "videoxl2": Family(
-        title="Video-XL-2",
-        has=("model.sae.",),
-        lacks=("model.WindowTimeToTokenAttention.", "model.beacon_embed_tokens."),
-        preset="video-xl-2-8b",
-        names=(
-            ("model.vision_tower.vision_tower.vision_model.*", "model.vision_tower.*"),
-            ("model.sae.*", "model.compressor.*"),
-            ("model.mm_projector.0.*", "model.multi_modal_projector.linear_1.*"),
-            ("model.mm_projector.2.*", "model.multi_modal_projector.linear_2.*"),
-            *_LANGUAGE_MODEL_NAMES,
-        ),
-        # Declared by the published model class, called by nobody.
-        ignored=("model.text_mlp.*",),
-    ),
-    "videoxlpro": Family(title="Video-XL-Pro", has=("model.sae.", "model.WindowTimeToTokenAttention.")),
-    "videoxl1": Family(title="Video-XL", has=("model.beacon_embed_tokens.",), lacks=("model.sae.",)),
-    "videochatflash": Family(title="VideoChat-Flash", has=("model.mm_projector.mlp.",), lacks=("model.sae.",)),
-}
-
-
-def name_table(family: str) -> Family:
-    """The names of a supported family (a key of `FAMILIES`).
-
-    Raises:
-        ValueError: If there is no such family, or it is not supported yet.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
-    if FAMILIES[family].preset is None:
-        raise ValueError(f"this is a {FAMILIES[family].title} checkpoint: that family is not supported yet")
-    return FAMILIES[family]
-
-
-def recognise_family(config: dict, names) -> str:
-    """Which family a published checkpoint belongs to, from its config.json and its tensor names.
-
-    `model_type` does not decide: it changed between releases, and several families share `llava_qwen`.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if config.get("model_type") == "videoxl":
-        raise ValueError("SOURCE is already in our format (model_type videoxl): load it as it is")
-    has_vision = any(key.startswith("mm_") for key in config)
-    found = [key for key, family in FAMILIES.items() if has_vision and family.fits(names)]
-    if not found:
-        titles = ", ".join(family.title for family in FAMILIES.values())
-        raise ValueError(
-            f"not a checkpoint of a known family ({titles}): config.json has {'some' if has_vision else 'no'} mm_* "
-            f"keys and model_type {config.get('model_type')!r}, and the names of the tensors do not fit either"
-        )
-    return found[0]
+def _remote_code(module):
+    # The remote files import each other relatively, so the flat root is imported as a package.
+    package = types.ModuleType("videoxl")
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault("videoxl", package)
+    return importlib.import_module(f"videoxl.{module}")
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a published tensor lies, and what its header says: `shape`, and `dtype` in safetensors' words (`BF16`)."""
+    """Where a published tensor lies, and what its header says: `shape`, and `dtype` in safetensors' words (`BF16`).
+
+    `shape` may have fewer rows than are stored: only these are read.
+    """
 
     file: Path
     name: str
@@ -226,7 +122,7 @@ def convert(
     table = name_table(family)
     log(f"{source}: {table.title}, {len(tensors)} tensors")
     config = _build_config(published, _read_preset(preset or table.preset), tensors, dtype)
-    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings)
+    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -358,16 +254,11 @@ def _some(names, limit=5):
     return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _remote_code(module):
-    # The remote files import each other relatively, so the flat root is imported as a package.
-    package = types.ModuleType("videoxl")
-    package.__path__ = [str(ROOT)]
-    sys.modules.setdefault("videoxl", package)
-    return importlib.import_module(f"videoxl.{module}")
-
-
 def _build_config(published, preset, tensors, dtype):
     config_class = _remote_code("configuration_videoxl").VideoXLConfig
+    if preset.get("tie_word_embeddings"):
+        # Whether the file says it depends on the version of transformers that wrote it; the head itself does not.
+        published = {"tie_word_embeddings": "lm_head.weight" not in tensors, **published}
     try:
         config = config_class.from_published(published, preset)
     except Exception as error:  # wrong types and values surface as the library's own kinds
@@ -397,8 +288,21 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def unused_layers(config) -> tuple[str, ...]:
+    """Prefixes of the tower's layers above the one whose output is taken: some checkpoints store them, some do not."""
+    depth = _remote_code("vision_videoxl").tower_depth(config)
+    return tuple(
+        f"model.vision_tower.encoder.layers.{number}."
+        for number in range(depth, config.vision_config.num_hidden_layers)
+    )
+
+
 def match_tensors(
-    tensors: dict[str, SourceTensor], table: Family, expected: dict[str, tuple[int, ...]], tied: bool
+    tensors: dict[str, SourceTensor],
+    table: Family,
+    expected: dict[str, tuple[int, ...]],
+    tied: bool,
+    unused: tuple[str, ...] = (),
 ) -> dict[str, SourceTensor]:
     """Pairs every tensor of our model with a published one, and accounts for every published one.
 
@@ -407,6 +311,7 @@ def match_tensors(
         table: The family's names.
         expected: Our names and shapes.
         tied: The output head is the embedding, so `lm_head.weight` may be absent.
+        unused: Our prefixes of tensors that may be stored and are not read, see `unused_layers`.
 
     Returns:
         The source by our name, in the order of the source.
@@ -419,12 +324,16 @@ def match_tensors(
         ours = table.to_ours(name)
         if ours in expected:
             plan[ours] = tensor
-        elif not table.ignores(name):
+        elif not table.ignores(name) and not (ours or "").startswith(unused):
             raise ValueError(f"unknown tensor {name} {tensor.shape}: {table.title} has no place for it")
     optional = {"lm_head.weight"} if tied else set()
     if missing := [name for name in expected if name not in plan and name not in optional]:
         names = [f"{table.to_published(name)} {expected[name]}" for name in missing]
         raise ValueError(f"the checkpoint lacks {_some(names)}: is the download complete?")
+    for ours in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(plan):
+        rows, *rest = plan[ours].shape
+        if 0 < rows - expected[ours][0] <= table.extra_rows:
+            plan[ours] = replace(plan[ours], shape=(expected[ours][0], *rest))
     for ours, tensor in plan.items():
         if tensor.shape != expected[ours]:
             raise ValueError(f"tensor {tensor.name} has shape {tensor.shape}, expected is {expected[ours]}")
@@ -441,7 +350,7 @@ def match_tensors(
 def _read_tensor(tensor, dtype=None):
     with _open_shard(tensor.file) as shard:
         try:
-            stored = shard.get_tensor(tensor.name)
+            stored = shard.get_slice(tensor.name)[: tensor.shape[0]] if tensor.shape else shard.get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"tensor {tensor.name} in {tensor.file} cannot be read ({error})") from error
     if dtype is None:
@@ -480,10 +389,7 @@ def _copy_tokenizer(source, folder, config):
     for name in found:
         shutil.copyfile(source / name, folder / name)
     if "tokenizer_config.json" in found:
-        settings = _read_json(source / "tokenizer_config.json")
-        # Ours, in chat_template.jinja, replaces it.
-        settings.pop("chat_template", None)
-        _write_json(folder / "tokenizer_config.json", settings)
+        _drop_chat_template(folder)
     missing = [] if "tokenizer_config.json" in found else ["tokenizer_config.json"]
     if no_vocabulary := "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found:
         missing.insert(0, "tokenizer.json (or vocab.json and merges.txt)")
@@ -498,11 +404,23 @@ def _copy_tokenizer(source, folder, config):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the library's own are bare Exceptions
         raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
+    if PLACEHOLDER not in tokenizer.get_added_vocab() and config.video_token_id == len(tokenizer):
+        # Qwen2's tokenizer has no placeholder; the preset names the first id that it leaves free.
+        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
+        tokenizer.save_pretrained(folder)
+        _drop_chat_template(folder)
     try:
         return _remote_code("processing_videoxl").VideoXLProcessor.from_config(config, tokenizer).video_token
     except (ValueError, TypeError) as error:
         _warn(f"the tokenizer of {source} does not fit its weights: {error}")
         return None
+
+
+def _drop_chat_template(folder):
+    # Ours, in chat_template.jinja, replaces it.
+    settings = _read_json(folder / "tokenizer_config.json")
+    settings.pop("chat_template", None)
+    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _warn(message):
@@ -521,6 +439,8 @@ def _write_configs(config, video_token, source, folder):
         "tokens_per_group": config.compressor_config.tokens_per_group,
         "time_format": config.time_format,
         "image_grid_pinpoints": config.image_grid_pinpoints,
+        "image_timestamps": config.image_timestamps,
+        "frame_fit": config.frame_fit,
     }
     if video_token is not None:
         processor["video_token"] = video_token

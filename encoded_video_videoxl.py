@@ -11,7 +11,8 @@ import os
 
 import torch
 
-from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache
+from .deferred_rows_videoxl import DeferredRows
+from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache, rewind_cache
 from .sparse_attention import GroupSpan, VisualLayout
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
@@ -68,7 +69,9 @@ class EncodedVideo(str):
         self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
         self.duration = 0.0
-        self._tail = None  # frames of a last, partial group: they are encoded again when more frames come
+        # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
+        # tokens, and keys of them, are there without it.
+        self._tail, self._whole = None, (0, 0)
         self._stamp = _file_stamp(source)
 
     @property
@@ -81,8 +84,9 @@ class EncodedVideo(str):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key-values."""
-        return sum(layer.nbytes for layer in self.cache.layers)
+        """Bytes of the key-values, or of the visual features where the question decides what runs."""
+        waiting = getattr(self.cache, "deferred", None)
+        return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
 
     def is_current(self) -> bool:
         """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
@@ -90,7 +94,7 @@ class EncodedVideo(str):
         return stamp is None or stamp == self._stamp
 
     def to(self, device) -> "EncodedVideo":
-        """Moves the key-values to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
+        """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
         move_cache(self.cache, device)
         return self
 
@@ -131,7 +135,10 @@ class EncodedVideo(str):
             raise ValueError(f"{self} has changed since it was encoded: encode it again before saving")
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
-            tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+            if layer.held:
+                tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+        if getattr(self.cache, "deferred", None) is not None:
+            tensors["deferred"] = self.cache.deferred[:]
         if self._tail is not None:
             tensors["tail"] = self._tail
         facts = {
@@ -144,6 +151,7 @@ class EncodedVideo(str):
             "timestamps": self.timestamps,
             "duration": self.duration,
             "videos": self.layout.videos,
+            "whole": self._whole,
             "system_prompt": self.system_prompt,
             "appended": self.appended,
             "kind": self.kind,
@@ -163,7 +171,12 @@ class EncodedVideo(str):
         require_match(facts, expected, f"the saved video {os.fspath(path)}")
         cache = new_cache(model.config.text_config.num_hidden_layers)
         for index, layer in enumerate(cache.layers):
-            layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
+            if f"layers.{index}.keys" in tensors:
+                layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
+            # Compressed tokens, and those that wait for the question, have no keys.
+            layer.pass_by(len(tensors["input_ids"]) - layer.held)
+        if "deferred" in tensors:
+            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),))
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
         state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
@@ -171,7 +184,7 @@ class EncodedVideo(str):
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
         video.appended = facts["appended"]
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
-        video._tail = tensors.get("tail")
+        video._tail, video._whole = tensors.get("tail"), tuple(facts["whole"])
         return video
 
     def append(self, frames, timestamps) -> None:
@@ -188,7 +201,8 @@ class EncodedVideo(str):
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
-        reader = open_video(frames, size=self._processor.image_size, timestamps=timestamps, sample_fps=None)
+        options = {"size": self._processor.image_size, "fit": self._processor.frame_fit, "sample_fps": None}
+        reader = open_video(frames, timestamps=timestamps, **options)
         with reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(
@@ -212,23 +226,36 @@ class EncodedVideo(str):
             kept = len(self._tail)
             frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
             del self.timestamps[-kept:]
-            self._model.drop_last_group(self.cache)
-            self.input_ids = self.input_ids[: self.layout.length]
-        processor = self._processor
+            rewind_cache(self.cache, *self._whole)
+            self.cache.layout = self.layout.until(self._whole[0])
+            self.input_ids = self.input_ids[: self._whole[0]]
+        processor, layer = self._processor, self.cache.layers[0]
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
-        time_ids = [processor.time_token_ids(seconds) for seconds in times[:: processor.frames_per_group]]
-        ids = self._model.prefill_frames(self.cache, pixels, time_ids, bool(self.timestamps), self.prefill)
-        self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
-        self.timestamps += times
+        unit = self._model.config.resolve_unit_frames(self.prefill.get("beacons"))
+        # Of beacon windows nothing but beacons is left: what may be taken back is run by itself.
+        whole = len(times) if unit == processor.frames_per_group else len(times) // unit * unit
+        for part in (slice(0, whole), slice(whole, len(times))):
+            if not times[part]:
+                continue
+            self._whole = len(self.input_ids), layer.held
+            time_ids = [processor.time_token_ids(seconds) for seconds in times[part][:: processor.frames_per_group]]
+            ids = self._model.prefill_frames(self.cache, pixels[part], time_ids, bool(self.timestamps), self.prefill)
+            self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
+            self.timestamps += times[part]
+            layer = self.cache.layers[0]
         self.duration = max(self.duration, times[-1])
-        partial = len(times) % processor.frames_per_group
+        partial = len(times) % unit
         self._tail = frames[-partial:] if partial else None
+        if partial and whole == len(times):
+            removed = len(self.input_ids) - self.layout.videos[-1][-1].start
+            self._whole = len(self.input_ids) - removed, max(layer.held - removed, 0)
 
     @torch.no_grad()
     def extend_image(self, tiles) -> None:
         """Adds an image's tiles, uint8 [T, 3, S, S], as groups without timestamps."""
         pixels = normalize_frames(tiles.to(self._model.device), self._processor.image_mean, self._processor.image_std)
-        ids = self._model.prefill_frames(self.cache, pixels[:, None], [[]] * len(tiles), False, self.prefill)
+        stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
+        ids = self._model.prefill_frames(self.cache, pixels[:, None], [stamp] * len(tiles), False, self.prefill)
         self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     def __deepcopy__(self, memo):

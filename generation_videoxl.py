@@ -62,20 +62,12 @@ class VideoXLGenerationMixin(GenerationMixin):
             position = groups[-1].end
         earlier = cache.layout.videos
         videos = (*earlier[:-1], earlier[-1] + tuple(groups)) if continues else (*earlier, tuple(groups))
-        embeds = self.get_input_embeddings()(torch.tensor([ids], device=self.device))
+        embeds = self.model.embed_prompt(torch.tensor([ids], device=self.device))
         is_visual = torch.tensor(ids, device=embeds.device) == self.config.video_token_id
         visual = tokens.to(embeds.device, embeds.dtype)
         embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
         self.model.extend_cache(embeds, VisualLayout(videos, position), cache, keep_hidden=None, plan=plan)
         return ids
-
-    @staticmethod
-    def drop_last_group(cache):
-        """Takes the last group of a sequence that ends with a video out of its cache, in place."""
-        *videos, last = cache.layout.videos
-        cache.crop(last[-1].start - last[-1].end)
-        kept = (*videos, last[:-1]) if len(last) > 1 else tuple(videos)
-        cache.layout = VisualLayout(kept, last[-1].start)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """The library's `generate`, with clear errors where it would go wrong over a video.

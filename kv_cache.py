@@ -7,6 +7,8 @@ What is surprising:
   append in place, so one question at a time copies nothing; any other copies at its first write.
 * A layer may hold fewer keys than tokens went by (pooled or dropped ones). `get_seq_length` is then the logical
   length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
+* A layer may keep only some of the keys that were just appended (`keep_of_last`: beacon memory); the others count as
+  tokens that went by.
 * Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
   angles are first rounded to float32, as the language model rounds them. Pooling needs un-rotated keys: the mean of
   rotated ones is no key at all.
@@ -79,6 +81,11 @@ class VideoXLCacheLayer(DynamicLayer):
         """Keys in the layer."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
+    @property
+    def rows(self) -> int:
+        """Sequences in the layer; one as long as it is empty."""
+        return self.keys.shape[0] if self.is_initialized and self.keys.numel() else 1
+
     def get_seq_length(self) -> int:
         return self.held + self.hidden
 
@@ -119,6 +126,35 @@ class VideoXLCacheLayer(DynamicLayer):
             self._pooled = {}
             if self._room is not None:
                 self._room.set_end(self, keep)
+
+    def keep_of_last(self, count: int, kept: torch.Tensor, tokens: int, inv_freq: torch.Tensor) -> None:
+        """Of the last `count` keys of a layer of one row, keeps some and moves them up behind the earlier ones.
+
+        Args:
+            count: Keys to choose from; they stand at the positions of their places.
+            kept: [b] which of them to keep, ascending.
+            tokens: Tokens that they stand for: from now on `tokens - b` more went by without a key of their own.
+            inv_freq: [D / 2] rotary frequencies.
+        """
+        before = self.held - count
+        places = torch.arange(before, before + len(kept), device=kept.device)
+        keys, values = (states[:, :, before:].index_select(2, kept) for states in (self.keys, self.values))
+        self.crop(-count)
+        self.update(rotate(keys, kept + before, places, inv_freq).to(keys.dtype), values)
+        self.pass_by(tokens - len(kept))
+
+    def pass_by(self, tokens: int) -> None:
+        """Counts tokens that have no key here, and that take no positions either."""
+        if tokens:
+            self.hidden += tokens
+            self.row_shift = torch.tensor([tokens]) if self.row_shift is None else self.row_shift + tokens
+
+    def rewind(self, length: int, held: int) -> None:
+        """Goes back to a length at which `held` keys were here (one row without padding)."""
+        if self.held > held:
+            self.crop(held - self.held)
+        self.hidden = length - held
+        self.row_shift = torch.tensor([self.hidden]) if self.hidden else None
 
     def reset(self) -> None:
         super().reset()
@@ -301,6 +337,14 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         self.near_start, self._near, self._text = self.held, None, None
 
 
+def rewind_cache(cache: DynamicCache, length: int, held: int) -> None:
+    """Takes a cache of one row back to a length at which its layers held `held` keys, in place."""
+    if getattr(cache, "deferred", None) is not None:
+        cache.deferred = cache.deferred.until(length)
+    for layer in cache.layers:
+        layer.rewind(length, held)
+
+
 class KeptSpan(NamedTuple):
     """A run of tokens in a mixed cache: [start, stop) of the dense one, as it is or (`group`) that group pooled."""
 
@@ -430,7 +474,9 @@ def new_cache(num_layers: int) -> DynamicCache:
 
 
 def move_cache(cache: DynamicCache, device) -> None:
-    """Moves keys and values to a device, in place, and ends offloading; a no-op where they are there already."""
+    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already."""
+    if getattr(cache, "deferred", None) is not None:
+        cache.deferred = cache.deferred.to(device)
     for index, layer in enumerate(cache.layers):
         moved = layer.keys.to(device) if layer.held else layer.keys
         if isinstance(layer, VideoXLOffloadedLayer) or moved is not layer.keys:
@@ -475,9 +521,7 @@ def stack_caches(cache: DynamicCache, rows: list[DynamicCache], length: int) -> 
         stacked.hidden = length - max(held)
         device = pair[0].device
         stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
-        shifts = [layer.row_shift for layer in layers]
-        stacked.row_shift = torch.cat(
-            [torch.zeros(1, dtype=torch.long, device=device) if s is None else s for s in shifts]
-        )
+        shifts = [torch.zeros(1, dtype=torch.long) if layer.row_shift is None else layer.row_shift for layer in layers]
+        stacked.row_shift = torch.cat([shift.to(device) for shift in shifts])
         cache.layers.append(stacked)
     cache.layer_class_to_replicate = None

@@ -19,6 +19,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .beacon_memory_videoxl import add_beacons
 from .bilevel_videoxl import pending_choice
 from .chat_videoxl import VideoXLChatMixin
 from .compressor_videoxl import (
@@ -33,6 +34,7 @@ from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
+from .token_selector_videoxl import build_token_selector
 from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
 
 
@@ -42,7 +44,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "VideoXLDynamicTokenSynthesis"]
+    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -70,7 +72,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
 
 
 class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMixin):
-    """Vision tower, compressor, projector and language model without its head."""
+    """Vision tower, compressor, projector, token selector and language model without its head."""
 
     def __init__(self, config: VideoXLConfig):
         super().__init__(config)
@@ -82,6 +84,10 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         self.language_model = AutoModel.from_config(config.text_config)
         if "sliding_attention" in getattr(self.language_model.config, "layer_types", ()):
             raise ValueError("text_config.use_sliding_window is not supported: visibility is the chunk plan's")
+        self.token_selector = build_token_selector(config)
+        if config.beacon_window is not None:
+            self.beacon_embed_tokens = nn.Embedding(1, config.text_config.hidden_size)
+            add_beacons(self.language_model)
         self.post_init()
         self._route_attention()
 
@@ -99,6 +105,10 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
 
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
+
+    def embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of prompt ids; placeholders, which need no row of their own, get any."""
+        return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.video_token_id, 0))
 
     @property
     def tokens_per_group(self) -> int:
@@ -144,7 +154,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if past_length and isinstance(past_key_values.layers[0], VideoXLCacheLayer):
-            rows, new_tokens = past_key_values.layers[0].keys.shape[0], inputs_embeds.shape[1]
+            rows, new_tokens = past_key_values.layers[0].rows, inputs_embeds.shape[1]
             if (
                 rows < inputs_embeds.shape[0]
                 or pending_choice(past_key_values, settings)
@@ -199,7 +209,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         if not attention_mask[:, past_length:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output
-        timed = [video.ndim == 4 for video in pixels]
+        timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
         prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
         rows = self._rows(prompts, masks, features, timed, past_length, prompt_length)
         if num_expanded > 1 and not use_cache:
@@ -211,19 +221,26 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         embeds = self._merge(prompts, rows, features)
         layers = self.config.text_config.num_hidden_layers
         detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        if (use_cache or settings.decode == "bilevel") and not detailed:
-            # Bi-level decoding assembles key-values, so it has a cache inside even where the caller wants none.
+        assembled = settings.decode == "bilevel" or settings.beacons is not None or self.token_selector is not None
+        if (use_cache or assembled) and not detailed:
+            # What assembles key-values has a cache inside even where the caller wants none.
             cache = new_cache(layers) if cache is None or not use_cache else cache
             if own_layers(cache, layers):
                 output = self._prefill_rows(
                     embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, *chunks
                 )  # fmt: skip
                 return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
-        if settings.decode == "bilevel" or (use_cache and settings.prefill != "full"):
+        if assembled or (use_cache and settings.prefill != "full"):
+            cause = f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r}"
+            remedy = "set both to 'full'"
+            if settings.decode == "full" and assembled:
+                cause, remedy = (
+                    "a model that compresses or selects visual tokens",
+                    "set beacon_ratio to 'none' if it has one",
+                )
             raise ValueError(
-                f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r} needs a dynamic "
-                "cache and no output_hidden_states or output_attentions; leave cache_implementation unset, or set "
-                "both to 'full'"
+                f"{cause} needs a dynamic cache and no output_hidden_states or output_attentions; leave "
+                f"cache_implementation unset, or {remedy}"
             )
         if settings.prefill != "full":
             return self._run_rows_without_cache(embeds, rows, settings)
@@ -279,7 +296,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
 
     def _merge(self, input_ids, rows, features):
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.embed_prompt(input_ids)
         is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (columns, layout, _) in enumerate(rows):
             begin = layout.length - len(columns)
@@ -368,16 +385,19 @@ class VideoXLForConditionalGeneration(
                 include.
 
         Returns:
-            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; in bi-level mode those of the tokens after the
-            last video.
+            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; with bi-level decoding, beacon memory or a
+            token selector those of the tokens after the last video, and a loss over these.
 
         Raises:
             ValueError: If the number of placeholders differs from the number of visual tokens.
         """
-        bilevel = self.config.resolve_sparse_attention().decode == "bilevel"
-        if bilevel and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
+        settings = self.config.resolve_sparse_attention()
+        bilevel = settings.decode == "bilevel"
+        partial = bilevel or settings.beacons is not None or self.model.token_selector is not None
+        if partial and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
             raise ValueError(
-                "with decode='bilevel' logits exist behind the last video only: give logits_to_keep a number"
+                "with decode='bilevel', beacon memory or a token selector logits exist behind the last video only: "
+                "give logits_to_keep a number"
             )
         if labels is not None:
             if bilevel:
@@ -406,7 +426,11 @@ class VideoXLForConditionalGeneration(
         loss = None
         if labels is not None:
             if input_ids is not None:
-                labels = labels.masked_fill(input_ids == self.config.video_token_id, -100)
+                is_visual = input_ids == self.config.video_token_id
+                if partial:
+                    # The last visual token, which would predict what follows it, has no output.
+                    is_visual = is_visual | is_visual.roll(1, dims=1)
+                labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
         output = CausalLMOutputWithPast(
             loss=loss,

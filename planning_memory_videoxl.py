@@ -31,7 +31,9 @@ class MemoryFormulas:
         self.settings, self.compressor = config.resolve_sparse_attention(), config.compressor_config
         self.vision_config, self.text_config = config.vision_config, text
         self.frames_per_group, self.visual = config.frames_per_group, self.compressor.tokens_per_group
-        self.batch_frames = config.resolve_vision_chunk_frames()
+        # As `encode_video` reads a file: whole units at a time.
+        unit = config.resolve_unit_frames(self.settings.beacons)
+        self.batch_frames = max(config.resolve_vision_chunk_frames() // unit, 1) * unit
         self.batch = self.batch_frames // self.frames_per_group
         weights = model.get_input_embeddings().weight
         self.bytes, self.device = weights.element_size(), weights.device.type
@@ -112,6 +114,11 @@ class MemoryFormulas:
         tower = {"tower's states": 4 * features, "tower's MLP": 2 * widened}
         attention = {"tower's states": 8 * features}
         cells = whole * c.grid_size**2  # F S^2
+        # Projector: its input, and both sides of the activation.
+        width = c.hidden_size + 2 * self.text_config.hidden_size
+        projector = {"tower's features": features, "projector": cells // self.frames_per_group * width * e}
+        if c.compressor_type == "none":
+            return cast | largest(tower, attention, projector)
         values = cells * c.hidden_size
         # Temporal attention in its projection: resized grid, input, cells, queries-keys-values (3), attended, the same
         # in the convolution's order, output: 9 e; float32 queries and keys: 8; on a CPU oneDNN's own order: e.
@@ -126,9 +133,6 @@ class MemoryFormulas:
         padded = values * (time + 1) * (side + k - 1) ** 2 // (time * side**2) * (4 + e)
         kernels = k**3 * c.hidden_size**2 * e
         convolution = {"tower's features": features, "convolution": values * 5 * e // 2 + padded + kernels}
-        # Projector: its input, and both sides of the activation.
-        width = c.hidden_size + 2 * self.text_config.hidden_size
-        projector = {"tower's features": features, "projector": cells // self.frames_per_group * width * e}
         return cast | largest(tower, attention, temporal, spatial, convolution, projector)
 
     def prefill(self, ends, stamps, first, last, moved) -> dict[str, int]:

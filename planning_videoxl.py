@@ -10,12 +10,14 @@ G groups of frames.
 """
 
 import re
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
+from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
 from .processing_videoxl import VideoXLProcessor
 from .selection_videoxl import POOLED, ChunkCost, Levels, ReloadPolicy, choose_levels
@@ -38,9 +40,10 @@ class VideoPlan:
         counted_by: `"tokenizer"`, or `"time_format"`: one token for its word and one for every other character, and a
             header of `HEADER_TOKENS`; exact for Qwen2's tokenizer and the default prompt.
         question_tokens, max_new_tokens: What the stages `question` and `decode` were planned for.
-        kv_bytes: Keys and values of the encoded video.
-        mixed_tokens, mixed_kv_bytes, pooled_kv_bytes: Bi-level decoding (else None): the cache that a question runs
-            behind (an upper bound if `reload` limits by mass), and pooled keys and values, kept beside the dense ones.
+        kv_bytes: Keys and values of the encoded video; with a token selector its features, which wait for a question.
+        mixed_tokens, mixed_kv_bytes: Where it is another one (else None), the cache that a question runs behind: with
+            bi-level decoding (an upper bound if `reload` limits by mass), beacon memory or a token selector.
+        pooled_kv_bytes: Bi-level decoding (else None): pooled keys and values, kept beside the dense ones.
         weight_bytes: Parameters and buffers of the model.
         stages: Per stage the named terms of its peak, weights and key-values among them.
         device: Where the model is; the terms depend on it.
@@ -103,6 +106,7 @@ class VideoPlan:
         rows += [("key-values", _readable(self.kv_bytes))]
         if self.mixed_tokens is not None:
             rows += [(f"  mixed, {self.mixed_tokens:,} tokens", _readable(self.mixed_kv_bytes))]
+        if self.pooled_kv_bytes is not None:
             rows += [("  pooled", _readable(self.pooled_kv_bytes))]
         for stage, terms in self.stages.items():
             rows += [(f"peak, {stage}", _readable(sum(terms.values())))]
@@ -163,7 +167,8 @@ class VideoXLPlanningMixin:
             )
         if video_path is not None:
             sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-            with open_video(video_path, size=self.config.vision_config.image_size, **sampling) as reader:
+            sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}
+            with open_video(video_path, **sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
         planner = _Planner(self, tokenizer, step, question_tokens, max_new_tokens)
@@ -178,6 +183,8 @@ class _Planner(MemoryFormulas):
 
     def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens):
         super().__init__(model)
+        self.config = model.config
+        self.compressed = self.settings.beacons is not None or self.config.token_selector is not None
         self.policy = replace(ReloadPolicy.parse(self.settings.reload), mass=None)
         self.step, self.question_tokens, self.max_new_tokens = step, question_tokens, max_new_tokens
         if tokenizer is None:
@@ -204,7 +211,27 @@ class _Planner(MemoryFormulas):
         if times is not None:
             stamps = np.array([self._count(seconds) for seconds in times[:: self.frames_per_group]], dtype=np.int64)
         ends = self.header + np.cumsum(stamps + self.visual)
-        total, capacity = int(ends[-1]), self.capacity(ends, groups)[0]
+        total = int(ends[-1])
+        facts = {
+            "frames": frames,
+            "groups": groups,
+            "visual_tokens": groups * self.visual,
+            "timestamp_tokens": int(stamps.sum()),
+            "text_tokens": self.header,
+            "total_tokens": total,
+            "counted_by": self.counted_by,
+            "question_tokens": self.question_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "weight_bytes": self.weight_bytes,
+            "device": self.device,
+            "_planner": self,
+        }
+        if self.compressed:
+            sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)
+            stages, size, seen = compressed_stages(self, self.config, *sizes)
+            mixed = {"mixed_tokens": seen, "mixed_kv_bytes": seen * self.per_token, "pooled_kv_bytes": None}
+            return VideoPlan(**facts, **mixed, kv_bytes=size, stages=stages)
+        capacity = self.capacity(ends, groups)[0]
         stages = {"vision": [], "prefill": []}
         # The last full batch is the worst of the full ones, as what it sees grows. A partial one may lie behind it,
         # and before it the one in which the layers grew for the last time.
@@ -231,23 +258,12 @@ class _Planner(MemoryFormulas):
             probed = self.header + int(stamps.sum()) + pooled if scored else 0
             stages["question"], stages["decode"] = self.mixed_question(*sizes, mixed, pooled, probed)
         return VideoPlan(
-            frames=frames,
-            groups=groups,
-            visual_tokens=groups * self.visual,
-            timestamp_tokens=int(stamps.sum()),
-            text_tokens=self.header,
-            total_tokens=total,
-            counted_by=self.counted_by,
-            question_tokens=self.question_tokens,
-            max_new_tokens=self.max_new_tokens,
+            **facts,
             kv_bytes=total * self.per_token,
             mixed_tokens=mixed,
             mixed_kv_bytes=None if mixed is None else mixed * self.per_token,
             pooled_kv_bytes=None if pooled is None else pooled * self.per_token,
-            weight_bytes=self.weight_bytes,
             stages={name: largest(*candidates) for name, candidates in stages.items()},
-            device=self.device,
-            _planner=self,
         )
 
     def max_frames(self, memory) -> int:
@@ -267,6 +283,14 @@ class _Planner(MemoryFormulas):
     def _worst_until(self, frames) -> set[int]:
         """Lengths up to `frames` of which one needs the most: it, and those behind which less is needed."""
         groups = -(-frames // self.frames_per_group)
+        if self.compressed:
+            # As below, the longest one whose answer copies the buffers.
+            def has_room(count):
+                return "copy of the key-values" not in self.plan(count * self.frames_per_group).stages["decode"]
+
+            copying = bisect_left(range(1, groups + 1), True, key=has_room) * self.frames_per_group
+            whole = frames // self.batch_frames * self.batch_frames
+            return {length for length in (frames, whole, min(copying, frames)) if length}
         ends = self.header + np.cumsum(self._stamps_until(groups) + self.visual)
         # Buffers that are nearly full, now or before the last growth: a long answer copies them, unless hardly
         # anything fits. And whole chunks of decoding: the last one is dense while it is last.

@@ -5,6 +5,9 @@ What is surprising:
   left. So a batch gives what single calls give, also where each prompt keeps another part of its key-values.
 * Positions in the plan of attention are places in the cache; positions given to the language model are the rotary
   ones. They are the same until bi-level decoding thins a cache.
+* Where a token selector asks the question which visual tokens to run, `extend_cache` only puts the sequence's rows
+  aside; they run when text behind the videos comes (`_read_question`). Beacon memory needs no question: it compresses
+  as it goes.
 
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
@@ -13,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .beacon_memory_videoxl import plan_windows
 from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
-from .kv_cache import VideoXLOffloadedLayer, fork_cache, new_cache, stack_caches
-from .sparse_attention import VisualLayout, plan_prefill
+from .deferred_rows_videoxl import defer_rows
+from .kv_cache import VideoXLCacheLayer, VideoXLOffloadedLayer, fork_cache, new_cache, stack_caches
+from .sparse_attention import GroupSpan, VisualLayout, plan_prefill
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
@@ -33,24 +38,63 @@ class VideoXLPrefillMixin:
             layout: `VisualLayout` of the whole sequence; it becomes the cache's.
             cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
             keep_hidden: How many of the last positions' hidden states to return; 0 for all, None for none.
-            plan: `prefill`, `chunk_groups` and `window_chunks`, if not those in force now.
+            plan: As `resolve_sparse_attention().plan`, if not what is in force now.
 
         Returns:
-            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for.
+            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for, and always where a token
+            selector defers the run.
         """
-        begin = layout.length - inputs_embeds.shape[1]
-        if cache.layers[0].hidden:
+        assert cache.get_seq_length() == layout.length - inputs_embeds.shape[1], "the cache must hold what is before"
+        if self.token_selector is not None:
+            cache.layout = layout
+            return defer_rows(cache, inputs_embeds[0])
+        return self._run_sequence(inputs_embeds, layout, cache, keep_hidden, plan)
+
+    def _run_sequence(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None):
+        begin, layer = layout.length - inputs_embeds.shape[1], cache.layers[0]
+        passed_by = 0 if layer.row_shift is None else int(layer.row_shift)
+        if layer.hidden != passed_by or getattr(cache, "choices", None) is not None:
             raise ValueError(
                 "a video cannot follow a cache that bi-level decoding has thinned; start from the dense one"
             )
-        assert cache.get_seq_length() == begin, "the cache must hold exactly the positions before these"
-        plan = self.config.resolve_sparse_attention().plan if plan is None else plan
+        plan = dict(self.config.resolve_sparse_attention().plan if plan is None else plan)
+        beacons = plan.pop("beacons", None)
+        cache.layout = layout
+        if beacons is not None:
+            return self._run_windows(inputs_embeds, layout, cache, keep_hidden, beacons)
         steps = plan_prefill(layout, **plan, start=begin, device=inputs_embeds.device)
         for layer in cache.layers:
             layer.reserve(layout.length)
-        cache.layout = layout
         positions = torch.arange(begin, layout.length, device=inputs_embeds.device)[None]
         return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden)
+
+    def _run_windows(self, inputs_embeds, layout, cache, keep_hidden, beacons):
+        """Runs text as it is and videos window by window, of which beacons stay; text is all that is returned."""
+        begin = cursor = layout.length - inputs_embeds.shape[1]
+        # Through the module, whose weight may be offloaded.
+        beacon = self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=inputs_embeds.device))
+        inv_freq = self.language_model.rotary_emb.inv_freq
+        for video in layout.videos:
+            start, end = video[0].start, video[-1].end
+            if end <= begin:
+                continue
+            assert video[0].visual_start == start, "windows hold visual tokens only"
+            if start > cursor:
+                self.run_text(inputs_embeds[:, cursor - begin : start - begin], cache, keep_hidden=None)
+            for window in plan_windows(end - start, **beacons):
+                first, last = start + window.start - begin, start + window.stop - begin
+                if last <= 0:
+                    continue
+                assert first >= 0, "a window that grows is run anew from its start"
+                rows = window.interleave(inputs_embeds[0, first:last], beacon)
+                places = window.places(rows.device)
+                self._run_behind(rows[None], cache, None, beacon_places=places)
+                for layer in cache.layers:
+                    layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)
+            cursor = end
+        if cursor < layout.length:
+            return self.run_text(inputs_embeds[:, cursor - begin :], cache, keep_hidden)
+        return None
 
     def run_text(self, inputs_embeds, cache, keep_hidden=0, attention_probe=None, before=None) -> torch.Tensor:
         """Runs text behind a cache of one row, dense or mixed; every token sees all that is held.
@@ -65,10 +109,16 @@ class VideoXLPrefillMixin:
         Returns:
             [1, keep_hidden or n, hidden], after the final norm.
         """
+        positions = self.positions_after(cache, inputs_embeds.shape[1], before)
+        return self._run_behind(inputs_embeds, cache, keep_hidden, positions, attention_probe=attention_probe)
+
+    def _run_behind(self, inputs_embeds, cache, keep_hidden, positions=None, **options):
+        """Runs rows behind all that a cache of one row holds; by default at the positions of their places in it."""
         held, count = cache.layers[0].held, inputs_embeds.shape[1]
+        if positions is None:
+            positions = torch.arange(held, held + count, device=inputs_embeds.device)[None]
         steps = plan_prefill(VisualLayout(length=held + count), "full", 1, 1, start=held)
-        positions = self.positions_after(cache, count, before)
-        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden, attention_probe)
+        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden, **options)
 
     def positions_after(self, cache, count, before=None) -> torch.Tensor:
         """[1, count] positions of the next tokens behind a cache of one row."""
@@ -78,7 +128,9 @@ class VideoXLPrefillMixin:
             first -= int(layer.row_shift)
         return torch.arange(first, first + count, device=self.device)[None]
 
-    def _run_steps(self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None) -> torch.Tensor:
+    def _run_steps(
+        self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None, beacon_places=None
+    ) -> torch.Tensor:
         begin, end = steps[0].start, steps[-1].stop
         keep_from = end if keep_hidden is None else end - keep_hidden if keep_hidden else begin
         kept = []
@@ -93,6 +145,10 @@ class VideoXLPrefillMixin:
                 count += 1
             segment, steps = steps[:count], steps[count:]
             start, stop = segment[0].start, segment[-1].stop
+            options = {"beacon_places": beacon_places} if beacon_places is not None else {}
+            if options and (start > begin or stop < end):  # a window larger than a segment
+                inside = (beacon_places >= start - begin) & (beacon_places < stop - begin)
+                options["beacon_places"] = beacon_places[inside] - (start - begin)
             hidden = self.language_model(
                 inputs_embeds=inputs_embeds[:, start - begin : stop - begin],
                 position_ids=positions[:, start - begin : stop - begin],
@@ -103,6 +159,7 @@ class VideoXLPrefillMixin:
                 attention_probe=attention_probe,
                 attention_cache=cache if offloaded else None,
                 attention_unread=cache is not None and unread,
+                **options,
             ).last_hidden_state
             if offloaded:
                 for layer in cache.layers:
@@ -120,6 +177,8 @@ class VideoXLPrefillMixin:
             raise ValueError(
                 "a cache that already holds tokens can be continued with videos one prompt at a time only"
             )
+        # Of a video that is thinned or compressed nothing but key-values is left: only text behind it has outputs.
+        whole = settings.decode == "full" and settings.beacons is None and self.token_selector is None
         per_row = split_per_row(dense_chunks, [len(layout.videos) for _, layout, _ in rows])
         past, length = cache.get_seq_length(), embeds.shape[1]
         states, caches = [], []
@@ -129,17 +188,17 @@ class VideoXLPrefillMixin:
             # What a cache that is continued holds already: its visual tokens stay out of the new videos' windows.
             earlier = getattr(row_cache, "layout", VisualLayout()).videos
             layout = VisualLayout(earlier + layout.videos, layout.length)
-            if settings.decode == "full" or not layout.videos:
-                states.append(self.extend_cache(row_embeds, layout, row_cache, keep_hidden))
+            if whole or not layout.videos:
+                states.append(self._run_sequence(row_embeds, layout, row_cache, keep_hidden))
             else:
                 begin = layout.length - len(columns)
                 if layout.end == layout.length:
-                    raise ValueError("bi-level decoding needs a question: the prompt ends with the video")
+                    raise ValueError("the prompt ends with its video; put a question behind it")
                 dense = VisualLayout(layout.videos, layout.end)
                 self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=None)
                 asked = None if prompt_length is None else int((columns < prompt_length).sum()) + begin - layout.end
                 question = row_embeds[:, layout.end - begin :]
-                self._mix(row_cache, question[:, :asked], settings, wanted, required_chunks)
+                self._read_question(row_cache, question[:, :asked], settings, wanted, required_chunks)
                 states.append(self.run_text(question, row_cache))
             caches.append(row_cache)
         if not single:
@@ -147,7 +206,7 @@ class VideoXLPrefillMixin:
         elif length > len(columns):
             for layer in cache.layers:
                 layer.hidden += length - len(columns)
-        if settings.decode == "full" and not keep_hidden:
+        if whole and not keep_hidden:
             hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
             for row, ((columns, _, _), part) in enumerate(zip(rows, states, strict=True)):
                 hidden[row, columns] = part[0]
@@ -158,16 +217,47 @@ class VideoXLPrefillMixin:
             hidden = hidden.repeat_interleave(num_expanded, dim=0)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
-    def _mix(self, cache, question, settings, dense_chunks, required_chunks):
-        """Replaces a dense cache of one row by the mixed one for a question, in place."""
-        mixed, choices = choose_for_question(self, cache, question, settings, dense_chunks, required_chunks)
-        cache.layers, cache.choices = mixed.layers, choices
+    def _read_question(self, cache, question, settings, dense_chunks, required_chunks):
+        """Does to a cache of one row, in place, what waits for the question: see `pending_choice`."""
+        if not pending_choice(cache, settings):
+            return
+        if settings.decode == "bilevel":
+            mixed, choices = choose_for_question(self, cache, question, settings, dense_chunks, required_chunks)
+            cache.layers, cache.choices = mixed.layers, choices
+        else:
+            self._run_selected(cache, question)
+
+    def _run_selected(self, cache, question):
+        """Runs the rows that wait in a cache, of the videos' those that the selector keeps for the text."""
+        waiting, layout = cache.deferred, cache.layout
+        keep_ratio, limit = self.config.resolve_keep_ratio(), self.config.max_visual_tokens
+        # Text before, between and behind the videos, whose timestamps are theirs.
+        edges = [0, *(edge for video in layout.videos for edge in (video[0].start, video[-1].end)), layout.length]
+        pieces = [
+            waiting[start:stop].to(question) if stop > start else question[0, :0]
+            for start, stop in zip(edges[::2], edges[1::2], strict=True)
+        ]
+        text = torch.cat([*pieces, question[0]])
+        parts, videos, cursor = [pieces[0]], [], len(pieces[0])
+        for video, piece in zip(layout.videos, pieces[1:], strict=True):
+            start = video[0].start
+            groups = [tuple(place - start for place in group) for group in video]
+            _, kept = self.token_selector(waiting.until(video[-1].end).since(start), groups, text, keep_ratio, limit)
+            videos.append((GroupSpan(cursor, cursor, cursor + len(kept)),))
+            parts += [kept, piece]
+            cursor += len(kept) + len(piece)
+        cache.layers = [VideoXLCacheLayer() for _ in cache.layers]
+        cache.deferred = None
+        self._run_sequence(torch.cat(parts)[None], VisualLayout(tuple(videos), cursor), cache, keep_hidden=None)
+        cache.layout = layout
+        for layer in cache.layers:
+            layer.pass_by(layout.length - cursor)
 
     def _continue_rows(self, embeds, attention_mask, cache, num_expanded, options):
         """Text behind a cache of one row, or several texts behind copies of it."""
         settings, asked, dense_chunks, required_chunks = options
         batch, count = embeds.shape[:2]
-        held_rows = cache.layers[0].keys.shape[0]
+        held_rows = cache.layers[0].rows
         repeats = num_expanded  # `generate` has repeated the prompts, not yet the cache
         if held_rows != 1:
             raise ValueError(
@@ -177,26 +267,24 @@ class VideoXLPrefillMixin:
         valid = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
         if attention_mask is not None:
             valid = attention_mask[::repeats, -count:].bool()
-        pending, past = pending_choice(cache, settings), cache.get_seq_length()
+        past = cache.get_seq_length()
         states, caches = [], []
         for row in range(batch):
             row_cache = cache if batch == 1 else fork_cache(cache)
             columns = valid[row].nonzero().flatten()
             text = embeds[row : row + 1, columns]
-            if pending:
-                question = text[:, : None if asked is None else int((columns < asked).sum())]
-                own = (
-                    required_chunks[row]
-                    if required_chunks and isinstance(required_chunks[0], tuple)
-                    else required_chunks
-                )
-                self._mix(row_cache, question, settings, dense_chunks, own)
+            question = text[:, : None if asked is None else int((columns < asked).sum())]
+            own = (
+                required_chunks[row] if required_chunks and isinstance(required_chunks[0], tuple) else required_chunks
+            )
+            self._read_question(row_cache, question, settings, dense_chunks, own)
             before = None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum())
             states.append(self.run_text(text, row_cache, before=before))
             caches.append(row_cache)
         if batch > 1:
             stack_caches(cache, caches, past + count)
             cache.choices = [getattr(row, "choices", None) for row in caches]
+            cache.deferred = None
         hidden = pad_left(states, count)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)

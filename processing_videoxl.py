@@ -76,6 +76,8 @@ class VideoXLProcessor(ProcessorMixin):
         image_token: The marker of an image in a rendered prompt; its placeholders are `video_token`, too.
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of `image_size`.
+        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
+        frame_fit: How a frame becomes a square, see `resize_frames`.
         time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
         chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
@@ -103,6 +105,8 @@ class VideoXLProcessor(ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<|image_pad|>",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        image_timestamps: bool = False,
+        frame_fit: str = "stretch",
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -119,6 +123,8 @@ class VideoXLProcessor(ProcessorMixin):
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
         self.image_token = image_token
         self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
+        self.image_timestamps = image_timestamps
+        self.frame_fit = frame_fit
         self.time_format = time_format
         self.max_num_frames = max_num_frames
         self.sample_fps = sample_fps
@@ -150,6 +156,8 @@ class VideoXLProcessor(ProcessorMixin):
             video_token=tokenizer.convert_ids_to_tokens(config.video_token_id),
             time_format=config.time_format,
             image_grid_pinpoints=config.image_grid_pinpoints,
+            image_timestamps=config.image_timestamps,
+            frame_fit=config.frame_fit,
         )
         ids = processor.time_token_ids(0.0)
         expected = (config.time_start_token_id, config.time_end_token_id)
@@ -226,7 +234,8 @@ class VideoXLProcessor(ProcessorMixin):
         ids = list(pieces[0])
         for number, (times, piece) in enumerate(zip(timestamps, pieces[1:], strict=True)):
             if isinstance(times, int):
-                ids += [self.video_token_id] * self.tokens_per_group * times
+                stamp = self.time_token_ids(0.0) if self.image_timestamps else []
+                ids += [*stamp, *[self.video_token_id] * self.tokens_per_group] * times
                 times = ()
             elif len(times) == 0:
                 raise ValueError(f"video {number} has no frames; pass the time of each of its frames")
@@ -440,7 +449,7 @@ class VideoXLProcessor(ProcessorMixin):
 
     def _load_video(self, source, **request):
         """Pixels [F, 3, S, S] and times of a video's sampled frames."""
-        batches = list(open_video(source, size=self.image_size, **request))
+        batches = list(open_video(source, size=self.image_size, fit=self.frame_fit, **request))
         frames = torch.cat([batch.frames for batch in batches])
         seconds = [time for batch in batches for time in batch.timestamps]
         return normalize_frames(frames, self.image_mean, self.image_std), seconds

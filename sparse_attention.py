@@ -138,6 +138,11 @@ class VisualLayout:
         """This layout followed by another one whose positions continue it."""
         return VisualLayout(self.videos + other.videos, other.length)
 
+    def until(self, length: int) -> "VisualLayout":
+        """This layout without what lies behind its first `length` positions, which end with a whole group."""
+        videos = (tuple(group for group in video if group.end <= length) for video in self.videos)
+        return VisualLayout(tuple(video for video in videos if video), length)
+
     @property
     def groups(self) -> list[GroupSpan]:
         """The groups of all videos, in order."""

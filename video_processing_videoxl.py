@@ -44,35 +44,44 @@ logger = logging.get_logger(__name__)
 
 # Batches that wait for the consumer. One is enough to overlap, two hide uneven decoding times.
 _QUEUED_BATCHES = 2
+# How a frame becomes a square, see `resize_frames`.
+FITS = ("stretch", "crop")
 
 
-def resize_frames(frames: torch.Tensor, size: int, *, exact: bool = False) -> torch.Tensor:
-    """Stretches frames to a square, bicubic and antialiased, without keeping the aspect ratio.
+def resize_frames(frames: torch.Tensor, size: int, *, exact: bool = False, fit: str = "stretch") -> torch.Tensor:
+    """Makes frames square, bicubic and antialiased.
 
     Args:
         frames: uint8 [n, 3, H, W]. NHWC memory (a permuted [n, H, W, 3]) is about twice as fast.
         size: S, in pixels.
         exact: Through PIL, bit for bit what the reference preprocessing computes, some ten times slower. Otherwise
             torch's uint8 kernel, at most 2 of 255 levels away from it.
+        fit: `"stretch"` changes the shape to a square, `"crop"` scales the short side to S and cuts out the middle.
 
     Returns:
         uint8 [n, 3, S, S], contiguous, on the device of `frames` (the work is done on the CPU, where torch has the
         uint8 kernel, so the result does not depend on the device).
 
     Raises:
-        ValueError: Another dtype or shape.
+        ValueError: Another dtype, shape or fit.
     """
     _check_frames(frames)
+    _check_fit(fit)
     if frames.shape[0] == 0:
         return frames.new_empty((0, 3, size, size))
-    pixels = frames.cpu()
+    pixels, (height, width) = frames.cpu(), (size, size)
+    if fit == "crop":
+        # The long side is truncated to whole pixels, as in the reference (CLIP's preprocessing).
+        short = min(frames.shape[2:])
+        height, width = (size * side // short for side in frames.shape[2:])
     if exact:
         images = [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in pixels]
-        resized = [np.array(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+        resized = [np.array(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
     else:
-        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-    return pixels.contiguous().to(frames.device)
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[:, :, top : top + size, left : left + size].contiguous().to(frames.device)
 
 
 def normalize_frames(
@@ -104,6 +113,11 @@ def _check_frames(frames: torch.Tensor) -> None:
     if not isinstance(frames, torch.Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         came = f"{frames.dtype} {tuple(frames.shape)}" if isinstance(frames, torch.Tensor) else type(frames).__name__
         raise ValueError(f"Expected a uint8 tensor [n, 3, H, W], got {came}.")
+
+
+def _check_fit(fit: str) -> None:
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
 
 
 def _check_memory_frames(source: Any) -> None:
@@ -250,7 +264,7 @@ class VideoFrames:
         queue.put(end)
 
     def _produce(self, queue: SimpleQueue) -> None:
-        size, exact = self.sampling["size"], self.sampling["exact_resize"]
+        size, exact, fit = (self.sampling[name] for name in ("size", "exact_resize", "fit"))
         frames: list[torch.Tensor] = []
         seconds: list[float] = []
         delivered, until, damage = 0, 0.0, self._damage
@@ -269,7 +283,7 @@ class VideoFrames:
                     if self._stop.is_set():
                         return
                     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-                    frames.append(resize_frames(image, size, exact=exact))
+                    frames.append(resize_frames(image, size, exact=exact, fit=fit))
                     seconds.append(second)
                     delivered, until = delivered + 1, second
                     if len(frames) == self._batch_frames:
@@ -300,6 +314,7 @@ def open_video(
     backend: str = "pyav",
     batch_frames: int = 32,
     exact_resize: bool = False,
+    fit: str = "stretch",
 ) -> VideoFrames:
     """Opens a video, chooses its frames and gives them batch by batch, resized.
 
@@ -307,7 +322,7 @@ def open_video(
         source: Path of a local file; or frames in memory: a list of PIL images or of uint8 arrays [H, W, 3], or one
             uint8 numpy array or torch tensor [F, H, W, 3]. Frames in memory were chosen by the caller: all of them
             are used, also more than `max_num_frames`.
-        size: S, the edge of the square that frames are stretched to, in pixels.
+        size: S, the edge of the square that frames become, in pixels.
         max_num_frames: The most frames to choose from a file.
         sample_fps: Frames per second to choose from a file; None spreads `max_num_frames` over it.
         max_sample_fps: Upper rate for short files; None for no more than `sample_fps`. See `sample_frame_indices`.
@@ -315,7 +330,7 @@ def open_video(
         backend: "pyav", or "decord" where installed: it refuses the files whose frames decord misplaces, gives up on
             damaged ones, and its colours differ by some levels on 10-bit video.
         batch_frames: n, the most frames of a batch; never changes a frame.
-        exact_resize: See `resize_frames`.
+        exact_resize, fit: See `resize_frames`.
 
     Returns:
         The planned frames; decoding starts with the iteration.
@@ -328,6 +343,7 @@ def open_video(
     check_sampling(max_num_frames, sample_fps, max_sample_fps)
     check_count("size", size)
     check_count("batch_frames", batch_frames)
+    _check_fit(fit)
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
     sampling = {
@@ -337,6 +353,7 @@ def open_video(
         "max_sample_fps": max_sample_fps,
         "backend": backend,
         "exact_resize": bool(exact_resize),
+        "fit": fit,
     }
     if isinstance(source, (str, bytes, os.PathLike)):
         if timestamps is not None:

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .compressor_videoxl import duplicated_frames
+
 
 @dataclass
 class VideoXLVideoFeatures(ModelOutput):
@@ -61,6 +63,7 @@ class VideoXLVisionMixin:
                     f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
                     "processor builds it"
                 )
+        pixel_values_videos = [self._fill_groups(pixels) for pixels in pixel_values_videos]
         size = self.config.compressor_config.frames_per_group
         tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
         for owners, chunk in self._vision_chunks(pixel_values_videos):
@@ -103,11 +106,34 @@ class VideoXLVisionMixin:
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
         device = patch_embedding.device if patch_embedding.device.type != "meta" else self.device  # offloaded
         pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
-        # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
-        embedded = self.vision_tower.embeddings(pixels)
-        features = self.vision_tower.encoder(inputs_embeds=embedded).last_hidden_state
+        features = TOWERS[self.config.vision_config.model_type](self.vision_tower, pixels)
         repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         return self.multi_modal_projector(self.compressor(repeated)), features
+
+    def _fill_groups(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Frames of a video in whole groups where random ones are doubled; the compressor repeats the last one."""
+        padding = self.config.frame_padding
+        if padding not in ("last", "random"):
+            raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
+        if padding == "last" or pixels.ndim == 5:
+            return pixels
+        order = duplicated_frames(len(pixels), self.config.frames_per_group, self.config.frame_padding_seed)
+        return pixels[order]
+
+
+def _siglip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
+    # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
+    return tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
+
+
+def _clip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
+    # As above. The first token is the class token, which no member of the family uses.
+    embedded = tower.pre_layrnorm(tower.embeddings(pixels))
+    return tower.encoder(inputs_embeds=embedded).last_hidden_state[:, 1:]
+
+
+# Towers by their config's model type: a function of the tower and pixels [F, 3, S, S] that gives features [F, P, C].
+TOWERS = {"siglip_vision_model": _siglip_features, "clip_vision_model": _clip_features}
 
 
 def build_vision_tower(config) -> PreTrainedModel:
@@ -117,13 +143,19 @@ def build_vision_tower(config) -> PreTrainedModel:
         ValueError: If the slot has no such value.
     """
     vision_config = config.vision_config
-    if vision_config.model_type != "siglip_vision_model":
-        raise ValueError(f"vision_config.model_type must be 'siglip_vision_model', got {vision_config.model_type!r}")
+    if vision_config.model_type not in TOWERS:
+        raise ValueError(
+            f"vision_config.model_type must be one of {', '.join(TOWERS)}, got {vision_config.model_type!r}"
+        )
     tower = AutoModel.from_config(vision_config)
-    layer = config.vision_feature_layer
-    depth = layer if layer >= 0 else vision_config.num_hidden_layers + 1 + layer
-    del tower.encoder.layers[depth:]
+    del tower.encoder.layers[tower_depth(config) :]
     return tower
 
 
-__all__ = ["VideoXLVideoFeatures", "VideoXLVisionMixin", "build_vision_tower"]
+def tower_depth(config) -> int:
+    """Layers of the tower that are used."""
+    layer = config.vision_feature_layer
+    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+
+
+__all__ = ["VideoXLVideoFeatures", "VideoXLVisionMixin", "build_vision_tower", "tower_depth"]

@@ -9,6 +9,7 @@ What is surprising:
 * `beside KV` is the measured peak of encoding without the key-values: it should not grow with the video.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,17 @@ CASES = {
     "full-20k": (528, 32, None, NARROW, {"prefill": "full"}),
     "bilevel-40k": (1056, 32, None, NARROW, {"prefill": "streaming", "decode": "bilevel"}),
 }
+# Other members of the family at reduced width, with their numbers of tokens: 144 a frame, or a group of four.
+# Name: (frames, preset, settings).
+MEMBERS = {
+    "video-xl-r16": (2048, "video-xl-7b", {"beacon_ratio": 16}),
+    "pro-march": (10000, "video-xl-pro-3b-march", {"beacon_ratio": 16}),
+    "pro-april": (600, "video-xl-pro-3b", {}),
+}
+MEMBER_TOWERS = {
+    "siglip_vision_model": SMALL_TOWER,
+    "clip_vision_model": {**SMALL_TOWER, "image_size": 48, "patch_size": 2},
+}
 QUESTION = "What is this? " * 8
 
 EPILOG = """\
@@ -51,6 +63,9 @@ examples:
   python benchmarks/plan.py --cases compressor mask-20k
       Two of them.
 
+  python benchmarks/plan.py --cases video-xl-r16 pro-march pro-april --out plan_members_cpu
+      The other members of the family: 2,048, 10,000 and 600 frames (some 15 minutes).
+
   python benchmarks/plan.py --preset video-xl-2-8b --tokenizer PATH --frames 512 2048 10000
       True size with random weights on a GPU, against CUDA's counter. PATH is a folder with the published tokenizer.
 """
@@ -61,6 +76,8 @@ def settings_of(case, args):
     config = load_config(args)
     if args.preset:
         return case, config, {"prefill": "streaming"}
+    if case in MEMBERS:
+        return _member(case, config)
     frames, chunk, vision, text, sparse = CASES[case]
     bundled = type(config).from_pretrained(ROOT)
     text_config = bundled.text_config.to_dict()
@@ -79,6 +96,22 @@ def settings_of(case, args):
         **{name: getattr(bundled, name) for name in ("video_token_id", "time_start_token_id", "time_end_token_id")},
     )
     return frames, config, sparse
+
+
+def _member(case, config):
+    """A preset with a narrow tower and language model, and the bundled tokenizer's ids."""
+    frames, preset, settings = MEMBERS[case]
+    values = json.loads((ROOT / "presets" / f"{preset}.json").read_text())
+    bundled = type(config).from_pretrained(ROOT)
+    values["vision_config"] |= MEMBER_TOWERS[values["vision_config"]["model_type"]]
+    values["compressor_config"] |= {"hidden_size": SMALL_TOWER["hidden_size"]}
+    text_config = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text_config |= {"hidden_size": 64, "intermediate_size": 128, "vocab_size": bundled.text_config.vocab_size}
+    values["text_config"] |= text_config | {"bos_token_id": None, "eos_token_id": None}
+    values["video_token_id"] = bundled.video_token_id
+    if values["time_format"] is not None:
+        values |= {name: getattr(bundled, name) for name in ("time_start_token_id", "time_end_token_id")}
+    return frames, type(config)(**values | settings | {"dtype": None}), {}
 
 
 def measure(case, args) -> dict:
@@ -104,14 +137,13 @@ def measure(case, args) -> dict:
     memory = PeakMemory(args.device)
     ask(video)
     answered = memory.before + memory.growth() - start
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in video.cache.layers)
     return {
         "case": str(case),
         "frames": frames,
         "tokens": plan.total_tokens,
         "tokens_exact": plan.total_tokens == len(video.input_ids),
         "kv_bytes": plan.kv_bytes,
-        "kv_exact": plan.kv_bytes == kv_bytes,
+        "kv_exact": plan.kv_bytes == video.nbytes,
         "encode": {"predicted": max(plan.beyond("vision"), plan.beyond("prefill")), "measured": encoded},
         "answer": {"predicted": max(plan.beyond("question"), plan.beyond("decode")), "measured": answered},
         "stages": plan.stages,
@@ -152,7 +184,7 @@ def show(results) -> None:
 
 def main() -> None:
     arguments = parser(__doc__, EPILOG)
-    arguments.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which of the small cases")
+    arguments.add_argument("--cases", nargs="+", choices=[*CASES, *MEMBERS], default=list(CASES), help="which")
     arguments.add_argument("--frames", type=int, nargs="+", default=[512, 2048], help="lengths, with --preset")
     arguments.add_argument("--tokenizer", default=str(ROOT), help="folder of the tokenizer; needed with --preset")
     arguments.add_argument("--new-tokens", type=int, default=16, help="length of the answer")

@@ -270,12 +270,18 @@ def ask(checkpoint: Checkpoint, video, text: str, mode: Mode, settings: dict, ev
             **options,
         )
         seconds = time.perf_counter() - begin
-    kept = kept_visual_tokens(video, chunks, chunk_groups, settings["pool_size"])
+    kept = kept_visual_tokens(checkpoint.model, video, chunks, chunk_groups, settings["pool_size"])
     return Reply(answer, seconds, chunks, kept, kept / video.num_visual_tokens)
 
 
-def kept_visual_tokens(video, chunks: Sequence[dict], chunk_groups: int, pool_size: int) -> int:
-    """Visual tokens of one video whose key-values are kept, given the levels of its chunks."""
+def kept_visual_tokens(model, video, chunks: Sequence[dict], chunk_groups: int, pool_size: int) -> int:
+    """Visual tokens of one video whose key-values are kept, given the levels of its chunks.
+
+    Members of the family that compress or select visual tokens keep what their plan says, whatever the chunks.
+    """
+    if getattr(video.cache, "deferred", None) is not None or video.prefill.get("beacons"):
+        plan = model.plan(video.num_frames)
+        return plan.mixed_tokens - plan.text_tokens - plan.timestamp_tokens
     groups = [group.end - group.visual_start for group in video.layout.videos[-1]]
     kept = 0
     for chunk in chunks:

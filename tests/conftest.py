@@ -68,6 +68,47 @@ def random_model(root, bundle):
     return model
 
 
+# What the other family members change of the bundled config: the tower, what is compressed, what is selected.
+FAMILY_CHANGES = {
+    "videoxl1": {
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 96, "intermediate_size": 256,
+                          "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+        "compressor_config": {"compressor_type": "none", "hidden_size": 96, "frames_per_group": 1, "grid_size": 6},
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "frame_fit": "crop",
+        "beacon_window": 36, "beacon_ratio": [3, 9],
+    },
+    "videoxlpro": {"token_selector": "timed_query", "keep_ratio": 0.8, "time_format": "Time {seconds:06.1f}s:"},
+    "videoxlpro_march": {
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None,
+        "token_selector": "query", "max_visual_tokens": 48, "beacon_window": 32, "beacon_ratio": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def family_models(random_model):
+    """Models of the other family members at the bundled checkpoint's size, with random weights: name -> model."""
+    import torch
+    from transformers import AutoModel
+
+    models, base = {}, random_model.config.to_dict()
+    for name, changes in FAMILY_CHANGES.items():
+        config = type(random_model.config).from_dict({**base, **changes})
+        config.auto_map = random_model.config.auto_map
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            models[name] = AutoModel.from_config(config, trust_remote_code=True).eval()
+        models[name].generation_config = random_model.generation_config
+    return models
+
+
+@pytest.fixture(params=FAMILY_CHANGES)
+def member(request, family_models):
+    """The model of one other family member; what a test sets on its config is undone."""
+    with _undone(family_models[request.param]) as model:
+        yield model
+
+
 @contextlib.contextmanager
 def _undone(model):
     """Whatever is set on the model's config meanwhile is undone."""

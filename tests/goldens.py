@@ -5,14 +5,18 @@ in the folder of outside material ("full"). Either way its checkpoint goes throu
 """
 
 import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 from videoxl.convert_weights import convert
+from videoxl.image_processing_videoxl import cut_tiles
+from videoxl.video_processing_videoxl import normalize_frames
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
@@ -20,6 +24,8 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 # largest absolute value on visual tokens.
 LOGITS_TOLERANCE = TOWER_TOLERANCE = 2e-4
 TOKENS_TOLERANCE = 1e-4
+# Stands for the video in the prompts of Video-XL and Video-XL-Pro.
+SENTINEL = -200
 
 _opened = {}
 
@@ -55,28 +61,69 @@ class Case:
         return self.golden.tensors[f"{self.name}.{name}"]
 
     @property
+    def pixels(self):
+        """Pixels of the case's video [F, 3, S, S], or of its image's tiles [T, 1, 3, S, S]."""
+        if self.settings.get("kind") == "image":
+            return self.tensor("pixel_values")[1:, None]  # the squashed whole image yields no visual tokens
+        if "pool_frames" not in self.settings:
+            return self.tensor("pixel_values")
+        frames = self.golden.tensors["pixel_values"][slice(*self.settings["pool_frames"])]
+        return frames[self.settings.get("frame_order_after_padding", slice(None))]
+
+    @property
     def inputs(self):
-        """What the model takes: `input_ids` [1, L] and `pixel_values_videos` [1, F, 3, S, S]."""
-        return {
-            "input_ids": self.tensor("input_ids")[None],
-            "pixel_values_videos": self.tensor("pixel_values")[None],
-        }
+        """What the model takes: `input_ids` [1, L] and `pixel_values_videos`, a list of one video or image."""
+        ids = self.tensor("input_ids")
+        if SENTINEL in ids:
+            place = ids.tolist().index(SENTINEL)
+            block = self.golden.tensors.get(f"{self.name}.time_embedding")
+            if block is None:
+                block = torch.full((self.settings["visual_tokens"],), self.model.config.video_token_id)
+            ids = torch.cat([ids[:place], block, ids[place + 1 :]])
+        return {"input_ids": ids[None], "pixel_values_videos": [self.pixels]}
+
+    def assert_tiles(self, tolerance):
+        """The processor's way cuts the case's image into the reference's tiles."""
+        config = self.model.config
+        image = Image.fromarray(self.tensor("image").numpy())
+        tiles = cut_tiles(image, config.vision_config.image_size, config.image_grid_pinpoints)
+        assert_close(normalize_frames(tiles, config.image_mean, config.image_std)[:, None], self.pixels, tolerance)
+
+    def decode_logits(self, past_key_values, tokens):
+        """[n, vocabulary] logits after feeding each of `tokens` behind a prefilled cache."""
+        rows = []
+        with torch.inference_mode():
+            for token in tokens:
+                output = self.model(input_ids=torch.tensor([[token]]), past_key_values=past_key_values)
+                rows.append(output.logits[0, -1])
+        return torch.stack(rows)
 
 
-def open_golden(request, family, source):
-    """Opens the golden of a family from `source` ("shipped" or "full"); skips where it is not at hand."""
-    if (family, source) not in _opened:
+def open_golden(request, family, source, **config):
+    """Opens the golden of a family from `source` ("shipped" or "full"); skips where it is not at hand.
+
+    `config` replaces entries of the published config.json.
+    """
+    key = (family, source, *sorted(config.items()))
+    if key not in _opened:
         folder = FIXTURES if source == "shipped" else request.getfixturevalue("test_data") / "golden"
         # The basename must be the golden's own: transformers reuses code of folders that are called the same.
-        output = request.getfixturevalue("tmp_path_factory").mktemp("converted") / f"{family}_{source}"
+        output = request.getfixturevalue("tmp_path_factory").mktemp("converted") / f"{family}_{source}_{len(_opened)}"
+        checkpoint = folder / family / "checkpoint"
+        if config:
+            checkpoint = output.with_name("changed")
+            shutil.copytree(folder / family / "checkpoint", checkpoint, copy_function=shutil.copyfile)
+            published = json.loads((checkpoint / "config.json").read_text())
+            (checkpoint / "config.json").unlink()
+            (checkpoint / "config.json").write_text(json.dumps(published | config))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # goldens have no tokenizer
-            convert(folder / family / "checkpoint", output)
+            convert(checkpoint, output)
         model = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
         settings = json.loads((folder / family / "golden.json").read_text())
         tensors = load_file(folder / family / "golden.safetensors")
-        _opened[family, source] = Golden(settings, tensors, model)
-    return _opened[family, source]
+        _opened[key] = Golden(settings, tensors, model)
+    return _opened[key]
 
 
 def assert_close(actual, expected, tolerance, relative=False):

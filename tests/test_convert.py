@@ -18,6 +18,8 @@ from videoxl import convert_weights
 from videoxl.configuration_videoxl import VideoXLConfig
 from videoxl.convert_weights import convert, name_table, recognise_family
 
+import convert_families
+
 CHECKPOINT = FIXTURES / "videoxl2" / "checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -65,69 +67,126 @@ def assert_nothing_left(tmp_path):
 # ------------------------------------------------------------------------------------------------ names and shapes
 
 
-def published_video_xl_2():
-    """Name -> shape of the 805 tensors of BAAI/Video-XL-2, as the public model classes build them."""
-    shapes = {}
+class Manifest(dict):
+    """Name -> shape of a published checkpoint's tensors."""
 
-    def add(name, *shape, bias=True):
-        shapes[f"{name}.weight"] = shape
+    def add(self, name, *shape, bias=True):
+        self[f"{name}.weight"] = shape
         if bias:
-            shapes[f"{name}.bias"] = shape[:1]
+            self[f"{name}.bias"] = shape[:1]
 
-    add("model.embed_tokens", 152064, 3584, bias=False)
-    add("model.norm", 3584, bias=False)
-    add("lm_head", 152064, 3584, bias=False)
-    for layer in (f"model.layers.{number}" for number in range(28)):
-        add(f"{layer}.self_attn.q_proj", 3584, 3584)
-        add(f"{layer}.self_attn.k_proj", 512, 3584)
-        add(f"{layer}.self_attn.v_proj", 512, 3584)
-        add(f"{layer}.self_attn.o_proj", 3584, 3584, bias=False)
-        add(f"{layer}.mlp.gate_proj", 18944, 3584, bias=False)
-        add(f"{layer}.mlp.up_proj", 18944, 3584, bias=False)
-        add(f"{layer}.mlp.down_proj", 3584, 18944, bias=False)
-        add(f"{layer}.input_layernorm", 3584, bias=False)
-        add(f"{layer}.post_attention_layernorm", 3584, bias=False)
+    def add_language_model(self, layers, hidden, mlp, key_values, vocabulary, beacons=False, head=True):
+        self.add("model.embed_tokens", vocabulary, hidden, bias=False)
+        self.add("model.norm", hidden, bias=False)
+        if head:
+            self.add("lm_head", vocabulary, hidden, bias=False)
+        for layer in (f"model.layers.{number}" for number in range(layers)):
+            for kind in ("", "beacon_") if beacons else ("",):
+                self.add(f"{layer}.self_attn.{kind}q_proj", hidden, hidden)
+                self.add(f"{layer}.self_attn.{kind}k_proj", key_values, hidden)
+                self.add(f"{layer}.self_attn.{kind}v_proj", key_values, hidden)
+            self.add(f"{layer}.self_attn.o_proj", hidden, hidden, bias=False)
+            self.add(f"{layer}.mlp.gate_proj", mlp, hidden, bias=False)
+            self.add(f"{layer}.mlp.up_proj", mlp, hidden, bias=False)
+            self.add(f"{layer}.mlp.down_proj", hidden, mlp, bias=False)
+            self.add(f"{layer}.input_layernorm", hidden, bias=False)
+            self.add(f"{layer}.post_attention_layernorm", hidden, bias=False)
+        if beacons:
+            self["model.beacon_embed_tokens.weight"] = (1, hidden)
 
-    tower = "model.vision_tower.vision_tower.vision_model"
-    add(f"{tower}.embeddings.patch_embedding", 1152, 3, 14, 14)
-    add(f"{tower}.embeddings.position_embedding", 729, 1152, bias=False)
-    add(f"{tower}.post_layernorm", 1152)
-    for layer in (f"{tower}.encoder.layers.{number}" for number in range(26)):
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            add(f"{layer}.self_attn.{part}", 1152, 1152)
-        add(f"{layer}.layer_norm1", 1152)
-        add(f"{layer}.layer_norm2", 1152)
-        add(f"{layer}.mlp.fc1", 4304, 1152)
-        add(f"{layer}.mlp.fc2", 1152, 4304)
+    def add_tower(self, layers, hidden, mlp, positions):
+        tower = "model.vision_tower.vision_tower.vision_model"
+        self.add(f"{tower}.embeddings.position_embedding", positions, hidden, bias=False)
+        self.add(f"{tower}.post_layernorm", hidden)
+        for layer in (f"{tower}.encoder.layers.{number}" for number in range(layers)):
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                self.add(f"{layer}.self_attn.{part}", hidden, hidden)
+            self.add(f"{layer}.layer_norm1", hidden)
+            self.add(f"{layer}.layer_norm2", hidden)
+            self.add(f"{layer}.mlp.fc1", mlp, hidden)
+            self.add(f"{layer}.mlp.fc2", hidden, mlp)
+        return tower
 
-    shapes["model.sae.temporal_encoding"] = (4, 1152)
-    for spatial, temporal, convolution in ((0, 1, 2), (3, 4, 5)):
-        add(f"model.sae.encoder.{spatial}.norm", 1152)
-        for part in ("q", "k", "v", "proj_out"):
-            add(f"model.sae.encoder.{spatial}.{part}", 1152, 1152, 1, 1, 1)
-        add(f"model.sae.encoder.{temporal}.norm", 1152)
-        add(f"model.sae.encoder.{temporal}.qkv", 3456, 1152, 1)
-        add(f"model.sae.encoder.{temporal}.proj_out", 1152, 1152, 1)
-        for table in ("relative_position_k", "relative_position_v"):
-            shapes[f"model.sae.encoder.{temporal}.{table}.embeddings_table"] = (129, 1152)
-        add(f"model.sae.encoder.{convolution}.conv", 1152, 1152, 3, 3, 3)
-    add("model.mm_projector.0", 3584, 1152)
-    add("model.mm_projector.2", 3584, 3584)
+    def add_siglip_and_dts(self, hidden):
+        tower = self.add_tower(26, 1152, 4304, 729)
+        self.add(f"{tower}.embeddings.patch_embedding", 1152, 3, 14, 14)
+        self["model.sae.temporal_encoding"] = (4, 1152)
+        for spatial, temporal, convolution in ((0, 1, 2), (3, 4, 5)):
+            self.add(f"model.sae.encoder.{spatial}.norm", 1152)
+            for part in ("q", "k", "v", "proj_out"):
+                self.add(f"model.sae.encoder.{spatial}.{part}", 1152, 1152, 1, 1, 1)
+            self.add(f"model.sae.encoder.{temporal}.norm", 1152)
+            self.add(f"model.sae.encoder.{temporal}.qkv", 3456, 1152, 1)
+            self.add(f"model.sae.encoder.{temporal}.proj_out", 1152, 1152, 1)
+            for table in ("relative_position_k", "relative_position_v"):
+                self[f"model.sae.encoder.{temporal}.{table}.embeddings_table"] = (129, 1152)
+            self.add(f"model.sae.encoder.{convolution}.conv", 1152, 1152, 3, 3, 3)
+        self.add("model.mm_projector.0", hidden, 1152)
+        self.add("model.mm_projector.2", hidden, hidden)
+
+
+def published_video_xl_2():
+    """The 805 tensors of BAAI/Video-XL-2, as the public model classes build them."""
+    shapes = Manifest()
+    shapes.add_language_model(28, 3584, 18944, 512, 152064)
+    shapes.add_siglip_and_dts(3584)
     return shapes
 
 
-def test_video_xl_2_at_true_size_has_exactly_the_published_tensors(root):
-    preset = json.loads((root / "presets" / "video-xl-2-8b.json").read_text())
+def published_video_xl():
+    """Video-XL, as the public model classes build it with the tower's last layer taken."""
+    shapes = Manifest()
+    shapes.add_language_model(28, 3584, 18944, 512, 152064, beacons=True)
+    tower = shapes.add_tower(24, 1024, 4096, 577)
+    shapes.add(f"{tower}.embeddings.patch_embedding", 1024, 3, 14, 14, bias=False)
+    shapes[f"{tower}.embeddings.class_embedding"] = (1024,)
+    shapes.add(f"{tower}.pre_layrnorm", 1024)
+    shapes.add("model.mm_projector.0", 3584, 1024)
+    shapes.add("model.mm_projector.2", 3584, 3584)
+    return shapes
+
+
+def published_video_xl_pro(beacons):
+    """Video-XL-Pro of March 2025 (with beacons) or of April 2025; the head is the embedding."""
+    shapes = Manifest()
+    shapes.add_language_model(36, 2048, 11008, 256, 151936, beacons=beacons, head=False)
+    shapes.add_siglip_and_dts(2048)
+    shapes.add("model.text_mlp.0", 2048, 2048)
+    if not beacons:
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes.add(f"model.WindowTimeToTokenAttention.{part}", 2048, 2048)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("family", "published", "count", "parameters"),
+    [
+        ("videoxl2", published_video_xl_2(), 805, 8_123_871_520),
+        ("videoxl1", published_video_xl(), None, None),
+        ("videoxlpro", published_video_xl_pro(beacons=False), None, None),
+        ("videoxlpro_march", published_video_xl_pro(beacons=True), None, None),
+    ],
+)
+def test_at_true_size_a_member_has_exactly_the_published_tensors(family, published, count, parameters):
+    table = name_table(family)
+    assert recognise_family({"mm_hidden_size": 1}, published) == family
+    preset = json.loads((convert_weights.PRESETS / f"{table.preset}.json").read_text())
     config = VideoXLConfig.from_dict(preset)
     ours = convert_weights.expected_shapes(config)
-    table = name_table("videoxl2")
-    published = {table.to_published(name): shape for name, shape in ours.items()}
-    assert published == published_video_xl_2()
-    assert len(published) == 805
-    assert sum(torch.Size(shape).numel() for shape in published.values()) == 8_123_871_520
+    if config.tie_word_embeddings:
+        del ours[HEAD]
+    wanted = {name: shape for name, shape in published.items() if not table.ignores(name)}
+    assert {table.to_published(name): shape for name, shape in ours.items()} == wanted
     assert {name: table.to_ours(table.to_published(name)) for name in ours} == {name: name for name in ours}
+    if count is not None:
+        assert len(published) == count
+        assert sum(torch.Size(shape).numel() for shape in published.values()) == parameters
     assert config.compressor_config.tokens_per_group == 144
     assert config.text_config.rope_parameters["rope_theta"] == 1e6
+    extra = {name: shape for name, shape in published.items() if "beacon" in name}
+    # 28 layers of 7B and 36 of 3B, with biases, and the one embedding.
+    expected = {"videoxl1": 462_554_624, "videoxlpro_march": 188_837_888}.get(family, 0)
+    assert sum(torch.Size(shape).numel() for shape in extra.values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -135,6 +194,10 @@ def test_video_xl_2_at_true_size_has_exactly_the_published_tensors(root):
     [
         ("videoxl2", ["model.sae.temporal_encoding", "model.text_mlp.0.weight"]),
         ("videoxlpro", ["model.sae.temporal_encoding", "model.WindowTimeToTokenAttention.q_proj.weight"]),
+        (
+            "videoxlpro_march",
+            ["model.sae.temporal_encoding", "model.text_mlp.0.weight", "model.beacon_embed_tokens.weight"],
+        ),
         ("videoxl1", ["model.beacon_embed_tokens.weight", "model.mm_projector.0.weight"]),
         ("videochatflash", ["model.mm_projector.mlp.0.weight"]),
     ],
@@ -160,8 +223,8 @@ def test_other_checkpoints_are_refused(published, names, message):
 def test_unknown_and_unsupported_families_are_refused(make_source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown family"):
         name_table("videoxl3")
-    unsupported = dataclasses.replace(convert_weights.FAMILIES["videoxl2"], preset=None)
-    monkeypatch.setitem(convert_weights.FAMILIES, "videoxl2", unsupported)
+    unsupported = dataclasses.replace(convert_families.FAMILIES["videoxl2"], preset=None)
+    monkeypatch.setitem(convert_families.FAMILIES, "videoxl2", unsupported)
     with pytest.raises(ValueError, match="Video-XL-2 .*not supported yet"):
         convert(make_source(), tmp_path / "output")
     assert_nothing_left(tmp_path)
@@ -268,6 +331,53 @@ def test_tokenizer_and_generation_config_come_along(make_source, tmp_path, root,
     assert "chat_template" not in json.loads((output / "tokenizer_config.json").read_text())
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     assert (processor.video_token, processor.tokens_per_group, processor.image_size) == ("<|vision_pad|>", 144, 56)
+
+
+def test_rows_for_a_marker_are_cut(tmp_path):
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    tensors = load_file(source / "model.safetensors")
+    longer = {name: torch.cat([tensors[name], torch.ones(1, 64)]) for name in (EMBEDDING, HEAD)}
+    save_file(tensors | longer, source / "model.safetensors")
+    written = converted_tensors(convert(source, tmp_path / "output"))
+    table = name_table("videoxl1")
+    assert all(torch.equal(written[table.to_ours(name)], tensors[name]) for name in longer)
+    save_file(tensors | {HEAD: torch.ones(258, 64)}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(258, 64\), expected is \(256, 64\)"):
+        convert(source, tmp_path / "other")
+
+
+def test_layers_above_the_one_that_is_taken_are_accounted_for(tmp_path):
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    tensors = load_file(source / "model.safetensors")
+    unused = [name for name in tensors if ".encoder.layers.2." in name]
+    written = converted_tensors(convert(source, tmp_path / "output"))
+    assert len(unused) == 16 and len(written) == len(tensors) - len(unused)
+    beyond = {name.replace(".layers.2.", ".layers.3."): tensors[name].clone() for name in unused}
+    save_file(tensors | beyond, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown tensor .*encoder.layers.3\."):
+        convert(source, tmp_path / "other")
+
+
+def test_a_tokenizer_without_a_placeholder_gets_one(make_source, tmp_path, test_data):
+    """Qwen2's tokenizer is Qwen2.5's without the special tokens behind the first three."""
+    output = tmp_path / "with_placeholder"
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    vocabulary = json.loads((test_data / "data" / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary["added_tokens"] = [token for token in vocabulary["added_tokens"] if token["id"] < 151646]
+    (source / "tokenizer.json").write_text(json.dumps(vocabulary))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": "another one"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, output)
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert (processor.video_token, processor.video_token_id) == ("<|vision_pad|>", 151646)
+    assert (processor.frame_fit, processor.time_format, processor.tokens_per_group) == ("crop", None, 16)
+    messages = [{"role": "user", "content": [{"type": "video", "video": ""}, {"type": "text", "text": "Hello"}]}]
+    # The 14 tokens in front of the video that the published code counts on.
+    assert len(processor.prompt_pieces(processor.render(messages))[0]) == 14
+    assert "chat_template" not in json.loads((output / "tokenizer_config.json").read_text())
 
 
 def test_the_real_tokenizer_fits_the_preset(make_source, tmp_path, test_data, recwarn):

@@ -390,6 +390,23 @@ def test_niah_in_other_modes(tmp_path, mode):
         assert all(record["needle_reloaded"] for record in records)
 
 
+def test_niah_on_other_members_of_the_family(tmp_path, member, tokenizer, capsys):
+    folder = tmp_path / f"member_{member.config.token_selector}_{member.config.beacon_window}"
+    member.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "niah.json"
+    flags = ["--model", str(folder), "--mode", "full", "--lengths", "24", "--questions-per-cell", "1", "--no-plots"]
+    flags += ["--depths", "0", "100", "--needles-per-depth", "1", *QUICK]
+    niah.main(["--out", str(out), *flags])
+    result = json.loads(out.read_text())
+    videos = result["haystacks"]
+    assert videos and all(video["frames"] == 24 for video in videos)
+    assert result["questions"] and all("answer" in record for record in result["questions"])
+    with pytest.raises(SystemExit):
+        niah.main(["--out", str(tmp_path / "other.json"), *flags[:2], "--mode", "bilevel", *flags[4:]])
+    assert "sparse_attention at its defaults only" in capsys.readouterr().err
+
+
 def test_niah_on_a_video_file(tmp_path, clips, photos):
     flags = ("--haystack", clips[0], "--needles", str(photos), "--options", "--depths", "0", "100")
     result = run_niah(tmp_path / "film.json", *flags)

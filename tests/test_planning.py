@@ -123,6 +123,78 @@ def test_peak_is_what_the_allocator_sees(model, tokenizer, prefill):
     assert abs(expected / peak - 1) < 0.15, (expected, peak)
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 37, 150])
+def test_other_members_tokens_and_sizes_are_exact(member, tokenizer, count):
+    video = encode(member, tokenizer, count)
+    plan = member.plan(count, tokenizer=tokenizer)
+    assert (plan.frames, plan.groups) == (count, len(video.layout.groups))
+    assert plan.total_tokens == len(video.input_ids) and plan.visual_tokens == video.num_visual_tokens
+    assert plan.kv_bytes == video.nbytes
+    cache = member._question_cache(video)
+    with torch.no_grad():
+        member(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    seen = cache.layers[0].held - 3
+    assert plan.mixed_tokens == seen
+    assert plan.mixed_kv_bytes == seen * 2 * 4 * 2 * 32 * 4  # 4 layers, 2 heads of 32, float32
+    assert (plan.mixed_kv_bytes == plan.kv_bytes) == (member.config.token_selector is None)
+    assert "key-values" in str(plan) and plan.to_dict()["kv_bytes"] == plan.kv_bytes
+
+
+def test_other_members_peaks_are_what_the_allocator_sees(member, tokenizer):
+    encode(member, tokenizer, 4)
+    frames = np.zeros((600, 8, 8, 3), np.uint8)
+    plan, videos = member.plan(600, tokenizer=tokenizer, max_new_tokens=1, question_tokens=3), []
+    times = [float(second) for second in range(600)]
+    peak = allocated_peak(lambda: videos.append(member.encode_video(frames, tokenizer, timestamps=times)))
+    # Buffers are allocated with their spare room, which counts as memory on a GPU only.
+    layers = videos[0].cache.layers
+    spare = sum(
+        states.untyped_storage().nbytes() - states.nbytes
+        for layer in layers if layer.held for states in (layer.keys, layer.values)
+    )  # fmt: skip
+    expected = max(plan.beyond("vision"), plan.beyond("prefill")) + spare
+    assert 0.8 < expected / peak < 1.35, (expected, peak)
+    if member.config.token_selector:
+        ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+        with torch.no_grad():
+            peak = allocated_peak(lambda: member(**ids, past_key_values=member._question_cache(videos[0])))
+        expected = plan.beyond("question") - videos[0].nbytes
+        assert 0.7 < expected / peak < 1.4, (expected, peak)
+
+
+def test_other_members_run_in_bounded_memory(member, tokenizer):
+    """What four times the frames need more is what is kept: key-values of beacons, or features."""
+
+    def encoded(count):
+        frames, videos = np.zeros((count, 8, 8, 3), np.uint8), []
+        times = [float(second) for second in range(count)]
+        peak = allocated_peak(lambda: videos.append(member.encode_video(frames, tokenizer, timestamps=times)))
+        return peak, videos[0]
+
+    encoded(4)
+    (short_peak, short), (long_peak, long) = encoded(150), encoded(600)
+    # Buffers have up to a quarter of spare room, and one that grows is there twice for a moment.
+    allowed = (1.25 + 0.25) * (long.nbytes - short.nbytes) + 0.05 * short_peak
+    assert long_peak - short_peak < allowed, (short_peak, long_peak, short.nbytes, long.nbytes)
+    if member.config.max_visual_tokens is not None:
+        question = {"input_ids": torch.tensor([[5, 6, 7]])}
+        caches = [member._question_cache(video) for video in (short, long)]
+        with torch.no_grad():
+            peaks = [allocated_peak(lambda cache=cache: member(**question, past_key_values=cache)) for cache in caches]
+        assert caches[0].layers[0].held == caches[1].layers[0].held, "the same number of tokens, whatever the length"
+        # Scores are a few numbers a token; rows are scored a bounded number at a time.
+        assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_other_members_max_frames(member):
+    weights = member.plan(1).weight_bytes
+    for extra in (8, 15, 30):
+        frames = member.plan(1).max_frames(weights + extra * 10**6)
+        assert frames > 0 and member.plan(frames).peak_bytes <= weights + extra * 10**6
+        assert all(member.plan(length).peak_bytes <= weights + extra * 10**6 for length in range(1, frames, 7))
+        assert member.plan(2 * frames + 16).peak_bytes > weights + extra * 10**6
+
+
 @pytest.mark.parametrize("settings", [{"prefill": "streaming"}, {"decode": "bilevel"}, {"prefill": "mask"}])
 def test_max_frames_is_monotone_and_the_inverse(model, settings):
     model.config.sparse_attention = settings

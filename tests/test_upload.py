@@ -250,7 +250,7 @@ def test_a_family_of_several_checkpoints_is_told_apart_by_name():
 
 
 def test_every_family_of_the_converter_has_a_card():
-    from convert_weights import FAMILIES
+    from convert_families import FAMILIES
 
     assert FAMILIES.keys() <= PUBLISHED.keys()
     assert all(FAMILIES[name].title.startswith(PUBLISHED[name].title) for name in FAMILIES)

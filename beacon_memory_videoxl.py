@@ -1,0 +1,137 @@
+"""Beacon memory (Video-XL, arXiv 2409.14485): windows of visual tokens, of which only their beacons' key-values stay.
+
+What is surprising, all of it what the published weights were trained with (public reference `modeling_beacon.py`,
+`modeling_qwen.py`):
+* A window is its visual tokens with one beacon after every r of them. All beacons are the same embedding; in every
+  layer they have projections of their own for queries, keys and values, and share the rest.
+* Attention is causal over memory and window, nothing else is hidden: beacons see all earlier visual tokens of their
+  window, and later visual tokens see the beacons. So memory and window are one sequence with positions 0, 1, 2, ...
+* When the window is done only its beacons' key-values stay, moved up behind the memory. Text is never compressed.
+
+A window of 6 visual tokens v at r = 3 behind a memory of 2, its positions and what becomes of them:
+
+    window      v1 v2 v3 B1 v4 v5 v6 B2
+    positions    2  3  4  5  6  7  8  9
+    afterwards            2           3
+
+n visual tokens of a window, b beacons, r visual tokens per beacon, H the language model's width.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
+
+
+class BeaconWindow(NamedTuple):
+    """Visual tokens [start, stop) of a video; a beacon after the first `first` and every further `ratio` of them."""
+
+    start: int
+    stop: int
+    ratio: int
+    first: int
+
+    @property
+    def count(self) -> int:
+        """Beacons; the tokens behind the last one are seen by nobody later."""
+        return max((self.stop - self.start - self.first) // self.ratio + 1, 0)
+
+    def places(self, device) -> torch.Tensor:
+        """[b] places of the beacons in the window of n + b rows."""
+        return self.first + torch.arange(self.count, device=device) * (self.ratio + 1)
+
+    def interleave(self, visual: torch.Tensor, beacon: torch.Tensor) -> torch.Tensor:
+        """The window's rows [n + b, H] from its visual tokens [n, H] and the beacon's embedding [1, H]."""
+        size = len(visual)
+        is_beacon = torch.zeros(size + self.count, dtype=torch.bool, device=visual.device)
+        is_beacon[self.places(visual.device)] = True
+        source = torch.where(is_beacon, size, (~is_beacon).cumsum(0) - 1)
+        return torch.cat([visual, beacon.to(visual)]).index_select(0, source)
+
+
+def plan_windows(tokens: int, window: int, ratios, mix: str, seed: int) -> list[BeaconWindow]:
+    """The windows of a video.
+
+    Args:
+        tokens: Its visual tokens.
+        window: Tokens in a window; the last one may be shorter.
+        ratios, mix, seed: See `VideoXLConfig.resolve_beacons`. A single ratio holds for every window, and a remainder
+            is carried into the next one; of several, those that divide a window evenly are candidates for it. A plan
+            of more tokens begins with the same full windows.
+
+    Returns:
+        Windows in order.
+
+    Raises:
+        ValueError: If none of several ratios divides a window.
+    """
+    generator, windows, carried, candidates, ratio = np.random.default_rng(seed), [], 0, [], None
+    for start in range(0, tokens, window):
+        stop = min(start + window, tokens)
+        if len(ratios) == 1:
+            ratio = ratios[0]
+        elif not windows or mix == "step-random":
+            candidates = [r for r in ratios if (stop - start) % r == 0]
+            if not candidates:
+                raise ValueError(
+                    f"none of beacon_ratio={list(ratios)} divides a window of {stop - start} visual tokens; add one "
+                    "that does, or give a single ratio"
+                )
+            ratio = candidates[0] if mix == "sequence" else int(generator.choice(candidates))
+        elif mix == "sequence":
+            ratio = candidates[len(windows) % len(candidates)]
+        windows.append(BeaconWindow(start, stop, ratio, max(ratio - carried, 1)))
+        carried = (carried + stop - start) % ratio
+    return windows
+
+
+def kept_tokens(tokens: int, beacons) -> int:
+    """Beacons of a video of so many visual tokens; all its tokens where `beacons` (see `resolve_beacons`) is None."""
+    return tokens if beacons is None else sum(window.count for window in plan_windows(tokens, **beacons))
+
+
+class VideoXLBeaconAttention(Qwen2Attention):
+    """Qwen2's attention, in which some rows may be beacons with projections of their own."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            ordinary = getattr(self, name)
+            setattr(self, f"beacon_{name}", nn.Linear(ordinary.in_features, ordinary.out_features, bias=True))
+
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, beacon_places=None, **kwargs
+    ):
+        """As the host's; `beacon_places` [b] are the rows of `hidden_states` [1, n + b, H] that are beacons."""
+        # override: the host has no place at which rows of one call could be projected differently
+        if beacon_places is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        beacons = hidden_states.index_select(1, beacon_places)
+
+        def project(ordinary, own):
+            states = ordinary(hidden_states).index_copy(1, beacon_places, own(beacons))
+            return states.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+        query, key = apply_rotary_pos_emb(
+            project(self.q_proj, self.beacon_q_proj), project(self.k_proj, self.beacon_k_proj), *position_embeddings
+        )
+        value = project(self.v_proj, self.beacon_v_proj)
+        key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+def add_beacons(language_model) -> None:
+    """Gives every layer of a Qwen2 model the projections of beacons, in place."""
+    for index, layer in enumerate(language_model.layers):
+        layer.self_attn = VideoXLBeaconAttention(language_model.config, index)
+
+
+__all__ = ["BeaconWindow", "add_beacons", "kept_tokens", "plan_windows"]
