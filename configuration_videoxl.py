@@ -460,6 +460,8 @@ class VideoXLConfig(PreTrainedConfig):
             raise ValueError("a config.json with beacon memory needs a preset: convert it with convert_weights.py")
         config = dict(preset) if preset else cls().to_dict()
         text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
+        if "beacon_window" in published:
+            text.pop("rope_scaling", None)  # as the published code does
         if not {"rope_theta", "rope_parameters"} & set(text):
             text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
         config["text_config"] = {"model_type": "qwen2", **text}

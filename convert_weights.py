@@ -121,7 +121,11 @@ def convert(
     family = recognise_family(published, tensors)
     table = name_table(family)
     log(f"{source}: {table.title}, {len(tensors)} tensors")
-    config = _build_config(published, _read_preset(preset or table.preset), tensors, dtype)
+    known = _read_preset(preset or table.preset)
+    config = _build_config(published, known, tensors, dtype)
+    surplus = config.text_config.vocab_size - known.get("text_config", {}).get("vocab_size", 0)
+    if 0 < surplus <= table.extra_rows:
+        config.text_config.vocab_size -= surplus  # saved with the rows that training appended; nobody trained them
     plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -106,10 +106,12 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
         raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
     grid = choose_grid(image.size, grids)
     (width, height), (full_width, full_height) = image.size, grid
-    if full_width / width < full_height / height:
-        fitted = full_width, min(math.ceil(height * full_width / width), full_height)
+    # The scale first, as published: rounding up what it gives can add a pixel to an exact quotient.
+    across, down = full_width / width, full_height / height
+    if across < down:
+        fitted = full_width, min(math.ceil(height * across), full_height)
     else:
-        fitted = min(math.ceil(width * full_height / height), full_width), full_height
+        fitted = min(math.ceil(width * down), full_width), full_height
     canvas = Image.new("RGB", grid)
     resized = image.resize(fitted, Image.Resampling.BICUBIC)
     canvas.paste(resized, ((full_width - fitted[0]) // 2, (full_height - fitted[1]) // 2))

@@ -136,7 +136,7 @@ class VideoXLCacheLayer(DynamicLayer):
             tokens: Tokens that they stand for: from now on `tokens - b` more went by without a key of their own.
             inv_freq: [D / 2] rotary frequencies.
         """
-        before = self.held - count
+        before, kept = self.held - count, kept.to(self.keys.device)
         places = torch.arange(before, before + len(kept), device=kept.device)
         keys, values = (states[:, :, before:].index_select(2, kept) for states in (self.keys, self.values))
         self.crop(-count)

@@ -347,6 +347,30 @@ def test_rows_for_a_marker_are_cut(tmp_path):
         convert(source, tmp_path / "other")
 
 
+def test_a_config_with_the_markers_row_and_a_rope_scaling(tmp_path, monkeypatch):
+    """Saved with the appended row, and with a scaling that the published code of this member never applies."""
+    source = tmp_path / "video_xl"
+    shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)
+    tensors = load_file(source / "model.safetensors")
+    longer = {name: torch.cat([tensors[name], torch.ones(1, 64)]) for name in (EMBEDDING, HEAD)}
+    save_file(tensors | longer, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 257, "rope_scaling": scaling}))
+    read = convert_weights._read_preset
+
+    def small(name):
+        preset = read(name)
+        preset["text_config"]["vocab_size"] = 256
+        return preset
+
+    monkeypatch.setattr(convert_weights, "_read_preset", small)
+    output = convert(source, tmp_path / "output")
+    text = json.loads((output / "config.json").read_text())["text_config"]
+    assert text["vocab_size"] == 256 and text["rope_parameters"]["rope_type"] == "default"
+    assert all(len(converted_tensors(output)[name_table("videoxl1").to_ours(name)]) == 256 for name in longer)
+
+
 def test_layers_above_the_one_that_is_taken_are_accounted_for(tmp_path):
     source = tmp_path / "video_xl"
     shutil.copytree(FIXTURES / "videoxl1" / "checkpoint", source)

@@ -90,6 +90,14 @@ def test_tiles_are_the_fitted_image_row_by_row(size, grid):
     assert torch.equal(whole, torch.from_numpy(expected).permute(2, 0, 1))
 
 
+def test_an_exact_quotient_gets_the_published_pixel_more():
+    """75 x 150 on 336 x 336: 336 / 150 in floating point times 75 is above 168, and is rounded up to 169."""
+    assert 75 * (336 / 150) > 168
+    (tile,) = cut_tiles(Image.new("RGB", (75, 150), (255, 255, 255)), 336, [(336, 336)])
+    columns = (tile[0].amax(dim=0) > 0).sum().item()
+    assert columns == 169
+
+
 def test_named_grids_and_wrong_ones():
     assert len(cut_tiles(picture(300, 300), 48, [(48, 96), (96, 96)])) == 4
     for wrong in ([(50, 48)], [(48,)], [(0, 48)]):
