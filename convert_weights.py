@@ -116,7 +116,7 @@ def convert(
     if output == source or source in output.parents:
         raise ValueError(f"OUTPUT {output} lies inside SOURCE {source}; choose a folder outside of it")
 
-    published = _read_json(source / "config.json")
+    published = read_json(source / "config.json")
     tensors = read_source(source)
     family = recognise_family(published, tensors)
     table = name_table(family)
@@ -184,7 +184,12 @@ def _pickle_message(file):
     )
 
 
-def _read_json(path):
+def read_json(path: Path) -> dict:
+    """Reads a file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError, ValueError: If it is missing, or holds something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
@@ -200,7 +205,7 @@ def _read_preset(name):
     known = sorted(path.stem for path in PRESETS.glob("*.json"))
     if name not in known:
         raise ValueError(f"there is no preset {name!r}; known are {', '.join(known)}")
-    return _read_json(PRESETS / f"{name}.json")
+    return read_json(PRESETS / f"{name}.json")
 
 
 def read_source(source: Path) -> dict[str, SourceTensor]:
@@ -213,7 +218,7 @@ def read_source(source: Path) -> dict[str, SourceTensor]:
     if (source / WEIGHTS).is_file():
         files, listed = [WEIGHTS], None
     elif (source / WEIGHTS_INDEX).is_file():
-        listed = _read_json(source / WEIGHTS_INDEX).get("weight_map")
+        listed = read_json(source / WEIGHTS_INDEX).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise ValueError(f"{source / WEIGHTS_INDEX} has no weight_map of tensor names to file names")
         files = sorted(set(listed.values()))
@@ -422,7 +427,7 @@ def _copy_tokenizer(source, folder, config):
 
 def _drop_chat_template(folder):
     # Ours, in chat_template.jinja, replaces it.
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     settings.pop("chat_template", None)
     _write_json(folder / "tokenizer_config.json", settings)
 
@@ -450,7 +455,7 @@ def _write_configs(config, video_token, source, folder):
         processor["video_token"] = video_token
     _write_json(folder / "processor_config.json", processor)
     if (source / "generation_config.json").is_file():
-        _write_json(folder / "generation_config.json", _read_json(source / "generation_config.json"))
+        _write_json(folder / "generation_config.json", read_json(source / "generation_config.json"))
     shutil.copyfile(ROOT / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
 

@@ -19,7 +19,6 @@ Exit status: 0; 2 if the folder or the usage is refused; 1 if the Hub is, or the
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from convert_weights import read_source, write_weights
+from convert_weights import read_json, read_source, write_weights
 from model_card import check_card, with_results
 from upload_checks import PICKLES, check_files, check_loading, link_or_copy, looks_secret
 
@@ -178,7 +177,7 @@ def _code(folder):
     """The remote code: what the auto_map of the configs names, and all that it imports."""
     entries = set()
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        auto_map = _read_json(folder / name).get("auto_map", {})
+        auto_map = read_json(folder / name).get("auto_map", {})
         for target in auto_map.values():
             for reference in [target] if isinstance(target, str) else filter(None, target):
                 if "--" in reference:
@@ -193,16 +192,6 @@ def _code(folder):
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, named in an auto_map")
     reached = {Path(file).name for entry in entries for file in get_relative_import_files(folder / entry)}
     return sorted(entries | reached)
-
-
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def _media(folder, card):
