@@ -302,6 +302,9 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls(device=device)
         try:
+            # Imported after the group is made, it would hold the group for ever (as a default argument), and gloo's
+            # threads would outlive leave(): one that is busy when the interpreter ends can abort the process.
+            import torch.distributed.nn  # noqa: F401
             from accelerate import PartialState
         except ImportError as error:
             raise ValueError("several processes need accelerate: pip install accelerate") from error

@@ -10,12 +10,14 @@ continues from the newest complete checkpoint, and starts from the beginning if 
 """
 
 import argparse
+import gc
 import json
 import re
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.nn  # before there is a process group, see end_process_group()
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -270,6 +272,20 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     return trainer
 
 
+def end_process_group() -> None:
+    """Ends gloo's and NCCL's threads, after the last reference to a trainer is gone.
+
+    A thread that is still busy when the interpreter ends can abort the process ("terminate called without an active
+    exception", seen on a loaded machine). The group's destructor joins its threads, and runs when nothing holds the
+    group: DistributedDataParallel does while it lives, and torch.distributed.nn would for ever, as a default argument,
+    were it imported after the group had been made.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    gc.collect()  # trainer, model and callbacks refer to each other
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -277,9 +293,14 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.set)
-    trainer = run(recipe, arguments.resume)
-    if trainer.args.process_index == 0:
-        print(f"{trainer.state.global_step} steps; the model is in {recipe['output_dir']}")
+    try:
+        trainer = run(recipe, arguments.resume)
+        if trainer.args.process_index == 0:
+            print(f"{trainer.state.global_step} steps; the model is in {recipe['output_dir']}")
+        trainer.accelerator.wait_for_everyone()  # the first process keeps the store that the others leave by
+        del trainer
+    finally:
+        end_process_group()
 
 
 if __name__ == "__main__":
