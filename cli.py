@@ -121,7 +121,7 @@ def check_options(options: argparse.Namespace) -> dict:
         if options.save is not None:
             raise ValueError("--plan encodes nothing that --save could keep; leave one of them out")
     elif options.video is None and options.load is None:
-        raise ValueError("VIDEO and QUESTION are missing")
+        raise ValueError("VIDEO and QUESTION are missing: cli.py VIDEO [QUESTION ...], see --help")
     elif not options.questions and not options.interactive and options.save is None:
         # At a terminal, the user can still be asked.
         if options.json or not (sys.stdin.isatty() and sys.stdout.isatty()):

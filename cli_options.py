@@ -145,6 +145,8 @@ def sampling_of(options: argparse.Namespace) -> dict:
 def check_file(path: str, what: str) -> None:
     """Raises FileNotFoundError or ValueError if `path` is no file."""
     if not os.path.exists(path):
+        if "://" in path:
+            raise ValueError(f"{path} is an address; only local files are opened. Download it and pass the path.")
         raise FileNotFoundError(f"{path}: no such {what} (looked from {os.getcwd()})")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, expected a {what}")

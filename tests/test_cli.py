@@ -253,6 +253,7 @@ def test_help_teaches(cli):
         (["assets", "What?"], "is a folder"),
         ([CLIP], "QUESTION is missing"),
         ([], "VIDEO and QUESTION are missing"),
+        (["https://example.com/a.mp4", "What?"], "is an address"),
         (["--load", "missing.videoxl", "What?"], "no such file of an encoded video"),
         ([CLIP, "What?", "--plan"], "--plan takes a VIDEO and no questions"),
         ([CLIP, "--plan", "--save", "file"], "--plan encodes nothing"),
