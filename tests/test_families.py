@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 
 GREEDY = {"generation_config": {"max_new_tokens": 5, "do_sample": False}}
 ONE_PER_SECOND = {"max_num_frames": 64, "sample_fps": 1, "max_sample_fps": None}
@@ -175,6 +176,26 @@ def test_a_second_video_is_seen(member, tokenizer, inputs, clips):
     assert answer == member.chat(
         clips[1], tokenizer, "And this?", chat_history=history, return_history=False, **GREEDY, **ONE_PER_SECOND
     )
+
+
+def test_images_in_chat_files_and_mixed_with_videos(member, tokenizer, own_processor, clips, tmp_path):
+    picture = Image.fromarray(frames_of(9, 1)[0].numpy())
+    picture.resize((150, 50)).save(tmp_path / "photo.png")
+    photo = {"type": "image", "image": str(tmp_path / "photo.png")}
+    clip = {"type": "video", "video": clips[0]}
+    for content in ([photo], [clip, photo], [photo, clip, photo]):
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+        inputs = own_processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            **ONE_PER_SECOND,
+        )  # fmt: skip
+        output = member.generate(**inputs, **GREEDY["generation_config"])[0, inputs["input_ids"].shape[1] :]
+        answer = ask(member, tokenizer, content, **ONE_PER_SECOND)
+        assert answer == own_processor.decode(output, skip_special_tokens=True).strip()
+    image = member.encode_video(photo["image"], tokenizer)
+    image.save(tmp_path / "photo.videoxl")
+    loaded = member.load_video(tmp_path / "photo.videoxl", tokenizer)
+    assert ask(member, tokenizer, loaded) == ask(member, tokenizer, image) == ask(member, tokenizer, photo["image"])
 
 
 def test_a_loss_reaches_every_part(member, inputs):
