@@ -162,11 +162,13 @@ def load_checkpoint(source: str, device="cpu", dtype="auto") -> Checkpoint:
     """Loads a checkpoint through the Auto classes; its code runs, so it must be a folder or repository you trust.
 
     Raises:
-        ValueError: If the folder holds no checkpoint.
+        ValueError: If the folder holds no checkpoint, or is none.
     """
     local = os.path.isdir(source)
     if local and not os.path.isfile(os.path.join(source, "config.json")):
         raise ValueError(f"{source} holds no config.json; give a folder that convert_weights.py or training wrote")
+    if not local and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise ValueError(f"{source} is neither a checkpoint's folder nor a Hub id (org/name)")
     folder = Path(source if local else snapshot_download(source))
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -289,6 +289,9 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
         harness.load_checkpoint(str(tmp_path))
     with pytest.raises(ValueError, match="holds no \\*.safetensors"):
         harness.weights_hash(tmp_path)
+    for name in ("nowhere", str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(ValueError, match="neither a checkpoint's folder nor a Hub id"):
+            harness.load_checkpoint(name)
 
 
 # --- needle in a haystack, end to end ---

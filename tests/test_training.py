@@ -412,6 +412,10 @@ def test_recipe_errors(tiny, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(good))
     recipe = load_recipe(tmp_path / "r.yaml", ["eval.data=e.yaml", "eval.steps=5", "learning_rate=2.0e-3"])
     assert recipe["eval"] == {"data": "e.yaml", "steps": 5} and recipe["learning_rate"] == 2e-3
+    for text, reason in (("- a\n- list\n", "key: value"), ("---\na: b\n---\nc: d\n", "no YAML file")):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            load_recipe(tmp_path / "r.yaml")
     with pytest.raises(ValueError, match="nothing to train"):
         run(tiny_recipe(tiny, tmp_path / "o", modules=dict.fromkeys(MODULES, "frozen")))
 

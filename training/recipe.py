@@ -93,7 +93,12 @@ def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; training/recipes has some")
-    given = yaml.safe_load(path.read_text()) or {}
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file ({error}); training/recipes has examples") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold key: value entries, see training/recipes; got {type(given).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -292,7 +292,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.set)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
     try:
         trainer = run(recipe, arguments.resume)
         if trainer.args.process_index == 0:
