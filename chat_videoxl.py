@@ -286,6 +286,8 @@ class VideoXLChatMixin:
         if selector is not None:
             if dense_chunks is not None:
                 raise ValueError("give dense_chunks or a selector, not both")
+            if not callable(selector):
+                raise ValueError(f"selector must be a function of (question, chunks), got {selector!r}")
             facts = [
                 {key: fact[key] for key in ("video", "index", "start", "end")} for fact in self._chunk_facts(videos)
             ]

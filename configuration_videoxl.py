@@ -389,7 +389,7 @@ class VideoXLConfig(PreTrainedConfig):
         ratio = self.beacon_ratio
         if self.beacon_window is None or ratio is None or ratio == "none":
             if self.beacon_window is None and ratio not in (None, "none"):
-                raise ValueError(f"this model has no beacon memory (beacon_window), so beacon_ratio={ratio!r} is void")
+                raise ValueError(f"this model has no beacon memory: set beacon_ratio to None, got {ratio!r}")
             return None
         ratios = list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]
         if not ratios or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ratios):

@@ -145,7 +145,7 @@ class VideoXLProcessor(ProcessorMixin):
             ValueError: If the tokenizer disagrees with the config's token ids, so is another checkpoint's.
         """
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
-            raise ValueError(f"tokenizer must be the checkpoint's tokenizer (AutoTokenizer...), got {tokenizer!r}")
+            raise ValueError(f"tokenizer must be the checkpoint's tokenizer (AutoTokenizer...), got {tokenizer!r:.90}")
         processor = cls(
             tokenizer,
             image_size=config.vision_config.image_size,

@@ -135,7 +135,8 @@ def _check_memory_frames(source: Any) -> None:
             kind, fits = type(frame).__name__, False
         if not fits:
             expected = "uint8 frames [F, H, W, 3]" if whole else f"frame {number} as a PIL image or uint8 [H, W, 3]"
-            raise ValueError(f"Expected {expected}, got {kind}. Channels are RGB and come last.")
+            several = "; several videos are a list of {'type': 'video', 'video': path}" * isinstance(frame, str)
+            raise ValueError(f"Expected {expected}, got {kind}{several}. Channels are RGB and come last.")
     if len(source) == 0:
         raise ValueError("Expected at least one frame, got none.")
 

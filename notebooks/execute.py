@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--out", type=Path, help="where to save it (default: in place)")
     options = parser.parse_args()
+    if not options.notebook.is_file():
+        parser.error(f"{options.notebook}: no such notebook")
     execute(options.notebook, options.out or options.notebook)
 
 

@@ -130,6 +130,10 @@ def test_refusals(model, tokenizer, video):
     with pytest.raises(ValueError, match="bi-level"):
         model.chat(video, tokenizer, "What?", selector=lambda question, chunks: [])
     model.config.sparse_attention = BILEVEL
+    with pytest.raises(ValueError, match="selector must be a function"):
+        model.chat(video, tokenizer, "What?", selector=[0])
+    with pytest.raises(ValueError, match="several videos are a list of"):
+        model.chat(["a.mp4", "b.mp4"], tokenizer, "What?")
     with pytest.raises(ValueError, match="labels"):
         model(torch.tensor([ids]), pixel_values_videos=pixel, labels=torch.tensor([ids]))
     with pytest.raises(ValueError, match="question"):

@@ -122,7 +122,7 @@ def test_left_padded_batch_equals_single_conversations(model, processor, clips):
 
 def test_text_iterator_streamer(model, processor, clips):
     conversation = ask(item(clips[0]))
-    streamer = TextIteratorStreamer(processor, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(processor, skip_prompt=True, skip_special_tokens=True, timeout=300)
     arguments = {**prepare(processor, conversation), "streamer": streamer, "do_sample": False, **SHORT}
     thread = threading.Thread(target=model.generate, kwargs=arguments)
     thread.start()

@@ -352,9 +352,9 @@ def test_times_in_text(text, times):
 )
 def test_hostile_text_takes_linear_time(piece):
     text = (piece * 60000)[:60000]
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else runs on the machine
     times_in_text(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.text(alphabet="0123456789:.,-– smhinutecodbrwafl<>\0T", max_size=60))

@@ -29,7 +29,7 @@ def script(root):
 
 def test_script_writes_the_bundled_files_byte_for_byte(root, tmp_path):
     command = [sys.executable, root / "training" / "make_tokenizer.py", tmp_path]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=300)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes(), f"{name} is not what the script writes"
 

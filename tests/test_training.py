@@ -478,7 +478,7 @@ def test_two_processes_with_fsdp(tiny, tmp_path):
 @pytest.mark.slow
 def test_killed_process_resumes_to_the_same_weights(tiny, tmp_path):
     """kill -9 in the middle, then --resume: bitwise the weights of an uninterrupted process."""
-    changes = {"max_steps": 60, "save_steps": 5}
+    changes = {"max_steps": 150, "save_steps": 5}
     recipes = [tiny_recipe(tiny, tmp_path / name, workers=1, **changes) for name in ("whole", "parts")]
     finish(start(recipes[0], tmp_path / "whole.yaml"))
     process = start(recipes[1], tmp_path / "parts.yaml")
@@ -487,7 +487,7 @@ def test_killed_process_resumes_to_the_same_weights(tiny, tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert 5 <= int(newest_checkpoint(tmp_path / "parts").name.split("-")[1]) < 60
+    assert 5 <= int(newest_checkpoint(tmp_path / "parts").name.split("-")[1]) < 150
     finish(start(recipes[1], tmp_path / "parts.yaml", "--resume"))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())

@@ -35,7 +35,7 @@ def start(code, *arguments):
 
 
 def output_of(process):
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     return out
 
