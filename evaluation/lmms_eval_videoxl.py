@@ -20,6 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed.nn  # imported after the group is made, it would hold it for ever, as a default argument
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
@@ -186,6 +187,9 @@ def main() -> None:
         elif argument.startswith("--model_args="):
             sys.argv[place] = f"--model_args={spell_out(argument.partition('=')[2])}"
     cli_evaluate()
+    if torch.distributed.is_initialized():
+        # A thread of gloo that is busy when the interpreter ends can abort the process.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
