@@ -141,8 +141,9 @@ def read_index(path: str) -> VideoIndex:
         except av.FFmpegError as error:
             damage = error.strerror
         formats = container.format.name
-        if "mp4" in formats and intact < len(stream.index_entries):
-            damage = f"only {intact} of its {len(stream.index_entries)} frames are in the file"
+        listed = len(getattr(stream, "index_entries", ()))  # PyAV before 17, which lmms-eval pins, has none
+        if "mp4" in formats and intact < listed:
+            damage = f"only {intact} of its {listed} frames are in the file"
         index = _build_index(path, packets, keyframes, stream, formats, damage)
         if "matroska" in formats and damage is None:
             # A cut Matroska file just ends.
