@@ -34,6 +34,7 @@ from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
+from .token_dropping_videoxl import dropping_of
 from .token_selector_videoxl import build_token_selector
 from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
 
@@ -167,6 +168,13 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
 
     def _continue_plain(self, embeds, attention_mask, position_ids, cache, use_cache, kwargs):
         """The library's way: text, and decode steps of any cache."""
+        if cache is not None and dropping_of(cache) is not None:
+            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+                raise ValueError(
+                    "output_hidden_states and output_attentions do not go with dropped visual tokens, of which layers "
+                    "hold different numbers; set mm_llm_compress to False"
+                )
+            return self.continue_stages(embeds, attention_mask, cache)
         past_length = cache.get_seq_length() if cache is not None else 0
         layer = cache.layers[0] if past_length else None
         if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
@@ -221,7 +229,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         embeds = self._merge(prompts, rows, features)
         layers = self.config.text_config.num_hidden_layers
         detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        assembled = settings.decode == "bilevel" or settings.beacons is not None or self.token_selector is not None
+        assembled = self.leaves_only_text(settings)
         if (use_cache or assembled) and not detailed:
             # What assembles key-values has a cache inside even where the caller wants none.
             cache = new_cache(layers) if cache is None or not use_cache else cache
@@ -235,8 +243,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             remedy = "set both to 'full'"
             if settings.decode == "full" and assembled:
                 cause, remedy = (
-                    "a model that compresses or selects visual tokens",
-                    "set beacon_ratio to 'none' if it has one",
+                    "a model that compresses, selects or drops visual tokens",
+                    "set beacon_ratio to 'none' or mm_llm_compress to False if it has one",
                 )
             raise ValueError(
                 f"{cause} needs a dynamic cache and no output_hidden_states or output_attentions; leave "
@@ -385,24 +393,29 @@ class VideoXLForConditionalGeneration(
                 include.
 
         Returns:
-            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; with bi-level decoding, beacon memory or a
-            token selector those of the tokens after the last video, and a loss over these.
+            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; with bi-level decoding, beacon memory, a token
+            selector or `mm_llm_compress` those of the tokens after the last video, and a loss over these.
 
         Raises:
             ValueError: If the number of placeholders differs from the number of visual tokens.
         """
         settings = self.config.resolve_sparse_attention()
         bilevel = settings.decode == "bilevel"
-        partial = bilevel or settings.beacons is not None or self.model.token_selector is not None
+        partial = self.model.leaves_only_text(settings)
         if partial and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
             raise ValueError(
-                "with decode='bilevel', beacon memory or a token selector logits exist behind the last video only: "
-                "give logits_to_keep a number"
+                "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the "
+                "last video only: give logits_to_keep a number"
             )
         if labels is not None:
             if bilevel:
                 raise ValueError(
                     "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
+                )
+            if settings.dropping is not None:
+                raise ValueError(
+                    "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt "
+                    "ends: set it to False for training, as the published weights were trained"
                 )
             use_cache = False if use_cache is None else use_cache
         keep_hidden = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
