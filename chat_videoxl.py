@@ -241,6 +241,13 @@ class VideoXLChatMixin:
         """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
         if encoded is None:
             return None
+        if "dropping" in encoded.prefill:
+            if encoded.prefill["dropping"] != self.config.resolve_llm_compression():
+                logger.warning_once(
+                    "a video was encoded with other settings of mm_llm_compress and llm_compress_* than the config's, "
+                    "and is asked with its own; encode it again to change them"
+                )
+            return fork_cache(encoded.asked_cache, make_room=True)
         if getattr(encoded.cache, "deferred", None) is not None:
             return fork_cache(encoded.cache)  # what is selected comes to the device
         full = self.config.resolve_sparse_attention().decode == "full"
@@ -379,6 +386,8 @@ class VideoXLChatMixin:
         options |= {"size": processor.image_size, "fit": processor.frame_fit}
         reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
         with reader:
+            tokens = -(-reader.num_frames // self.config.frames_per_group) * self.model.tokens_per_group
+            self.model.require_context(len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
             encoded = start(reader.source, sampling=reader.sampling)
             if progress is None:
                 progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()

@@ -5,6 +5,9 @@ What is surprising:
   path, and the video is encoded anew.
 * Its cache stands for everything up to the end of the video, the prompt's header included: `input_ids` says which
   tokens. It can be continued by any text, and by none that comes before it.
+* Where visual tokens are dropped between layers, it holds the layers in front of the first stage, and what they made
+  of its tokens; so frames can be added. What follows without a question is done when the first one comes, and kept
+  until the video grows. It is not in the file.
 """
 
 import os
@@ -14,6 +17,7 @@ import torch
 from .deferred_rows_videoxl import DeferredRows
 from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache, rewind_cache
 from .sparse_attention import GroupSpan, VisualLayout
+from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
 
@@ -72,6 +76,7 @@ class EncodedVideo(str):
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
         # tokens, and keys of them, are there without it.
         self._tail, self._whole = None, (0, 0)
+        self._settled = None  # what follows from the cache without a question, see `asked_cache`
         self._stamp = _file_stamp(source)
 
     @property
@@ -84,9 +89,21 @@ class EncodedVideo(str):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key-values, or of the visual features where the question decides what runs."""
-        waiting = getattr(self.cache, "deferred", None)
-        return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
+        """Bytes of the key-values, and of what waits where the question decides what runs."""
+        if self._settled is None:
+            return _cache_bytes(self.cache)
+        # Its first layers are the cache's own.
+        first = dropping_of(self.cache).stages[0].layers
+        return _cache_bytes(self.cache) + _cache_bytes(self._settled, first)
+
+    @property
+    def asked_cache(self):
+        """The cache that a question runs behind a fork of: `cache`, or what follows from it whatever is asked."""
+        if dropping_of(self.cache) is None:
+            return self.cache
+        if self._settled is None:
+            self._settled = self._model.model.settle_stages(self.cache)
+        return self._settled
 
     def is_current(self) -> bool:
         """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
@@ -96,6 +113,7 @@ class EncodedVideo(str):
     def to(self, device) -> "EncodedVideo":
         """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
         move_cache(self.cache, device)
+        self._settled = None
         return self
 
     def adopt(self, processor) -> None:
@@ -176,7 +194,10 @@ class EncodedVideo(str):
             # Compressed tokens, and those that wait for the question, have no keys.
             layer.pass_by(len(tensors["input_ids"]) - layer.held)
         if "deferred" in tensors:
-            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),))
+            begin = len(tensors["input_ids"]) - len(tensors["deferred"])
+            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),), begin)
+        if "dropping" in facts["prefill"]:
+            cache.dropping = TokenDropping(drop_stages(facts["prefill"]["dropping"]))
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
         state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
@@ -218,7 +239,8 @@ class EncodedVideo(str):
     @torch.no_grad()
     def extend(self, batch) -> None:
         """Adds a `FrameBatch`, see `append`."""
-        self.mark = object()
+        self._require_context(len(batch.frames))
+        self.mark, self._settled = object(), None
         if not isinstance(self.cache.layers[0], VideoXLOffloadedLayer):
             move_cache(self.cache, self._model.device)
         frames, times = batch.frames, list(batch.timestamps)
@@ -250,6 +272,13 @@ class EncodedVideo(str):
             removed = len(self.input_ids) - self.layout.videos[-1][-1].start
             self._whole = len(self.input_ids) - removed, max(layer.held - removed, 0)
 
+    def _require_context(self, frames) -> None:
+        """Raises ValueError, before anything has changed, if so many more frames are beyond the model's limit."""
+        size = self._processor.frames_per_group
+        partial = 0 if self._tail is None else len(self._tail)
+        groups = -(-(partial + frames) // size) - -(-partial // size)
+        self._model.model.require_context(len(self.input_ids) + groups * self._model.model.tokens_per_group)
+
     @torch.no_grad()
     def extend_image(self, tiles) -> None:
         """Adds an image's tiles, uint8 [T, 3, S, S], as groups without timestamps."""
@@ -270,6 +299,12 @@ class EncodedVideo(str):
         raise TypeError(
             "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
         )
+
+
+def _cache_bytes(cache, first=0) -> int:
+    """Bytes of what a cache holds in the layers from `first` on, and of what waits."""
+    waiting = getattr(cache, "deferred", None)
+    return sum(layer.nbytes for layer in cache.layers[first:]) + (0 if waiting is None else waiting.nbytes)
 
 
 def _file_stamp(path):

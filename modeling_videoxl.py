@@ -150,12 +150,15 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
                 prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
             )  # fmt: skip
+        if (new_tokens := (inputs_embeds if input_ids is None else input_ids).shape[1]) > 1:
+            masked = attention_mask is not None and attention_mask.ndim == 2
+            self.require_context(int(attention_mask.sum(1).max()) if masked else past_length + new_tokens)
         if input_ids is not None and past_length == 0:
             self._require_no_placeholders(input_ids[:, :prompt_length])
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if past_length and isinstance(past_key_values.layers[0], VideoXLCacheLayer):
-            rows, new_tokens = past_key_values.layers[0].rows, inputs_embeds.shape[1]
+            rows = past_key_values.layers[0].rows
             if (
                 rows < inputs_embeds.shape[0]
                 or pending_choice(past_key_values, settings)
@@ -214,6 +217,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 f"attention_mask must be [{input_ids.shape[0]}, {past_length + input_ids.shape[1]}] (cached and new "
                 f"tokens), got {tuple(attention_mask.shape)}"
             )
+        self.require_context(int(attention_mask.sum(dim=1).max()))
         if not attention_mask[:, past_length:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output

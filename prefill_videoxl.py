@@ -35,6 +35,15 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
     def segment_tokens(self) -> int:
         return SEGMENT_TOKENS
 
+    def require_context(self, tokens: int) -> None:
+        """Raises ValueError if a sequence of so many tokens is longer than the model's limit: nothing is ever cut."""
+        limit = self.config.resolve_context_limit()
+        if limit is not None and tokens > limit[0]:
+            raise ValueError(
+                f"the prompt has {tokens} tokens, visual ones included, and this model takes {limit[0]}: {limit[1]}. "
+                "Give fewer frames, or raise the limit"
+            )
+
     def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None) -> torch.Tensor:
         """Runs further positions of one sequence through the language model, segment by segment, into its dense cache.
 
@@ -50,6 +59,7 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
             run, or a part of it, waits for the question.
         """
         assert cache.get_seq_length() == layout.length - inputs_embeds.shape[1], "the cache must hold what is before"
+        self.require_context(layout.length)
         if self.token_selector is not None:
             cache.layout = layout
             return defer_rows(cache, inputs_embeds[0])

@@ -3,7 +3,7 @@
 
 What is surprising:
 * A stage stands behind some layers. What it drops, later layers never see; what earlier layers hold of it stays. So
-  layers hold different numbers of keys, and in each of them tokens stand at the positions 0, 1, 2, ... of what it holds.
+  layers hold different numbers of keys, and in each one tokens stand at the positions 0, 1, 2, ... of what it holds.
 * A uniform stage needs to know where a video ends, a stage by attention also the question: it keeps what the prompt's
   last token looks at. Until then a sequence waits behind the layers that it has passed, as hidden states
   (`cache.deferred`); later layers hold only the text in front of its videos.
@@ -185,8 +185,8 @@ class VideoXLTokenDroppingMixin:
             )
         elif stages is not None and stages != state.stages:
             raise ValueError(
-                "the conversation's earlier video was encoded with other settings of mm_llm_compress and llm_compress_*"
-                "; set them back, or begin a new conversation"
+                "the conversation's earlier video was encoded with other settings of mm_llm_compress and "
+                "llm_compress_*: set them back, or begin a new conversation"
             )
         passed = state.spans(len(cache.layers))[0]
         hidden = self._run_layers(inputs_embeds, cache, passed)
@@ -195,7 +195,7 @@ class VideoXLTokenDroppingMixin:
             layer.pass_by(hidden.shape[1])
 
     def settle_stages(self, cache):
-        """A cache that follows from one whose rows wait, as far as no question is needed; the given one is unchanged."""
+        """What follows from a cache whose rows wait as far as no question is needed; the given one is unchanged."""
         settled = fork_cache(cache)
         move_cache(settled, self.device)
         self.run_stages(settled)
