@@ -170,8 +170,8 @@ class VideoXLConfig(PreTrainedConfig):
         self.tokenizer_model_max_length = tokenizer_model_max_length
         self.mm_llm_compress = mm_llm_compress
         self.llm_compress_type = llm_compress_type
-        self.llm_compress_layer_list = list(llm_compress_layer_list)
-        self.llm_image_token_ratio_list = list(llm_image_token_ratio_list)
+        self.llm_compress_layer_list = list(llm_compress_layer_list or ())
+        self.llm_image_token_ratio_list = list(llm_image_token_ratio_list or ())
         self.token_selector = token_selector
         self.selector_heads = selector_heads
         self.keep_ratio = keep_ratio
@@ -211,7 +211,6 @@ class VideoXLConfig(PreTrainedConfig):
             ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
-        self.resolve_llm_compression()
         if getattr(self, "enable_sparse", False):
             published = getattr(self, "sparse_config", None) or {}
             settings["prefill"] = getattr(self, "sparse_mode", None) or "streaming"
@@ -224,12 +223,15 @@ class VideoXLConfig(PreTrainedConfig):
             settings["window_chunks"] = published.get("step_size", settings["window_chunks"])
             settings["offload"] = bool(published.get("offload", settings["offload"]))
         resolved = VideoXLSparseAttentionConfig(**settings)
-        resolved.beacons = self.resolve_beacons()
-        if resolved.beacons is None and self.token_selector is None:
+        resolved.beacons, resolved.dropping = self.resolve_beacons(), self.resolve_llm_compression()
+        if resolved.beacons is None and resolved.dropping is None and self.token_selector is None:
             return resolved
         if (resolved.prefill, resolved.decode, resolved.offload) != ("full", "full", False):
-            cause = "selects visual tokens by the question" if self.token_selector else "has beacon memory"
-            remedy = "" if self.token_selector else ", or beacon_ratio to 'none'"
+            cause, remedy = "has beacon memory", ", or beacon_ratio to 'none'"
+            if resolved.dropping is not None:
+                cause, remedy = "drops visual tokens between layers", ", or mm_llm_compress to False"
+            elif self.token_selector:
+                cause, remedy = "selects visual tokens by the question", ""
             raise ValueError(
                 f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
                 f"'full', no offload); got prefill={resolved.prefill!r}, decode={resolved.decode!r}, "
@@ -281,7 +283,41 @@ class VideoXLConfig(PreTrainedConfig):
         kind, layers, ratios = self.llm_compress_type, self.llm_compress_layer_list, self.llm_image_token_ratio_list
         if kind not in LLM_COMPRESS_TYPES:
             raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r}")
+        # Behind the last layer only a uniform stage does no harm (and nothing else).
+        most = self.text_config.num_hidden_layers - (kind != "uniform")
+        numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+        if not numbers or not layers or sorted({*layers}) != list(layers) or not 1 <= layers[0] <= layers[-1] <= most:
+            raise ValueError(
+                f"llm_compress_layer_list must be ascending numbers of layers from 1 to {most}, behind which "
+                f"{kind!r} drops visual tokens, got {layers!r}"
+            )
+        numbers = isinstance(ratios, (list, tuple)) and all(type(ratio) in (int, float) for ratio in ratios)
+        falling = (
+            numbers and list(ratios) == sorted(ratios, reverse=True) and list(ratios)[:1] == [1] and ratios[-1] >= 0
+        )
+        if not falling or len(ratios) != len(layers) + 1:
+            raise ValueError(
+                f"llm_image_token_ratio_list must be {len(layers) + 1} shares from 1 down to 0, one before and one "
+                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r}"
+            )
         return {"type": kind, "layers": list(layers), "ratios": list(ratios)}
+
+    def resolve_context_limit(self) -> tuple[int, str] | None:
+        """Tokens that a sequence may have, and why; None where `tokenizer_model_max_length` is None."""
+        tokens, text = self.tokenizer_model_max_length, self.text_config
+        if tokens is None:
+            return None
+        rope, reach = text.rope_parameters or {}, text.max_position_embeddings
+        if rope.get("rope_type", "default") != "default":
+            scaled = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or reach)
+            reach = max(reach, int(scaled))
+        if tokens <= reach:
+            return tokens, f"config.tokenizer_model_max_length={tokens}, of positions that reach {reach}"
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": text.max_position_embeddings}
+        return reach, (
+            f"its positions reach {reach} (config.text_config.max_position_embeddings and rope scaling), whatever "
+            f"tokenizer_model_max_length={tokens} says; for more load it with rope_scaling={yarn}"
+        )
 
     def resolve_unit_frames(self, beacons: dict | None) -> int:
         """Frames behind which a video can be continued as if it had not ended: a group, or what fills beacon windows.

@@ -89,6 +89,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
     base_config_key = "sparse_attention"
     # What `resolve_sparse_attention` adds for families with beacon memory, see `resolve_beacons`.
     beacons = None
+    # And where visual tokens are dropped between layers, see `VideoXLConfig.resolve_llm_compression`.
+    dropping = None
     fields = (
         "prefill",
         "chunk_groups",
@@ -131,7 +133,8 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
     def plan(self) -> dict:
         """What decides who sees whom during prefill, and what is kept of it."""
         plan = {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
-        return plan if self.beacons is None else {**plan, "beacons": self.beacons}
+        compressed = {"beacons": self.beacons, "dropping": self.dropping}
+        return {**plan, **{name: settings for name, settings in compressed.items() if settings is not None}}
 
     def check(self) -> None:
         """Raises ValueError if a field is outside its range (fields may have been set after construction)."""
