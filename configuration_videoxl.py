@@ -197,6 +197,21 @@ class VideoXLConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
     @property
+    def rope_scaling(self) -> dict:
+        """Rotary scaling of the language model (its `rope_parameters`), as `from_pretrained(rope_scaling=...)` sets it.
+
+        Set it before the model is built; what is left out (`rope_theta`) stays, and None changes nothing.
+        """
+        return self.text_config.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value):
+        # override: the library's would set it where no language model looks
+        if value:
+            self.text_config.rope_parameters = {"rope_theta": self.rope_scaling.get("rope_theta"), **value}
+            self.text_config.standardize_rope_params()
+
+    @property
     def frames_per_group(self) -> int:
         """Frames that share one timestamp and one run of visual tokens."""
         return self.compressor_config.frames_per_group

@@ -86,6 +86,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             config.compressor_config, config.text_config.hidden_size
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        self._rope_parameters = dict(config.text_config.rope_parameters)
         if "sliding_attention" in getattr(self.language_model.config, "layer_types", ()):
             raise ValueError("text_config.use_sliding_window is not supported: visibility is the chunk plan's")
         self.token_selector = build_token_selector(config)

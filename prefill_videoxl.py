@@ -37,7 +37,12 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
 
     def require_context(self, tokens: int) -> None:
         """Raises ValueError if a sequence of so many tokens is longer than the model's limit: nothing is ever cut."""
-        limit = self.config.resolve_context_limit()
+        limit, rope = self.config.resolve_context_limit(), self.config.text_config.rope_parameters
+        if rope != self._rope_parameters:
+            raise ValueError(
+                f"the model was built with rope parameters {self._rope_parameters}, and its config now says {rope}: "
+                "load it anew with rope_scaling=..."
+            )
         if limit is not None and tokens > limit[0]:
             raise ValueError(
                 f"the prompt has {tokens} tokens, visual ones included, and this model takes {limit[0]}: {limit[1]}. "
