@@ -465,6 +465,7 @@ def _write_configs(config, video_token, source, folder):
         "image_grid_pinpoints": config.image_grid_pinpoints,
         "image_timestamps": config.image_timestamps,
         "frame_fit": config.frame_fit,
+        "image_tiling": config.image_tiling,
     }
     if video_token is not None:
         processor["video_token"] = video_token
