@@ -90,12 +90,12 @@ class EncodedVideo(str):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key-values, and of what waits where the question decides what runs."""
-        if self._settled is None:
-            return _cache_bytes(self.cache)
-        # Its first layers are the cache's own.
-        first = dropping_of(self.cache).stages[0].layers
-        return _cache_bytes(self.cache) + _cache_bytes(self._settled, first)
+        """Bytes of the key-values, and of what waits where the question decides what runs.
+
+        What questions leave beside them (pooled key-values, `asked_cache`) is not counted.
+        """
+        waiting = getattr(self.cache, "deferred", None)
+        return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
 
     @property
     def asked_cache(self):
@@ -301,12 +301,6 @@ class EncodedVideo(str):
         raise TypeError(
             "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
         )
-
-
-def _cache_bytes(cache, first=0) -> int:
-    """Bytes of what a cache holds in the layers from `first` on, and of what waits."""
-    waiting = getattr(cache, "deferred", None)
-    return sum(layer.nbytes for layer in cache.layers[first:]) + (0 if waiting is None else waiting.nbytes)
 
 
 def _file_stamp(path):

@@ -97,6 +97,11 @@ FAMILY_CHANGES = {
         "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "image_tiling": "overview",
     },
 }  # fmt: skip
+# As many stages as four layers have room for, one uniform and one by attention.
+FAMILY_CHANGES["videochatflash_dropping"] = FAMILY_CHANGES["videochatflash"] | {
+    "mm_llm_compress": True, "llm_compress_type": "uniform0_attention", "llm_compress_layer_list": [1, 3],
+    "llm_image_token_ratio_list": [1, 0.75, 0.25],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
