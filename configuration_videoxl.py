@@ -198,7 +198,7 @@ class VideoXLConfig(PreTrainedConfig):
 
     @property
     def rope_scaling(self) -> dict:
-        """Rotary scaling of the language model (its `rope_parameters`), as `from_pretrained(rope_scaling=...)` sets it.
+        """Rotary scaling of the language model (its `rope_parameters`), for `from_pretrained(rope_scaling=...)`.
 
         Set it before the model is built; what is left out (`rope_theta`) stays, and None changes nothing.
         """

@@ -17,6 +17,7 @@ import numpy as np
 
 from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
+from .planning_dropping_videoxl import dropping_stages
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
 from .processing_videoxl import VideoXLProcessor
@@ -40,9 +41,11 @@ class VideoPlan:
         counted_by: `"tokenizer"`, or `"time_format"`: one token for its word and one for every other character, and a
             header of `HEADER_TOKENS`; exact for Qwen2's tokenizer and the default prompt.
         question_tokens, max_new_tokens: What the stages `question` and `decode` were planned for.
-        kv_bytes: Keys and values of the encoded video; with a token selector its features, which wait for a question.
+        kv_bytes: Keys and values of the encoded video; also what waits for a question: with a token selector its
+            features, and hidden states where tokens are dropped between layers.
         mixed_tokens, mixed_kv_bytes: Where it is another one (else None), the cache that a question runs behind: with
-            bi-level decoding (an upper bound if `reload` limits by mass), beacon memory or a token selector.
+            bi-level decoding (an upper bound if `reload` limits by mass), beacon memory or a token selector; where
+            tokens are dropped between layers, the mean over them, rounded down.
         pooled_kv_bytes: Bi-level decoding (else None): pooled keys and values, kept beside the dense ones.
         weight_bytes: Parameters and buffers of the model.
         stages: Per stage the named terms of its peak, weights and key-values among them.
@@ -184,7 +187,7 @@ class _Planner(MemoryFormulas):
     def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens):
         super().__init__(model)
         self.config = model.config
-        self.compressed = self.settings.beacons is not None or self.config.token_selector is not None
+        self.compressed = model.model.leaves_only_text(self.settings) and self.settings.decode == "full"
         self.policy = replace(ReloadPolicy.parse(self.settings.reload), mass=None)
         self.step, self.question_tokens, self.max_new_tokens = step, question_tokens, max_new_tokens
         if tokenizer is None:
@@ -226,8 +229,12 @@ class _Planner(MemoryFormulas):
             "device": self.device,
             "_planner": self,
         }
+        sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)
+        if self.settings.dropping is not None:
+            stages, size, seen = dropping_stages(self, self.config, *sizes)
+            mixed = {"mixed_tokens": seen // self.per_token, "mixed_kv_bytes": seen, "pooled_kv_bytes": None}
+            return VideoPlan(**facts, **mixed, kv_bytes=size, stages=stages)
         if self.compressed:
-            sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)
             stages, size, seen = compressed_stages(self, self.config, *sizes)
             mixed = {"mixed_tokens": seen, "mixed_kv_bytes": seen * self.per_token, "pooled_kv_bytes": None}
             return VideoPlan(**facts, **mixed, kv_bytes=size, stages=stages)

@@ -180,6 +180,10 @@ def test_a_second_video_is_seen(member, tokenizer, inputs, clips):
 def test_a_loss_reaches_every_part(member, inputs):
     prompt = inputs(video_of(6, 9))
     labels = prompt["input_ids"].clone()
+    if member.config.mm_llm_compress:
+        with pytest.raises(ValueError, match="labels cannot be used with mm_llm_compress"):
+            member(**prompt, labels=labels)
+        member.config.mm_llm_compress = False
     loss = member(**prompt, labels=labels).loss
     assert torch.isfinite(loss)
     member.zero_grad()
