@@ -154,9 +154,12 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
                 prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
             )  # fmt: skip
-        if (new_tokens := (inputs_embeds if input_ids is None else input_ids).shape[1]) > 1:
-            masked = attention_mask is not None and attention_mask.ndim == 2
-            self.require_context(int(attention_mask.sum(1).max()) if masked else past_length + new_tokens)
+        new_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        if new_tokens > 1 and (prompt_length is None or past_length < prompt_length):
+            if attention_mask is not None and attention_mask.ndim == 2:
+                self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
+            else:
+                self.require_context(min(past_length + new_tokens, prompt_length or past_length + new_tokens))
         if input_ids is not None and past_length == 0:
             self._require_no_placeholders(input_ids[:, :prompt_length])
         if inputs_embeds is None:
@@ -221,7 +224,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 f"attention_mask must be [{input_ids.shape[0]}, {past_length + input_ids.shape[1]}] (cached and new "
                 f"tokens), got {tuple(attention_mask.shape)}"
             )
-        self.require_context(int(attention_mask.sum(dim=1).max()))
+        self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
         if not attention_mask[:, past_length:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output

@@ -51,6 +51,7 @@ class VideoPlan:
         stages: Per stage the named terms of its peak, weights and key-values among them.
         device: Where the model is; the terms depend on it.
         memory_bytes, max_frames_in_memory: The given memory, and how many frames fit it.
+        context_limit: Tokens that the model takes, question included; None where nothing limits it. More are an error.
     """
 
     frames: int
@@ -71,6 +72,7 @@ class VideoPlan:
     device: str
     memory_bytes: int | None = None
     max_frames_in_memory: int | None = None
+    context_limit: int | None = None
     _planner: object = field(default=None, repr=False, compare=False)
 
     @property
@@ -106,6 +108,8 @@ class VideoPlan:
         rows = [("frames (groups)", f"{self.frames:,} ({self.groups:,})"), ("tokens", f"{self.total_tokens:,}")]
         parts = {"visual": self.visual_tokens, "timestamps": self.timestamp_tokens, "text": self.text_tokens}
         rows += [(f"  {name}", f"{count:,}") for name, count in parts.items()]
+        if self.context_limit is not None:
+            rows += [("  at most, with the question", f"{self.context_limit:,}")]
         rows += [("key-values", _readable(self.kv_bytes))]
         if self.mixed_tokens is not None:
             rows += [(f"  mixed, {self.mixed_tokens:,} tokens", _readable(self.mixed_kv_bytes))]
@@ -227,6 +231,7 @@ class _Planner(MemoryFormulas):
             "max_new_tokens": self.max_new_tokens,
             "weight_bytes": self.weight_bytes,
             "device": self.device,
+            "context_limit": (self.config.resolve_context_limit() or (None,))[0],
             "_planner": self,
         }
         sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)

@@ -271,7 +271,12 @@ class VideoXLTokenDroppingMixin:
                 # Sized by the first of these layers, as the library would by the first of all.
                 view = copy.copy(cache)
                 view.layers = cache.layers[span.start :]
-                mask = create_causal_mask(model.config, hidden, (columns >= layer.hidden + padding).long(), view)
+                mask = create_causal_mask(
+                    config=model.config,
+                    inputs_embeds=hidden,
+                    attention_mask=(columns >= layer.hidden + padding).long(),
+                    past_key_values=view,
+                )
             hidden = _run_span(model, hidden, positions, cache, span, attention_mask=mask, **options)
         return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
 
