@@ -149,7 +149,8 @@ def _waiting_videos(layout: VisualLayout, begin: int) -> list[torch.Tensor]:
 
 def dropping_of(cache) -> TokenDropping | None:
     """How far a cache's sequence is on its way through the stages; None if it has none, or nothing any more."""
-    return getattr(cache, "dropping", None) if cache.layers and cache.layers[0].held else None
+    state = getattr(cache, "dropping", None)
+    return state if state is not None and cache.layers[0].held else None
 
 
 class VideoXLTokenDroppingMixin:

@@ -267,15 +267,17 @@ def test_encoded_videos_equal_whole_prompts(flash, tokenizer, tmp_path, settings
     switch(flash, *settings)
     video = flash.encode_video(FRAMES, tokenizer, timestamps=TIMES)
     size = video.nbytes
-    logits, held = asked(flash, video)
+    content = [{"type": "video", "video": FRAMES, "timestamps": TIMES}, {"type": "text", "text": "What moves?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     processor = VideoXLProcessor.from_config(flash.config, tokenizer)
-    pixels = processor.video_processor(FRAMES, timestamps=TIMES)["pixel_values_videos"][0]
-    ids = torch.cat([video.input_ids, torch.tensor([5, 6, 7, 8])])
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    question = inputs["input_ids"][0, len(video.input_ids) :].tolist()
     with torch.no_grad():
-        whole = flash(ids[None], pixel_values_videos=[pixels], logits_to_keep=1)
+        whole = flash(**inputs, logits_to_keep=1)
+    logits, held = asked(flash, video, question)
     close(logits, whole.logits[0, -1])
     assert held == [layer.held for layer in whole.past_key_values.layers]
-    assert torch.equal(asked(flash, video)[0], logits) and video.nbytes == size
+    assert torch.equal(asked(flash, video, question)[0], logits) and video.nbytes == size
     # Another question keeps other tokens where the question decides.
     other = asked(flash, video, (200, 9, 120))[0]
     assert (other - logits).abs().max() > 100 * TOLERANCE
@@ -283,22 +285,22 @@ def test_encoded_videos_equal_whole_prompts(flash, tokenizer, tmp_path, settings
     video.save(tmp_path / "a.videoxl")
     loaded = flash.load_video(tmp_path / "a.videoxl", tokenizer)
     assert loaded.nbytes == size and loaded.prefill == video.prefill
-    close(asked(flash, loaded)[0], logits)
+    close(asked(flash, loaded, question)[0], logits)
 
     grown = flash.encode_video(FRAMES[:6], tokenizer, timestamps=TIMES[:6])
-    asked(flash, grown)  # what follows from the shorter video must not stay
+    asked(flash, grown, question)  # what follows from the shorter video must not stay
     grown.append(FRAMES[6:11], TIMES[6:11])
     grown.save(tmp_path / "b.videoxl")
     grown = flash.load_video(tmp_path / "b.videoxl", tokenizer)
     grown.append(FRAMES[11:], TIMES[11:])
     assert grown.nbytes == size
-    close(asked(flash, grown)[0], logits)
+    close(asked(flash, grown, question)[0], logits)
 
     # A video keeps its settings; so two of them, asked in turn, are what they are alone.
     flash.config.mm_llm_compress = False
     plain = flash.encode_video(FRAMES, tokenizer, timestamps=TIMES)
     expected = asked(flash, plain)
-    assert torch.equal(asked(flash, video)[0], logits)
+    assert torch.equal(asked(flash, video, question)[0], logits)
     assert torch.equal(asked(flash, plain)[0], expected[0]) and len(set(expected[1])) == 1
 
 
