@@ -215,7 +215,7 @@ class VideoXLVideoTower(PreTrainedModel):
     main_input_name = "pixels"
     input_modalities = ("video",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VideoXLClipLayer"]
+    _no_split_modules = ["VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
