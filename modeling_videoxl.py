@@ -342,6 +342,10 @@ class VideoXLForConditionalGeneration(
     def get_decoder(self):
         return self.model.language_model
 
+    def get_vision_tower(self):
+        """The vision tower, under the name that published quick starts use."""
+        return self.model.vision_tower
+
     def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
         """See `VideoXLModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, output_tower_features, return_dict)

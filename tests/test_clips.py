@@ -196,6 +196,13 @@ def test_attention_implementations_agree(flash):
     torch.testing.assert_close(*towers, rtol=1e-4, atol=1e-4)
 
 
+def test_the_quick_start_s_image_processor(flash):
+    image_processor = flash.get_vision_tower().image_processor
+    assert image_processor.size == (48, 48)
+    with pytest.raises(ValueError, match="AutoProcessor"):
+        image_processor.preprocess([], return_tensors="pt")
+
+
 def test_gradients_reach_tower_and_projector(flash):
     flash.zero_grad()
     flash.get_video_features([clip_pixels(flash, 4)]).pooler_output[0].square().sum().backward()
