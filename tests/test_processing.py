@@ -26,8 +26,9 @@ PROMPT = (
 # What the processor needs of the root, and so what it saves; a loader also asks for the model's config.
 FOLDER = (
     *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
-    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "processor_config.json", "chat_template.jinja"),
-    *("image_processing_videoxl.py", "tokenizer.json", "tokenizer_config.json"),
+    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "video_sources_videoxl.py", "prompt_text_videoxl.py"),
+    *("image_processing_videoxl.py", "processor_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json"),
 )
 
 
