@@ -121,7 +121,7 @@ def convert(
     family = recognise_family(published, tensors)
     table = name_table(family)
     log(f"{source}: {table.title}, {len(tensors)} tensors")
-    known = _read_preset(preset or table.preset)
+    known = _read_preset(preset) if preset else choose_preset(table, published)
     config = _build_config(published, known, tensors, dtype)
     surplus = config.text_config.vocab_size - known.get("text_config", {}).get("vocab_size", 0)
     if 0 < surplus <= table.extra_rows:
@@ -206,6 +206,21 @@ def _read_preset(name):
     if name not in known:
         raise ValueError(f"there is no preset {name!r}; known are {', '.join(known)}")
     return read_json(PRESETS / f"{name}.json")
+
+
+def choose_preset(table: Family, published: dict) -> dict:
+    """The family's preset that a published config.json agrees with most; the tower counts before sizes."""
+    presets = [_read_preset(name) for name in table.presets]
+    if len(presets) == 1:
+        return presets[0]
+    towers = _remote_code("tower_config_videoxl").PUBLISHED_TOWERS
+    tower = towers.get(published.get("mm_vision_tower"), {})
+
+    def agreement(preset):
+        same_tower = all(preset["vision_config"].get(key) == value for key, value in tower.items())
+        return same_tower, sum(published.get(key) == value for key, value in preset["text_config"].items())
+
+    return max(presets, key=agreement)
 
 
 def read_source(source: Path) -> dict[str, SourceTensor]:

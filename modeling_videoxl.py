@@ -44,7 +44,10 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"]
+    _no_split_modules = [
+        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLClipLayer"),
+        "VideoXLDynamicTokenSynthesis",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
