@@ -56,7 +56,7 @@ class VideoXLProcessor(ProcessorMixin):
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of `image_size`.
         image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
-        frame_fit: How a frame becomes a square, see `resize_frames`.
+        frame_fit, exact_resize: How a frame becomes a square, see `resize_frames`.
         time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
         frame_sampler, min_num_frames, frame_multiple: How frames are chosen from a file where the caller names no
@@ -94,6 +94,7 @@ class VideoXLProcessor(ProcessorMixin):
         min_num_frames: int = 64,
         frame_multiple: int = 8,
         video_message: str | None = None,
+        exact_resize: bool = False,
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -111,7 +112,7 @@ class VideoXLProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
         self.image_timestamps = image_timestamps
-        self.frame_fit = frame_fit
+        self.frame_fit, self.exact_resize = frame_fit, exact_resize
         self.frame_sampler = frame_sampler
         self.min_num_frames = min_num_frames
         self.frame_multiple = frame_multiple
@@ -149,6 +150,7 @@ class VideoXLProcessor(ProcessorMixin):
             image_grid_pinpoints=config.image_grid_pinpoints,
             image_timestamps=config.image_timestamps,
             frame_fit=config.frame_fit,
+            exact_resize=config.exact_resize,
             frame_sampler=config.frame_sampler,
             min_num_frames=config.min_num_frames,
             frame_multiple=config.frame_multiple,
@@ -454,7 +456,8 @@ class VideoXLProcessor(ProcessorMixin):
     def frame_options(self) -> dict[str, Any]:
         """What `open_video` is told of the checkpoint."""
         sampler = FrameSampler(self.frame_sampler, self.min_num_frames, self.frame_multiple)
-        return {"size": self.image_size, "fit": self.frame_fit, "sampler": sampler}
+        square = {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
+        return {**square, "sampler": sampler}
 
     def _load_video(self, source, **request):
         """Pixels [F, 3, S, S] and times of a video's sampled frames, and what its message says."""

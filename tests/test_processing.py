@@ -176,6 +176,8 @@ def config(**changes):
         "compressor_config": SimpleNamespace(tokens_per_group=16),
         **{"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "frames_per_group": 2},
         **{"image_grid_pinpoints": None, "image_timestamps": False, "frame_fit": "stretch"},
+        **{"frame_sampler": "fps", "min_num_frames": 64, "frame_multiple": 8, "video_message": None},
+        "exact_resize": False,
         **{"video_token_id": 151654, "time_start_token_id": 1462, "time_end_token_id": 25},
         "time_format": "Time {seconds:.1f}s:",
     }
