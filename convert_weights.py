@@ -132,7 +132,7 @@ def convert(
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()
     try:
-        video_token = _copy_tokenizer(source, partial, config)
+        video_token = _copy_tokenizer(source, partial, config, "video_token_id" in published)
         _write_configs(config, video_token, source, partial)
         _write_card(family, hub_id, source, partial)
         for file in remote_code_files():
@@ -407,8 +407,11 @@ def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source, folder, config):
-    """Copies the tokenizer and returns the placeholder's text, if there is a tokenizer that has it."""
+def _copy_tokenizer(source, folder, config, has_token_ids):
+    """Copies the tokenizer and returns the placeholder's text, if there is a tokenizer that has it.
+
+    Of families without timestamps the tokenizer decides about the placeholder's id, unless the source has stated it.
+    """
     found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     for name in found:
         shutil.copyfile(source / name, folder / name)
@@ -428,8 +431,11 @@ def _copy_tokenizer(source, folder, config):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the library's own are bare Exceptions
         raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
-    if PLACEHOLDER not in tokenizer.get_added_vocab() and config.video_token_id == len(tokenizer):
-        # Qwen2's tokenizer has no placeholder; the preset names the first id that it leaves free.
+    placeholder = tokenizer.get_added_vocab().get(PLACEHOLDER)
+    if config.time_format is None and not has_token_ids:
+        config.video_token_id = len(tokenizer) if placeholder is None else placeholder
+    if placeholder is None and config.video_token_id == len(tokenizer):
+        # Qwen2's tokenizer has no placeholder; it gets the first id that it leaves free.
         tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
         tokenizer.save_pretrained(folder)
         _drop_chat_template(folder)
@@ -470,6 +476,7 @@ def _write_configs(config, video_token, source, folder):
         "min_num_frames": config.min_num_frames,
         "frame_multiple": config.frame_multiple,
         "video_message": config.video_message,
+        "image_tiling": config.image_tiling,
     }
     if video_token is not None:
         processor["video_token"] = video_token

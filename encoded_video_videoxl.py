@@ -12,6 +12,7 @@ import os
 import torch
 
 from .deferred_rows_videoxl import DeferredRows
+from .image_processing_videoxl import count_tiles
 from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache, rewind_cache
 from .sparse_attention import GroupSpan, VisualLayout
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
@@ -266,10 +267,11 @@ class EncodedVideo(str):
 
     @torch.no_grad()
     def extend_image(self, tiles) -> None:
-        """Adds an image's tiles, uint8 [T, 3, S, S], as groups without timestamps."""
-        pixels = normalize_frames(tiles.to(self._model.device), self._processor.image_mean, self._processor.image_std)
+        """Adds an image's tiles, uint8 as `VideoXLProcessor.read_tiles` gives them, as groups without timestamps."""
+        pixels = self._processor.normalize_tiles(tiles.to(self._model.device))
         stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
-        ids = self._model.prefill_frames(self.cache, pixels[:, None], [stamp] * len(tiles), False, self.prefill)
+        stamps = [stamp] * count_tiles(tiles)
+        ids = self._model.prefill_frames(self.cache, pixels, stamps, False, self.prefill)
         self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     def __deepcopy__(self, memo):

@@ -25,7 +25,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .frame_sampling_videoxl import FrameSampler
-from .image_processing_videoxl import cut_tiles, load_image
+from .image_processing_videoxl import count_tiles, load_image, tile_image
 from .processor_inputs_videoxl import (
     assign_timestamps,
     assign_visuals,
@@ -56,6 +56,7 @@ class VideoXLProcessor(ProcessorMixin):
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of `image_size`.
         image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
+        image_tiling: How images are cut, see `tile_image`.
         frame_fit, exact_resize: How a frame becomes a square, see `resize_frames`.
         time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
@@ -95,6 +96,7 @@ class VideoXLProcessor(ProcessorMixin):
         frame_multiple: int = 8,
         video_message: str | None = None,
         exact_resize: bool = False,
+        image_tiling: str = "pad",
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -117,6 +119,7 @@ class VideoXLProcessor(ProcessorMixin):
         self.min_num_frames = min_num_frames
         self.frame_multiple = frame_multiple
         self.video_message = video_message
+        self.image_tiling = image_tiling
         self.time_format = time_format
         self.max_num_frames = max_num_frames
         self.sample_fps = sample_fps
@@ -155,6 +158,7 @@ class VideoXLProcessor(ProcessorMixin):
             min_num_frames=config.min_num_frames,
             frame_multiple=config.frame_multiple,
             video_message=config.video_message,
+            image_tiling=config.image_tiling,
         )
         ids = processor.time_token_ids(0.0)
         expected = (config.time_start_token_id, config.time_end_token_id)
@@ -291,7 +295,8 @@ class VideoXLProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` [B, L], and where there are videos or images
             `pixel_values_videos`: float32 [V, F, 3, S, S], or, if their lengths differ or there are images, a list in
-            order of appearance of [F_i, 3, S, S] for a video and [T_i, 1, 3, S, S] for an image.
+            order of appearance of [F_i, 3, S, S] for a video and [T_i, 1, 3, S, S] for an image (with an overview
+            [1 + rows, columns, 3, S, S], see `tile_image`).
 
         Raises:
             ValueError: On input that does not fit, with what to do.
@@ -469,9 +474,13 @@ class VideoXLProcessor(ProcessorMixin):
         return normalize_frames(frames, self.image_mean, self.image_std), seconds, shown
 
     def _load_image(self, source):
-        """Pixels [T, 1, 3, S, S] of an image's tiles, and T; of an image nothing is said."""
+        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: nothing is said of it."""
         tiles = self.read_tiles(source)
-        return normalize_frames(tiles, self.image_mean, self.image_std)[:, None], len(tiles), None
+        return self.normalize_tiles(tiles), count_tiles(tiles), None
+
+    def normalize_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The tower's input from what `read_tiles` gives: float32 of the same shape, on the same device."""
+        return normalize_frames(tiles.flatten(0, 1), self.image_mean, self.image_std).unflatten(0, tiles.shape[:2])
 
     def read_tiles(self, source: Any) -> torch.Tensor:
         """Opens an image and cuts it.
@@ -480,9 +489,9 @@ class VideoXLProcessor(ProcessorMixin):
             source: A path, a PIL image or uint8 [H, W, 3].
 
         Returns:
-            uint8 [T, 3, S, S].
+            uint8 [T, 1, 3, S, S], or with an overview [1 + rows, columns, 3, S, S], see `tile_image`.
 
         Raises:
             FileNotFoundError, ValueError: If it is no image.
         """
-        return cut_tiles(load_image(source), self.image_size, self.image_grid_pinpoints)
+        return tile_image(load_image(source), self.image_size, self.image_grid_pinpoints, self.image_tiling)

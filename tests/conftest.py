@@ -82,6 +82,20 @@ FAMILY_CHANGES = {
         "time_format": None, "time_start_token_id": None, "time_end_token_id": None,
         "token_selector": "query", "max_visual_tokens": 48, "beacon_window": 32, "beacon_ratio": 4,
     },
+    "videochatflash": {
+        "vision_config": {"model_type": "videoxl_umt", "hidden_size": 96, "num_hidden_layers": 3,
+                          "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+        "compressor_config": {"compressor_type": "tome", "hidden_size": 96, "frames_per_group": 4, "grid_size": 3,
+                              "projector_pool_size": 1, "merge_heads": 4},
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "image_tiling": "overview",
+    },
+    "videochatflash_internvideo2": {
+        "vision_config": {"model_type": "videoxl_internvideo2", "hidden_size": 96, "num_hidden_layers": 3,
+                          "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+        "compressor_config": {"compressor_type": "tome", "hidden_size": 96, "frames_per_group": 4, "grid_size": 3,
+                              "projector_pool_size": 1, "merge_heads": 4},
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "image_tiling": "overview",
+    },
 }  # fmt: skip
 
 

@@ -178,6 +178,7 @@ def config(**changes):
         **{"image_grid_pinpoints": None, "image_timestamps": False, "frame_fit": "stretch"},
         **{"frame_sampler": "fps", "min_num_frames": 64, "frame_multiple": 8, "video_message": None},
         "exact_resize": False,
+        "image_tiling": "pad",
         **{"video_token_id": 151654, "time_start_token_id": 1462, "time_end_token_id": 25},
         "time_format": "Time {seconds:.1f}s:",
     }
