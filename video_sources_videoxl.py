@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .frame_sampling_videoxl import BY_RATE, choose_frames, choose_numbered_frames
+from .frame_sampling_videoxl import choose_frames, choose_numbered_frames
 from .image_processing_videoxl import load_image
 from .video_decoding_videoxl import FrameReader, VideoDecodeError, VideoIndex, read_index
 
@@ -123,7 +123,7 @@ def plan_path(
             index = replace(index, times=times, rate=1.0, duration=float(len(times)))
         times, damage = index.times, index.damage
         choice = choose_frames(times, index.duration, index.rate, **rules)
-        whole = rules["sampler"] == BY_RATE and rules["start"] is None and rules["end"] is None
+        whole = rules["sampler"].mode == "fps" and rules["start"] is None and rules["end"] is None
         duration, opener = index.duration if whole else choice.seconds, partial(open_file, path, index)
     counts = Counter(choice.indices)
     read = opener(list(counts))
