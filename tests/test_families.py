@@ -1,4 +1,4 @@
-"""Video-XL, Video-XL-Pro and VideoChat-Flash in the doors that users know: encoding, chat, files, growth, batches."""
+"""The other members in the doors that users know: encoding, chat, files, growth, batches, several videos."""
 
 import copy
 
