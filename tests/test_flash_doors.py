@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
 from videoxl.conversation_videoxl import read_history
 from videoxl.convert_weights import convert
+from videoxl.model_card import check_card, converted_card
 from videoxl.processing_videoxl import VideoXLProcessor
 from videoxl.video_processing_videoxl import open_video
 
@@ -350,6 +351,39 @@ def test_converted_checkpoint_through_the_auto_classes(converted, clips):
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
     part, _ = model.chat(clips[1], tokenizer, "And this?", chat_history=history, media_dict={"start": 1, "end": 4})
     assert isinstance(part, str)
+
+
+def test_published_needles_on_a_converted_checkpoint(converted, root, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "evaluation"))
+    niah = pytest.importorskip("niah")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    question = "Find the frame of a wall. what is its color\nOptions: (A) red\n(B) blue\nBest option: ("
+    samples = [{"image": "red.png", "question": question, "answer": "A"}]
+    (tmp_path / "needles.json").write_text(json.dumps(samples))
+    flags = ["--model", str(converted), "--mode", "full", "--lengths", "16", "--depths", "0", "100", "--no-plots"]
+    flags += ["--needles", str(tmp_path / "needles.json"), "--kinds", "published_single", "--threads", "1"]
+    niah.main([*flags, "--out", str(tmp_path / "niah.json")])
+    result = json.loads((tmp_path / "niah.json").read_text())
+    assert [(fact["frames"], fact["visual_tokens"]) for fact in result["haystacks"]] == [(20, 320)] * 2
+    assert result["configuration"]["published"] == "needles.json"
+
+
+@pytest.mark.parametrize(
+    ("family", "folder"),
+    [
+        ("videochatflash", "VideoChat-Flash-Qwen2-7B_res448"),
+        ("videochatflash", "VideoChat-Flash-Qwen2-7B_res224"),
+        ("videochatflash", "VideoChat-Flash-Qwen2_5-2B_res448"),
+        ("videochatflash", "VideoChat-Flash-Qwen2_5-7B-1M_res224"),
+        ("videochatflash_internvideo2", "VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B"),
+    ],
+)
+def test_cards_of_the_published_checkpoints(family, folder):
+    for hub_id in (None, f"OpenGVLab/{folder}"):
+        card = converted_card(family, hub_id, folder)
+        data = check_card(card)
+        assert (data["license"], data["base_model"]) == ("apache-2.0", [f"OpenGVLab/{folder}"])
+        assert "arXiv:2501.00574" in card and "VideoChat-Flash: Hierarchical Compression" in card
 
 
 @pytest.mark.slow
