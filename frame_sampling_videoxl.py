@@ -387,7 +387,7 @@ def choose_numbered_frames(
 def _part(start: float | None, end: float | None, duration: float) -> tuple[float, float]:
     """Begin and length of a part of a video, in seconds, as published."""
     for name, value in (("start", start), ("end", end)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
             raise ValueError(f"{name} must be a number of seconds, got {value!r}.")
     begin = max(start or 0.0, 0.0)
     until = duration if end is None else end

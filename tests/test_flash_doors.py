@@ -396,7 +396,7 @@ def test_real_videos(converted, test_data):
         "frame_numbers_1s_h265.mp4": (8, 1.0),
         "rotation_90_3frames.mov": (8, 0.1),
         "bottle_detection_40s.mp4": (64, 39.85),
-        "phone_desk_h263_vfr.3gp": (64, 5.0),
+        "phone_desk_h263_vfr.3gp": (64, 5.02),
         "testsrc_5s_av1.mkv": (64, 5.0),
         "one_by_one_person_139s.mp4": (136, 139.4),
     }
