@@ -233,7 +233,8 @@ class VideoXLChatMixin:
             tokenizer: Only needed to `append` frames later.
             verify: Check every byte. False maps the file without reading it: instant at any size, and unchecked.
             source: Where the video file is now, if it has moved.
-            sampling: `max_num_frames`, `sample_fps`, `max_sample_fps` that it must have been made with.
+            sampling: `max_num_frames`, `sample_fps`, `max_sample_fps`, `start`, `end` and `read_as` (see `open_video`)
+                that it must have been made with.
 
         Raises:
             FileNotFoundError: If there is no such file.

@@ -383,10 +383,11 @@ def open_video(
             raise ValueError("timestamps belong to frames in memory; a file has its own. Leave them out.")
         rules = {name: sampling[name] for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
         rules |= {"sampler": sampler, "start": start, "end": end}
-        sampling |= {"sampler": asdict(sampler), "start": start, "end": end, "read_as": read_as}
         path = os.fsdecode(source)
         plan = plan_path(path, read_as, BACKENDS[backend], rules)
         read, seconds, begin, duration, damage = plan.read, plan.seconds, plan.start, plan.duration, plan.damage
+        part = {name: None if value is None else float(value) for name, value in (("start", start), ("end", end))}
+        sampling |= {"sampler": asdict(sampler), "read_as": read_as, **part}
     elif isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
         if start is not None or end is not None or read_as != "file":
             raise ValueError("start, end and read_as are for paths; of frames in memory pass those that are wanted.")
