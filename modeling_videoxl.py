@@ -45,8 +45,8 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = [
-        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLClipLayer"),
-        "VideoXLDynamicTokenSynthesis",
+        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"),
+        *("VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"),
     ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -342,6 +342,10 @@ class VideoXLForConditionalGeneration(
     def get_decoder(self):
         return self.model.language_model
 
+    def get_vision_tower(self):
+        """The vision tower, under the name that published quick starts use."""
+        return self.model.vision_tower
+
     def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
         """See `VideoXLModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, output_tower_features, return_dict)
@@ -374,7 +378,8 @@ class VideoXLForConditionalGeneration(
             past_key_values: A cache; prompts with videos fill it in place.
             inputs_embeds: [B, L, hidden] instead of input_ids, for text.
             pixel_values_videos: [V, F, 3, H, W] or a list in order of appearance: [F_i, 3, H, W] for a video,
-                [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp.
+                [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp (with an overview
+                [1 + rows, columns, 3, H, W], see `get_video_features`).
             labels: [B, L], -100 where there is no loss; visual positions never have any.
             use_cache: False returns no cache and runs the sequence at once.
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.

@@ -12,6 +12,8 @@ reference `vision_tower_builder.py`):
 B clips (or images of one frame), T frames of a clip, P patches of a frame, C channels, S side of a frame in pixels.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -208,6 +210,26 @@ class VideoXLClipEncoder(nn.Module):
         return hidden_states
 
 
+class VideoXLFrameFormat(NamedTuple):
+    """What the published quick start takes for an image processor: `model.get_vision_tower().image_processor`.
+
+    Args:
+        size: (height, width) of the frames that the tower takes, in pixels.
+    """
+
+    size: tuple[int, int]
+
+    def preprocess(self, images=None, return_tensors=None):
+        """Frames are prepared elsewhere.
+
+        Raises:
+            ValueError: Always, with the way.
+        """
+        raise ValueError(
+            "AutoProcessor.from_pretrained(...) of this model's folder prepares frames; chat does so itself"
+        )
+
+
 class VideoXLVideoTower(PreTrainedModel):
     """A tower over clips: pixels [B, T, 3, S, S] (T = 1: images) -> features [B, T * P, C], by frame, row, column."""
 
@@ -215,7 +237,7 @@ class VideoXLVideoTower(PreTrainedModel):
     main_input_name = "pixels"
     input_modalities = ("video",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VideoXLClipLayer"]
+    _no_split_modules = ["VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -248,6 +270,11 @@ class VideoXLVideoTower(PreTrainedModel):
         elif isinstance(module, VideoXLClipAttention) and module.q_bias is not None:
             init.zeros_(module.q_bias)
             init.zeros_(module.v_bias)
+
+    @property
+    def image_processor(self) -> VideoXLFrameFormat:
+        """For the published quick start, which takes it and does nothing with it."""
+        return VideoXLFrameFormat((self.config.image_size, self.config.image_size))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         embedded = self.embeddings(pixels)
