@@ -22,7 +22,6 @@ from .tower_config_videoxl import VIDEO_TOWERS
 
 FRAME_FITS = ("stretch", "crop")
 IMAGE_TILINGS = ("pad", "overview")
-FRAME_SAMPLERS = ("fps", "dynamic_fps1")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
 LLM_COMPRESS_TYPES = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
@@ -58,6 +57,8 @@ class VideoXLConfig(PreTrainedConfig):
             timestamps.
         time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
         image_mean, image_std: Normalisation of pixels in 0..1, per channel.
+        exact_resize: Whether frames are resized bit for bit as the public code does, which takes ten times as long.
+            Without it they are at most 2 of 255 levels away.
         frame_fit: How a frame becomes a square: `"stretch"`, or `"crop"` (short side to size, middle of the long one).
         frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
             frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
@@ -67,8 +68,9 @@ class VideoXLConfig(PreTrainedConfig):
         image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
         image_tiling: `"pad"` fits an image into its grid between black borders; `"overview"` squashes it into a first
             tile, stretches it over the grid for the others, and lays the tokens of these out as one picture's.
-        frame_sampler: `"fps"` takes frames by `sample_fps` and its companions; `"dynamic_fps1"` is VideoChat-Flash's
-            rule: about one a second, in multiples of `frame_multiple`, at least `min_num_frames` where there are.
+        frame_sampler: How frames are chosen from a file, a mode of `FrameSampler`: `"fps"` by `sample_fps` and its
+            companions; `"dynamic_fps1"` is VideoChat-Flash's rule: about one a second, in multiples of
+            `frame_multiple`, at least `min_num_frames` where there are.
         min_num_frames, frame_multiple: See `frame_sampler`.
         video_message: Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`;
             None for families without it.
@@ -114,6 +116,7 @@ class VideoXLConfig(PreTrainedConfig):
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         frame_fit="stretch",
+        exact_resize=False,
         frame_padding="last",
         frame_padding_seed=0,
         image_grid_pinpoints=None,
@@ -158,6 +161,7 @@ class VideoXLConfig(PreTrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.frame_fit = frame_fit
+        self.exact_resize = exact_resize
         self.frame_padding = frame_padding
         self.frame_padding_seed = frame_padding_seed
         self.image_grid_pinpoints = image_grid_pinpoints
@@ -181,7 +185,7 @@ class VideoXLConfig(PreTrainedConfig):
         self.beacon_ratio = beacon_ratio
         self.beacon_ratio_mix = beacon_ratio_mix
         self.beacon_seed = beacon_seed
-        known_values = {"frame_fit": FRAME_FITS, "image_tiling": IMAGE_TILINGS, "frame_sampler": FRAME_SAMPLERS}
+        known_values = {"frame_fit": FRAME_FITS, "image_tiling": IMAGE_TILINGS}
         for name, known in {**known_values, "token_selector": TOKEN_SELECTORS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")

@@ -471,6 +471,11 @@ def _write_configs(config, video_token, source, folder):
         "image_grid_pinpoints": config.image_grid_pinpoints,
         "image_timestamps": config.image_timestamps,
         "frame_fit": config.frame_fit,
+        "exact_resize": config.exact_resize,
+        "frame_sampler": config.frame_sampler,
+        "min_num_frames": config.min_num_frames,
+        "frame_multiple": config.frame_multiple,
+        "video_message": config.video_message,
         "image_tiling": config.image_tiling,
     }
     if video_token is not None:

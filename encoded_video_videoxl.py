@@ -23,7 +23,7 @@ from .video_file_videoxl import load_video_file, model_fingerprint, require_matc
 from .video_processing_videoxl import normalize_frames, open_video
 
 # What of the sampling settings decides which frames of a file are taken.
-SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps")
+SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end", "read_as")
 
 
 class EncodedVideo(str):
@@ -36,7 +36,8 @@ class EncodedVideo(str):
         kind: `"video"` or `"image"`.
         num_frames: Sampled frames.
         timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
-        duration: Seconds of the whole video.
+        start: Where a part of a file begins, in its seconds; 0 for a whole one.
+        duration: Seconds of the whole video, or of that part.
         sampling: The sampling settings.
         system_prompt: The system message it was encoded behind, None for the template's.
         appended: Whether frames were added that its file does not hold.
@@ -73,7 +74,7 @@ class EncodedVideo(str):
         self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
         self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
-        self.duration = 0.0
+        self.start, self.duration = 0.0, 0.0
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
         # tokens, and keys of them, are there without it.
         self._tail, self._whole = None, (0, 0)
@@ -83,6 +84,16 @@ class EncodedVideo(str):
     @property
     def num_frames(self) -> int:
         return len(self.timestamps)
+
+    @property
+    def end(self) -> float:
+        """Where it ends, in seconds of its file."""
+        return self.start + self.duration
+
+    @property
+    def shown(self) -> tuple[float, int] | None:
+        """What a prompt may say about it (see `VideoXLProcessor.prompt_pieces`): duration and number of frames."""
+        return None if self.kind == "image" else (self.duration, self.num_frames)
 
     @property
     def layout(self):
@@ -137,7 +148,7 @@ class EncodedVideo(str):
         if self.kind == "image":
             return [(0.0, 0.0)] * -(-len(self.layout.videos[-1]) // chunk_groups)
         starts = self.timestamps[:: chunk_groups * self._model.config.frames_per_group]
-        return list(zip(starts, [*starts[1:], max(self.duration, self.timestamps[-1])], strict=True))
+        return list(zip(starts, [*starts[1:], max(self.end, self.timestamps[-1])], strict=True))
 
     def save(self, path) -> None:
         """Writes the video to one safetensors file, which `model.load_video` reads.
@@ -168,6 +179,7 @@ class EncodedVideo(str):
             "sampling": self.sampling,
             "prefill": self.prefill,
             "timestamps": self.timestamps,
+            "start": self.start,
             "duration": self.duration,
             "videos": self.layout.videos,
             "whole": self._whole,
@@ -206,6 +218,7 @@ class EncodedVideo(str):
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
         video.appended = facts["appended"]
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
+        video.start = facts.get("start", 0.0)
         video._tail, video._whole = tensors.get("tail"), tuple(facts["whole"])
         return video
 
@@ -223,8 +236,7 @@ class EncodedVideo(str):
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
-        options = {"size": self._processor.image_size, "fit": self._processor.frame_fit, "sample_fps": None}
-        reader = open_video(frames, timestamps=timestamps, **options)
+        reader = open_video(frames, timestamps=timestamps, sample_fps=None, **self._processor.frame_options)
         with reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(
@@ -235,7 +247,9 @@ class EncodedVideo(str):
             for batch in reader:
                 self.extend(batch)
         if len(self.timestamps) > 1:
-            self.duration = max(self.duration, 2 * self.timestamps[-1] - self.timestamps[-2])
+            duration = 2 * self.timestamps[-1] - self.timestamps[-2] - self.start
+            # Of frames from memory alone it follows from their times, as when all had come at once.
+            self.duration = max(self.duration, duration) if self else duration
 
     @torch.no_grad()
     def extend(self, batch) -> None:
@@ -266,7 +280,7 @@ class EncodedVideo(str):
             self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
             self.timestamps += times[part]
             layer = self.cache.layers[0]
-        self.duration = max(self.duration, times[-1])
+        self.duration = max(self.duration, times[-1] - self.start)
         partial = len(times) % unit
         self._tail = frames[-partial:] if partial else None
         if partial and whole == len(times):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from .frame_sampling_videoxl import FrameSampler
 from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
 from .planning_dropping_videoxl import dropping_stages
@@ -175,6 +176,9 @@ class VideoXLPlanningMixin:
         if video_path is not None:
             sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
             sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}
+            sampling["sampler"] = FrameSampler(
+                self.config.frame_sampler, self.config.min_num_frames, self.config.frame_multiple
+            )
             with open_video(video_path, **sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step

@@ -24,7 +24,7 @@ def ask(model, tokenizer, video, question=QUESTION, **options):
 def first_logits(model, processor, video, question=QUESTION):
     """Logits of the first token of the answer about an encoded video."""
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
-    suffix = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]))[-1]
+    suffix = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]), [video.shown])[-1]
     cache = model._question_cache(video)
     return model(input_ids=torch.tensor([suffix]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
