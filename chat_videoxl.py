@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .conversation_videoxl import (
     VISUAL_KINDS,
     is_encoded,
+    part_of,
     place_visual,
     read_history,
     source_of,
@@ -29,6 +30,7 @@ from .conversation_videoxl import (
 from .encoded_video_videoxl import SAMPLING, EncodedVideo
 from .kv_cache import fork_cache, move_cache
 from .processing_videoxl import VideoXLProcessor
+from .processor_inputs_videoxl import read_media_dict
 from .selection_videoxl import chunks_at, times_in_text
 from .video_processing_videoxl import open_video
 
@@ -56,6 +58,7 @@ class VideoXLChatMixin:
         system_prompt=None,
         video_backend="pyav",
         progress=None,
+        media_dict=None,
     ) -> EncodedVideo:
         """Decodes, encodes and prefills a video once; `chat` then answers any number of questions about it.
 
@@ -65,11 +68,15 @@ class VideoXLChatMixin:
             tokenizer: The checkpoint's tokenizer.
             max_num_frames: At most so many frames.
             sample_fps: Frames per second of video; None spreads `max_num_frames` frames uniformly.
-            max_sample_fps: Upper rate for short videos; None for no up-sampling.
+            max_sample_fps: Upper rate for short videos; None for no up-sampling. Members with a `frame_sampler` of
+                their own (VideoChat-Flash) follow that while both rates are at their defaults.
             timestamps: Seconds of the frames, for frames from memory.
             system_prompt: System message of the conversations to come; None takes the template's.
             video_backend: `"pyav"` or `"decord"`.
             progress: True or False forces or forbids the progress bar; None shows it for long videos on a terminal.
+            media_dict: What of the path is wanted, in the words of VideoChat-Flash: `start` and `end` of a part, in
+                seconds, and `video_read_type`: `"decord"` or `"av"` (a video file, read by `video_backend`), `"gif"`
+                (each frame of the file is a second), `"img"` or `"frame"` (a folder of numbered pictures).
 
         Returns:
             An `EncodedVideo`.
@@ -84,6 +91,7 @@ class VideoXLChatMixin:
         messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         messages.append({"role": "user", "content": items})
         timestamps = items[0].get("timestamps", timestamps)
+        self._set_media(items, media_dict)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
@@ -137,7 +145,7 @@ class VideoXLChatMixin:
             return_chunks: Also return the chunks of the conversation's videos and images: dicts with `video` (its
                 number), `index`, `start` and `end` in seconds (0 for an image), `level` (`"dense"`, `"pooled"`,
                 `"dropped"`) and `score` (None where nothing was scored).
-            media_dict: What clients of VideoChat-Flash pass; only `video_read_type`, which means nothing here.
+            media_dict: See `encode_video`; a part of a file that the history does not hold is a new video.
 
         Returns:
             The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
@@ -147,8 +155,6 @@ class VideoXLChatMixin:
         """
         if not isinstance(user_prompt, str) or not user_prompt.strip():
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
-        if unknown := sorted(set(media_dict or {}) - {"video_read_type"}):
-            raise ValueError(f"media_dict: {', '.join(unknown)} is not supported; cut the clip, or pass its frames")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         items = turn_items(video_path)
         visuals = [item for item in items if item["type"] in VISUAL_KINDS]
@@ -156,6 +162,7 @@ class VideoXLChatMixin:
             if len(visuals) != 1 or visuals[0]["type"] != "video" or is_encoded(source_of(visuals[0])):
                 raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
             visuals[0].setdefault("timestamps", timestamps)
+        self._set_media(visuals, media_dict, chat_history)
         messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None)
         first = source_of(visuals[0]) if visuals else None
         if not messages and is_encoded(first) and first.system_prompt is not None:
@@ -203,7 +210,8 @@ class VideoXLChatMixin:
         suffixes = []
         for prompt in user_prompts:
             content = [{"type": video.kind, video.kind: video}, {"type": "text", "text": prompt}]
-            prefix, suffix = processor.prompt_pieces(processor.render([*system, {"role": "user", "content": content}]))
+            text = processor.render([*system, {"role": "user", "content": content}])
+            prefix, suffix = processor.prompt_pieces(text, [video.shown])
             suffixes.append(suffix)
         if not video.continues(self, torch.tensor(prefix)):
             raise ValueError(
@@ -225,7 +233,8 @@ class VideoXLChatMixin:
             tokenizer: Only needed to `append` frames later.
             verify: Check every byte. False maps the file without reading it: instant at any size, and unchecked.
             source: Where the video file is now, if it has moved.
-            sampling: `max_num_frames`, `sample_fps`, `max_sample_fps` that it must have been made with.
+            sampling: `max_num_frames`, `sample_fps`, `max_sample_fps`, `start`, `end` and `read_as` (see `open_video`)
+                that it must have been made with.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -241,6 +250,13 @@ class VideoXLChatMixin:
         """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
         if encoded is None:
             return None
+        if "dropping" in encoded.prefill:
+            if encoded.prefill["dropping"] != self.config.resolve_llm_compression():
+                logger.warning_once(
+                    "a video was encoded with other settings of mm_llm_compress and llm_compress_* than the config's, "
+                    "and is asked with its own; encode it again to change them"
+                )
+            return fork_cache(encoded.asked_cache, make_room=True)
         if getattr(encoded.cache, "deferred", None) is not None:
             return fork_cache(encoded.cache)  # what is selected comes to the device
         full = self.config.resolve_sparse_attention().decode == "full"
@@ -302,7 +318,7 @@ class VideoXLChatMixin:
             if video.kind == "image":
                 first += len(spans)
                 continue
-            required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.duration)]
+            required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.end)]
             first += len(spans)
         return {"required_chunks": tuple(required)} if required else {}
 
@@ -317,13 +333,28 @@ class VideoXLChatMixin:
             fact.update(level=choice.level, score=choice.score)
         return facts
 
+    @staticmethod
+    def _set_media(visuals, media_dict, history=None) -> None:
+        """Notes what is wanted of the one path that a turn brings; what it does not bring must be so already."""
+        wanted = read_media_dict(media_dict)
+        if len(visuals) == 1 and visuals[0]["type"] == "video" and not is_encoded(source_of(visuals[0])):
+            if media_dict is not None:
+                visuals[0].setdefault("media_dict", dict(media_dict))
+        elif wanted and all(part_of(item) != wanted for item in visuals or visual_items(read_history(history, None))):
+            raise ValueError(
+                "media_dict is about the path of one video, which this turn does not bring anew; leave it out, or "
+                "give each item of several videos its own"
+            )
+
     def _encode_conversation(self, processor, messages, options, progress):
         """The conversation's last visual, encoded behind all before it (None without one), and the ids that follow."""
         items = visual_items(messages)
-        pieces = processor.prompt_pieces(processor.render(messages))
+        text, shown = processor.render(messages), []
         encoded = None
-        for item, piece in zip(items, pieces[:-1], strict=True):
-            video, prefix, kind = source_of(item), piece, item["type"]
+        for number, item in enumerate(items):
+            # What is said behind a video hangs on what was read of it.
+            prefix = processor.prompt_pieces(text, shown)[number]
+            video, kind = source_of(item), item["type"]
             before = torch.tensor(prefix)
             if encoded is not None:
                 before = torch.cat([encoded.input_ids, before])
@@ -332,6 +363,7 @@ class VideoXLChatMixin:
                 if video.continues(self, before, encoded):
                     encoded = video
                     video.adopt(processor)
+                    shown.append(encoded.shown)
                     continue
                 if not str(video) or video.appended:
                     raise ValueError(
@@ -344,7 +376,8 @@ class VideoXLChatMixin:
                 item[kind], own_options = str(video), {**options, **sampling, "timestamps": None}
             system = messages[0]["content"] if messages[0]["role"] == "system" else None
             encoded = item[kind] = self._encode(processor, item, encoded, prefix, own_options, progress, system)
-        return encoded, pieces[-1]
+            shown.append(encoded.shown)
+        return encoded, processor.prompt_pieces(text, shown)[-1]
 
     def _encode(self, processor, item, base, prefix, options, progress, system_prompt) -> EncodedVideo:
         """Streams a video or image through tower and language model, behind `base` and the prefix ids."""
@@ -378,17 +411,21 @@ class VideoXLChatMixin:
             self.config.resolve_vision_chunk_frames(),
             self.config.resolve_unit_frames(self.config.resolve_beacons()),
         )
-        options |= {"size": processor.image_size, "fit": processor.frame_fit}
+        # An item that was encoded before brings its sampling, and what of the path it shows, among the options.
+        options = {**processor.frame_options, **read_media_dict(item.get("media_dict")), **options}
         reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
         with reader:
+            tokens = -(-reader.num_frames // self.config.frames_per_group) * self.model.tokens_per_group
+            self.model.require_context(len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
             encoded = start(reader.source, sampling=reader.sampling)
+            encoded.start = reader.start
             if progress is None:
                 progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
             with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not progress) as bar:
                 for batch in reader:
                     encoded.extend(batch)
                     bar.update(len(batch.timestamps))
-        encoded.duration = max(encoded.duration, reader.duration)
+        encoded.duration = reader.duration
         return encoded
 
     def _generation_settings(self, given, tokenizer) -> GenerationConfig:

@@ -21,6 +21,8 @@ from einops import rearrange
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .token_merging_videoxl import VideoXLTokenMerging
+
 
 def resize_feature_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
     """Resizes each frame's square grid of features bilinearly (no antialias, corners not aligned, in float32).
@@ -212,12 +214,14 @@ class VideoXLMultiModalProjector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected = self.linear_2(self.act(self.linear_1(features)))
+        if self.pool_size == 1:
+            return projected
         grid = rearrange(projected, "g (y x) c -> g c y x", y=self.grid_size)
         return rearrange(F.avg_pool2d(grid, self.pool_size), "g c y x -> g (y x) c")
 
 
-# Compressors: frame features [F, P, C] -> [G, S * S, C].
-COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis, "none": nn.Identity}
+# Compressors: frame features [F, P, C] (token merging: those of whole units [U, n, C]) -> [G, S * S, C].
+COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis, "none": nn.Identity, "tome": VideoXLTokenMerging}
 
 
 def build_compressor(config) -> nn.Module:

@@ -16,55 +16,18 @@ import random
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
-PREFILL_MODES = ("full", "streaming", "mask")
-DECODE_MODES = ("full", "bilevel")
+from .part_configs_videoxl import VideoXLCompressorConfig, VideoXLSparseAttentionConfig
+from .published_config_videoxl import PUBLISHED_MODEL_TYPES, read_published
+from .tower_config_videoxl import VIDEO_TOWERS
+
 FRAME_FITS = ("stretch", "crop")
+IMAGE_TILINGS = ("pad", "overview")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
+LLM_COMPRESS_TYPES = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
 
 # Between these the published Video-XL-Pro code draws the share of visual tokens that it keeps.
 RANDOM_KEEP_RATIO = (0.7, 0.99)
-# Settings of published beacon memory that are built here; other values of these keys are another algorithm.
-_BEACON_ALGORITHM = {
-    "beacon_pos": "interleave",
-    "beacon_attn": "full-coverage",
-    "beacon_sink_size": 0,
-    "beacon_parallel_window": 1,
-    "beacon_param": ["q", "k", "v"],
-}
-
-# Model types that published checkpoints of the family carry in their flat config.json.
-PUBLISHED_MODEL_TYPES = ("llava_qwen", "llava_qwen_flash", "videochat_flash_qwen")
-
-# Keys of a published config.json that belong to the language model (the rest are `mm_*` keys and training leftovers).
-_PUBLISHED_TEXT_KEYS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "attention_dropout",
-    "use_sliding_window",
-    "sliding_window",
-    "max_window_layers",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
-
-# Rotary base of Qwen2.5, where a published file does not state it.
-_QWEN2_5_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
-
 # SigLIP so400m/14 at 384 pixels, the tower of Video-XL-2 (google/siglip-so400m-patch14-384).
 _SIGLIP_SO400M = {
     "model_type": "siglip_vision_model",
@@ -76,143 +39,6 @@ _SIGLIP_SO400M = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-
-
-class VideoXLCompressorConfig(PreTrainedConfig):
-    """How frame features become visual tokens, up to and including the projector.
-
-    Args:
-        compressor_type: Slot value; `"dts"` is dynamic token synthesis (Video-XL-2, Video-XL-Pro), `"none"` passes
-            the tower's features on (Video-XL).
-        hidden_size: Channels of the tower's features and of the compressor.
-        frames_per_group: Frames that are merged into one group of tokens; a power of two.
-        grid_size: Side of the square grid that the tower's grid is resized to before the compressor.
-        projector_pool_size: Side of the average pooling after the projector.
-        projector_hidden_act: Activation between the projector's two layers.
-        norm_groups, norm_eps: Group normalisation of the compressor.
-        max_relative_position: Half size of the relative-position tables of the temporal attention.
-        kernel_size: Side of the 3-D convolutions that halve the time axis.
-    """
-
-    model_type = "videoxl_compressor"
-    base_config_key = "compressor_config"
-
-    def __init__(
-        self,
-        compressor_type="dts",
-        hidden_size=1152,
-        frames_per_group=4,
-        grid_size=24,
-        projector_pool_size=2,
-        projector_hidden_act="gelu",
-        norm_groups=32,
-        norm_eps=1e-6,
-        max_relative_position=64,
-        kernel_size=3,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.compressor_type = compressor_type
-        self.hidden_size = hidden_size
-        self.frames_per_group = frames_per_group
-        self.grid_size = grid_size
-        self.projector_pool_size = projector_pool_size
-        self.projector_hidden_act = projector_hidden_act
-        self.norm_groups = norm_groups
-        self.norm_eps = norm_eps
-        self.max_relative_position = max_relative_position
-        self.kernel_size = kernel_size
-        if frames_per_group < 1 or frames_per_group & (frames_per_group - 1):
-            raise ValueError(f"frames_per_group must be a power of two, got {frames_per_group}")
-        if grid_size % projector_pool_size:
-            raise ValueError(f"grid_size {grid_size} must be a multiple of projector_pool_size {projector_pool_size}")
-
-    @property
-    def tokens_per_group(self) -> int:
-        """Visual tokens that one group of frames becomes."""
-        return (self.grid_size // self.projector_pool_size) ** 2
-
-
-class VideoXLSparseAttentionConfig(PreTrainedConfig):
-    """Who sees whom during prefill, and what is kept for decoding.
-
-    Args:
-        prefill: `"full"` (dense causal), `"streaming"` (chunk by chunk) or `"mask"` (the same chunk loop, in which
-            timestamp queries see the whole past as well).
-        chunk_groups: Groups of frames in one prefill chunk, at least 1.
-        window_chunks: Earlier chunks that a chunk sees in full, at least 1.
-        decode: `"full"` (keep all KV) or `"bilevel"` (dense KV for relevant chunks, pooled KV for the others).
-        decode_chunk_groups: Groups in one chunk of bi-level decoding.
-        pool_size: Kernel and stride of the pooling over a group's visual KV.
-        reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
-            `ReloadPolicy`).
-        offload: `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in
-            `streaming` prefill; `mask` works, but moves a layer's past to the device for every chunk.
-
-    Raises:
-        ValueError: On an unknown field or a value outside its range.
-    """
-
-    model_type = "videoxl_sparse_attention"
-    base_config_key = "sparse_attention"
-    # What `resolve_sparse_attention` adds for families with beacon memory, see `resolve_beacons`.
-    beacons = None
-    fields = (
-        "prefill",
-        "chunk_groups",
-        "window_chunks",
-        "decode",
-        "decode_chunk_groups",
-        "pool_size",
-        "reload",
-        "offload",
-    )
-
-    def __init__(
-        self,
-        prefill="full",
-        chunk_groups=4,
-        window_chunks=3,
-        decode="full",
-        decode_chunk_groups=4,
-        pool_size=4,
-        reload="auto",
-        offload=False,
-        **kwargs,
-    ):
-        # Looked up only where there is something to look up: this runs at every decode step.
-        known = kwargs and {*PreTrainedConfig().to_dict(), "model_type", "transformers_version", "attn_implementation"}
-        if unknown := sorted(key for key in kwargs if key not in known and not key.startswith("_")):
-            raise ValueError(f"sparse_attention has no field {', '.join(unknown)}; it has {', '.join(self.fields)}")
-        super().__init__(**kwargs)
-        self.prefill = prefill
-        self.chunk_groups = chunk_groups
-        self.window_chunks = window_chunks
-        self.decode = decode
-        self.decode_chunk_groups = decode_chunk_groups
-        self.pool_size = pool_size
-        self.reload = reload
-        self.offload = offload
-        self.check()
-
-    @property
-    def plan(self) -> dict:
-        """What decides who sees whom during prefill, and what is kept of it."""
-        plan = {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
-        return plan if self.beacons is None else {**plan, "beacons": self.beacons}
-
-    def check(self) -> None:
-        """Raises ValueError if a field is outside its range (fields may have been set after construction)."""
-        if self.prefill not in PREFILL_MODES:
-            raise ValueError(f"sparse_attention.prefill must be one of {PREFILL_MODES}, got {self.prefill!r}")
-        if self.decode not in DECODE_MODES:
-            raise ValueError(f"sparse_attention.decode must be one of {DECODE_MODES}, got {self.decode!r}")
-        if not isinstance(self.offload, bool):
-            raise ValueError(f"sparse_attention.offload must be True or False, got {self.offload!r}")
-        for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r}")
 
 
 class VideoXLConfig(PreTrainedConfig):
@@ -231,6 +57,8 @@ class VideoXLConfig(PreTrainedConfig):
             timestamps.
         time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
         image_mean, image_std: Normalisation of pixels in 0..1, per channel.
+        exact_resize: Whether frames are resized bit for bit as the public code does, which takes ten times as long.
+            Without it they are at most 2 of 255 levels away.
         frame_fit: How a frame becomes a square: `"stretch"`, or `"crop"` (short side to size, middle of the long one).
         frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
             frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
@@ -238,6 +66,20 @@ class VideoXLConfig(PreTrainedConfig):
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of the tower's image size, as in Video-XL-2.
         image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
+        image_tiling: `"pad"` fits an image into its grid between black borders; `"overview"` squashes it into a first
+            tile, stretches it over the grid for the others, and lays the tokens of these out as one picture's.
+        frame_sampler: How frames are chosen from a file, a mode of `FrameSampler`: `"fps"` by `sample_fps` and its
+            companions; `"dynamic_fps1"` is VideoChat-Flash's rule: about one a second, in multiples of
+            `frame_multiple`, at least `min_num_frames` where there are.
+        min_num_frames, frame_multiple: See `frame_sampler`.
+        video_message: Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`;
+            None for families without it.
+        tokenizer_model_max_length: Tokens that a prompt may have, visual ones included; None for no limit.
+        mm_llm_compress: Whether visual tokens are dropped between layers of the language model (VideoChat-Flash).
+        llm_compress_type: How: `"uniform"`, `"attention"`, or `"uniform0_attention"` and `"uniform1_attention"`, which
+            begin with one and two uniform stages.
+        llm_compress_layer_list: Per stage, behind how many layers it comes.
+        llm_image_token_ratio_list: Share of a video's tokens that is left before the first stage and behind each.
         token_selector: Which visual tokens reach the language model: None for all, `"query"` by the prompt's text
             (Video-XL-Pro of March 2025), `"timed_query"` by it after attention to timestamps (of April 2025).
         selector_heads: Heads of that attention.
@@ -274,10 +116,21 @@ class VideoXLConfig(PreTrainedConfig):
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         frame_fit="stretch",
+        exact_resize=False,
         frame_padding="last",
         frame_padding_seed=0,
         image_grid_pinpoints=None,
         image_timestamps=False,
+        image_tiling="pad",
+        frame_sampler="fps",
+        min_num_frames=64,
+        frame_multiple=8,
+        video_message=None,
+        tokenizer_model_max_length=None,
+        mm_llm_compress=False,
+        llm_compress_type="attention",
+        llm_compress_layer_list=(8, 16, 24),
+        llm_image_token_ratio_list=(1.0, 0.5, 0.25, 0.125),
         token_selector=None,
         selector_heads=4,
         keep_ratio=1.0,
@@ -308,10 +161,21 @@ class VideoXLConfig(PreTrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.frame_fit = frame_fit
+        self.exact_resize = exact_resize
         self.frame_padding = frame_padding
         self.frame_padding_seed = frame_padding_seed
         self.image_grid_pinpoints = image_grid_pinpoints
         self.image_timestamps = image_timestamps
+        self.image_tiling = image_tiling
+        self.frame_sampler = frame_sampler
+        self.min_num_frames = min_num_frames
+        self.frame_multiple = frame_multiple
+        self.video_message = video_message
+        self.tokenizer_model_max_length = tokenizer_model_max_length
+        self.mm_llm_compress = mm_llm_compress
+        self.llm_compress_type = llm_compress_type
+        self.llm_compress_layer_list = list(llm_compress_layer_list or ())
+        self.llm_image_token_ratio_list = list(llm_image_token_ratio_list or ())
         self.token_selector = token_selector
         self.selector_heads = selector_heads
         self.keep_ratio = keep_ratio
@@ -321,7 +185,8 @@ class VideoXLConfig(PreTrainedConfig):
         self.beacon_ratio = beacon_ratio
         self.beacon_ratio_mix = beacon_ratio_mix
         self.beacon_seed = beacon_seed
-        for name, known in (("frame_fit", FRAME_FITS), ("token_selector", TOKEN_SELECTORS)):
+        known_values = {"frame_fit": FRAME_FITS, "image_tiling": IMAGE_TILINGS}
+        for name, known in {**known_values, "token_selector": TOKEN_SELECTORS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -334,6 +199,21 @@ class VideoXLConfig(PreTrainedConfig):
             fields = ", ".join(VideoXLSparseAttentionConfig.fields)
             raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r}")
         super().__setattr__(name, value)
+
+    @property
+    def rope_scaling(self) -> dict:
+        """Rotary scaling of the language model (its `rope_parameters`), for `from_pretrained(rope_scaling=...)`.
+
+        Set it before the model is built; what is left out (`rope_theta`) stays, and None changes nothing.
+        """
+        return self.text_config.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value):
+        # override: the library's would set it where no language model looks
+        if value:
+            self.text_config.rope_parameters = {"rope_theta": self.rope_scaling.get("rope_theta"), **value}
+            self.text_config.standardize_rope_params()
 
     @property
     def frames_per_group(self) -> int:
@@ -350,11 +230,6 @@ class VideoXLConfig(PreTrainedConfig):
             ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
-        if getattr(self, "mm_llm_compress", False):
-            raise ValueError(
-                "mm_llm_compress drops visual tokens between layers, which only VideoChat-Flash models do: this model "
-                "does not. Set it to False; sparse_attention saves key-values here"
-            )
         if getattr(self, "enable_sparse", False):
             published = getattr(self, "sparse_config", None) or {}
             settings["prefill"] = getattr(self, "sparse_mode", None) or "streaming"
@@ -367,12 +242,15 @@ class VideoXLConfig(PreTrainedConfig):
             settings["window_chunks"] = published.get("step_size", settings["window_chunks"])
             settings["offload"] = bool(published.get("offload", settings["offload"]))
         resolved = VideoXLSparseAttentionConfig(**settings)
-        resolved.beacons = self.resolve_beacons()
-        if resolved.beacons is None and self.token_selector is None:
+        resolved.beacons, resolved.dropping = self.resolve_beacons(), self.resolve_llm_compression()
+        if resolved.beacons is None and resolved.dropping is None and self.token_selector is None:
             return resolved
         if (resolved.prefill, resolved.decode, resolved.offload) != ("full", "full", False):
-            cause = "selects visual tokens by the question" if self.token_selector else "has beacon memory"
-            remedy = "" if self.token_selector else ", or beacon_ratio to 'none'"
+            cause, remedy = "has beacon memory", ", or beacon_ratio to 'none'"
+            if resolved.dropping is not None:
+                cause, remedy = "drops visual tokens between layers", ", or mm_llm_compress to False"
+            elif self.token_selector:
+                cause, remedy = "selects visual tokens by the question", ""
             raise ValueError(
                 f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
                 f"'full', no offload); got prefill={resolved.prefill!r}, decode={resolved.decode!r}, "
@@ -402,6 +280,63 @@ class VideoXLConfig(PreTrainedConfig):
                 "single beacon_ratio, which needs none"
             )
         return {"window": self.beacon_window, "ratios": ratios, "mix": self.beacon_ratio_mix, "seed": self.beacon_seed}
+
+    @property
+    def sees_clips(self) -> bool:
+        """Whether the tower sees whole clips (groups) of frames, and not each frame by itself."""
+        return self.vision_config.model_type in VIDEO_TOWERS
+
+    def resolve_llm_compression(self) -> dict | None:
+        """The dropping of visual tokens in force now: `type`, `layers` and `ratios`; None where nothing is dropped.
+
+        Raises:
+            ValueError: On values that do not go together, or a model of a family that drops nothing.
+        """
+        if not self.mm_llm_compress:
+            return None
+        if self.compressor_config.compressor_type != "tome":
+            raise ValueError(
+                "mm_llm_compress drops visual tokens between layers, which only VideoChat-Flash models do: this model "
+                "does not. Set it to False; sparse_attention saves key-values here"
+            )
+        kind, layers, ratios = self.llm_compress_type, self.llm_compress_layer_list, self.llm_image_token_ratio_list
+        if kind not in LLM_COMPRESS_TYPES:
+            raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r}")
+        # Behind the last layer only a uniform stage does no harm (and nothing else).
+        most = self.text_config.num_hidden_layers - (kind != "uniform")
+        numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+        if not numbers or not layers or sorted({*layers}) != list(layers) or not 1 <= layers[0] <= layers[-1] <= most:
+            raise ValueError(
+                f"llm_compress_layer_list must be ascending numbers of layers from 1 to {most}, behind which "
+                f"{kind!r} drops visual tokens, got {layers!r}"
+            )
+        numbers = isinstance(ratios, (list, tuple)) and all(type(ratio) in (int, float) for ratio in ratios)
+        falling = (
+            numbers and list(ratios) == sorted(ratios, reverse=True) and list(ratios)[:1] == [1] and ratios[-1] >= 0
+        )
+        if not falling or len(ratios) != len(layers) + 1:
+            raise ValueError(
+                f"llm_image_token_ratio_list must be {len(layers) + 1} shares from 1 down to 0, one before and one "
+                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r}"
+            )
+        return {"type": kind, "layers": list(layers), "ratios": list(ratios)}
+
+    def resolve_context_limit(self) -> tuple[int, str] | None:
+        """Tokens that a sequence may have, and why; None where `tokenizer_model_max_length` is None."""
+        tokens, text = self.tokenizer_model_max_length, self.text_config
+        if tokens is None:
+            return None
+        rope, reach = text.rope_parameters or {}, text.max_position_embeddings
+        if rope.get("rope_type", "default") != "default":
+            scaled = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or reach)
+            reach = max(reach, int(scaled))
+        if tokens <= reach:
+            return tokens, f"config.tokenizer_model_max_length={tokens}, of positions that reach {reach}"
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": text.max_position_embeddings}
+        return reach, (
+            f"its positions reach {reach} (config.text_config.max_position_embeddings and rope scaling), whatever "
+            f"tokenizer_model_max_length={tokens} says; for more load it with rope_scaling={yarn}"
+        )
 
     def resolve_unit_frames(self, beacons: dict | None) -> int:
         """Frames behind which a video can be continued as if it had not ended: a group, or what fills beacon windows.
@@ -456,43 +391,7 @@ class VideoXLConfig(PreTrainedConfig):
         Returns:
             A `VideoXLConfig`.
         """
-        if preset is None and "beacon_window" in published:
-            raise ValueError("a config.json with beacon memory needs a preset: convert it with convert_weights.py")
-        config = dict(preset) if preset else cls().to_dict()
-        text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
-        if "beacon_window" in published:
-            text.pop("rope_scaling", None)  # as the published code does
-        if not {"rope_theta", "rope_parameters"} & set(text):
-            text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
-        config["text_config"] = {"model_type": "qwen2", **text}
-        vision = {key: value for key, value in config["vision_config"].items() if key != "transformers_version"}
-        vision = config["vision_config"] = {**vision, **published.get("vision_config", {})}
-        if vision["model_type"] != "siglip_vision_model":
-            # Members with SigLIP drop its last layer whatever this key says.
-            config["vision_feature_layer"] = published.get("mm_vision_select_layer", config["vision_feature_layer"])
-        compressor = {"projector_pool_size": 2, **config.get("compressor_config", {})}
-        compressor["hidden_size"] = published.get("mm_hidden_size", vision["hidden_size"])
-        compressor["projector_pool_size"] = published.get("mm_spatial_pool_stride", compressor["projector_pool_size"])
-        if (mode := published.get("mm_spatial_pool_mode", "average")) != "average":
-            raise ValueError(f"mm_spatial_pool_mode must be 'average', got {mode!r}")
-        if compressor.get("compressor_type") == "none":
-            compressor["grid_size"] = vision["image_size"] // vision["patch_size"]
-        config["compressor_config"] = compressor
-        config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-        copied = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
-        copied += ("video_token_id", "time_start_token_id", "time_end_token_id")
-        copied += ("image_grid_pinpoints",) if isinstance(published.get("image_grid_pinpoints"), list) else ()
-        if config.get("beacon_window") is not None:
-            copied += ("beacon_window", "beacon_ratio", "beacon_ratio_mix")
-            expected = {**_BEACON_ALGORITHM, "beacon_stride": published.get("beacon_window")}
-            if other := [key for key, value in expected.items() if published.get(key, value) != value]:
-                settings = ", ".join(f"{key}={published[key]!r} instead of {expected[key]!r}" for key in other)
-                raise ValueError(f"beacon memory with {settings} is not supported")
-        config |= {key: published[key] for key in copied if key in published}
-        config["dtype"] = published.get("torch_dtype", published.get("dtype"))
-        for key in ("model_type", "architectures", "transformers_version"):
-            config.pop(key, None)
-        return cls(**config)
+        return cls(**read_published(published, preset, lambda: cls().to_dict()))
 
 
 def _sub_config(value, defaults, config_class=None):
@@ -504,6 +403,8 @@ def _sub_config(value, defaults, config_class=None):
     if config_class is not None:
         return config_class(**value)
     model_type = value.get("model_type", defaults.get("model_type"))
+    if model_type in VIDEO_TOWERS:
+        return VIDEO_TOWERS[model_type](**value)
     if model_type == "siglip_vision_model":
         # The pooling head is not part of any member of the family.
         return SiglipVisionConfig(**{"vision_use_head": False, **value})

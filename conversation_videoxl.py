@@ -5,11 +5,13 @@ What is surprising:
   deep copy they are other objects that stand for the same content. All of these are the same video.
 * The published code's form (role strings of the template, `<image>` in front of the first question) is understood,
   too.
+* A part of a video, or a folder or GIF, is told from the whole file by its item's `media_dict`.
 """
 
 import os
 
 from .image_processing_videoxl import is_image
+from .processor_inputs_videoxl import READ_TYPES, read_media_dict
 
 # The kinds of items that are seen; each names its source by its kind.
 VISUAL_KINDS = ("video", "image")
@@ -22,11 +24,12 @@ def turn_items(visual) -> list[dict]:
     """What a turn brings to see, as content items.
 
     Args:
-        visual: None, one video or image, or a list of content items (`{"type": "video", "video": ...}`, `"image"`,
-            `"text"`) for several of them.
+        visual: None, one video or image (also as a list of one path), or a list of content items (`{"type": "video",
+            "video": ...}`, `"image"`, `"text"`) for several of them.
 
     Returns:
-        New dicts: `{"type": kind, kind: source}`, a video of frames with its `timestamps`, or text.
+        New dicts: `{"type": kind, kind: source}`, a video of frames with its `timestamps`, a part of a path with its
+        `media_dict`, or text.
 
     Raises:
         ValueError: On an item of another form.
@@ -35,18 +38,27 @@ def turn_items(visual) -> list[dict]:
         return []
     if isinstance(visual, dict):
         visual = [visual]
+    if isinstance(visual, (list, tuple)) and visual and all(isinstance(part, (str, os.PathLike)) for part in visual):
+        if len(visual) > 1:
+            raise ValueError("of several videos pass a list of items {'type': 'video', 'video': ...}, not of paths")
+        visual = visual[0]
     if not (isinstance(visual, (list, tuple)) and len(visual) > 0 and isinstance(visual[0], dict)):
         kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
-        return [{"type": kind, kind: visual}]
+        item = {"type": kind, kind: visual}
+        if is_encoded(visual) and (part := part_of(item)):
+            read_type = next(name for name, value in READ_TYPES.items() if value == part.pop("read_as", "file"))
+            item["media_dict"] = {"video_read_type": read_type, **part}  # what is left of it in JSON
+        return [item]
     items = []
     for item in visual:
         kind = item.get("type") if isinstance(item, dict) else None
-        takes = {"video": ("timestamps",), "image": (), "text": ()}.get(kind)
+        takes = {"video": ("timestamps", "media_dict"), "image": (), "text": ()}.get(kind)
         source = next((item[key] for key in (kind, "path") if takes is not None and item.get(key) is not None), None)
         if source is None or not set(item) <= {"type", kind, "path", *takes}:
             raise ValueError(
-                "items must be {'type': 'video', 'video': ...} (with timestamps for frames from memory), {'type': "
-                f"'image', 'image': ...}} or {{'type': 'text', 'text': ...}}, got {item!r:.200}"
+                "items must be {'type': 'video', 'video': ...} (with timestamps for frames from memory, with "
+                "media_dict for a part of a file), {'type': 'image', 'image': ...} or {'type': 'text', 'text': ...}, "
+                f"got {item!r:.200}"
             )
         items.append({"type": kind, kind: source, **{key: item[key] for key in takes if key in item}})
     return items
@@ -94,7 +106,9 @@ def _read_item(item) -> dict:
     kind = item.get("type")
     if kind not in VISUAL_KINDS:
         return dict(item)
-    return {"type": kind, kind: next((item[key] for key in (kind, "path") if item.get(key) is not None), "")}
+    source = next((item[key] for key in (kind, "path") if item.get(key) is not None), "")
+    part = {"media_dict": item["media_dict"]} if item.get("media_dict") is not None else {}
+    return {"type": kind, kind: source, **part}
 
 
 def visual_items(messages) -> list[dict]:
@@ -146,12 +160,29 @@ def place_visual(messages, visual) -> bool:
         if video is known or is_encoded(video) and is_encoded(known) and video.mark is known.mark:
             return True
         if _path(video) and _path(known) and os.path.realpath(_path(video)) == os.path.realpath(_path(known)):
+            if not _same_part(visual, item):
+                continue
             if is_encoded(video):
                 item[item["type"]] = video
             elif is_encoded(known) and not known.is_current():
                 item[item["type"]] = _path(video)  # another file by now
             return True
     return False
+
+
+def _same_part(visual, item) -> bool:
+    """Whether a turn's video shows the same of its path as one of the conversation; one that does not say so does."""
+    if not is_encoded(source_of(visual)) and visual.get("media_dict") is None:
+        return True
+    return part_of(visual) == part_of(item)
+
+
+def part_of(item) -> dict:
+    """What a video item shows of its path, see `read_media_dict`."""
+    if is_encoded(video := source_of(item)):
+        found = {name: video.sampling.get(name) for name in ("read_as", "start", "end")}
+        return {name: value for name, value in found.items() if value not in (None, "file")}
+    return read_media_dict(item.get("media_dict"))
 
 
 def _path(video) -> str:

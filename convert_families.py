@@ -18,7 +18,8 @@ class Family:
     Args:
         title: Name for messages.
         has, lacks: Prefixes that some tensor name starts with, and that none starts with.
-        preset: File in `presets/`, without suffix; None while the family is recognised but not yet supported.
+        presets: Files in `presets/`, without suffix, of the family's checkpoints; the first is the default. Empty
+            while the family is recognised but not yet supported.
         names: Rows (published name, our name); `*` stands for the same text on both sides. The first that fits counts.
         ignored: Published names that our model has no use for; `*` stands for any text.
         extra_rows: Rows that embedding and head may have beyond the vocabulary: the published code appends one for a
@@ -28,7 +29,7 @@ class Family:
     title: str
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
-    preset: str | None = None
+    presets: tuple[str, ...] = ()
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     extra_rows: int = 0
@@ -82,6 +83,38 @@ _TOWER_AND_PROJECTOR = (
 _DTS = (("model.sae.*", "model.compressor.*"),)
 _BEACONS = (("model.beacon_embed_tokens.*", "model.beacon_embed_tokens.*"),)
 _SELECTOR_TEXT = (("model.text_mlp.0.*", "model.token_selector.text_projection.*"),)
+_CLIP_PROJECTOR = (
+    ("model.mm_projector.mlp.0.*", "model.multi_modal_projector.linear_1.*"),
+    ("model.mm_projector.mlp.2.*", "model.multi_modal_projector.linear_2.*"),
+)
+
+
+def _clip_tower(published, *own):
+    """Rows of a tower over clips, behind the prefix `published`; `own` are those that only one of them has."""
+    ours, block = "model.vision_tower.", "encoder.layers.*."
+    rows = [
+        *own,
+        ("patch_embed.proj.*", "embeddings.patch_embedding.*"),
+        ("blocks.*.norm1.*", block + "layer_norm1.*"),
+        ("blocks.*.norm2.*", block + "layer_norm2.*"),
+        ("blocks.*.attn.*", block + "self_attn.*"),
+        ("blocks.*.mlp.*", block + "mlp.*"),
+    ]
+    return tuple((published + theirs, ours + name) for theirs, name in rows)
+
+
+_UMT = _clip_tower(
+    "model.vision_tower.vision_tower.encoder.",
+    ("vision_layernorm.*", "final_norm.*"),
+)
+_INTERNVIDEO2 = _clip_tower(
+    "model.vision_tower.vision_tower.",
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.clip_position_embedding"),
+    ("img_pos_embed", "embeddings.image_position_embedding"),
+    ("blocks.*.ls1.*", "encoder.layers.*.scale1.*"),
+    ("blocks.*.ls2.*", "encoder.layers.*.scale2.*"),
+)
 # Buffers that older versions of transformers stored.
 _OLD_BUFFERS = ("model.vision_tower.vision_tower.vision_model.embeddings.position_ids",)
 
@@ -90,7 +123,7 @@ FAMILIES = {
         title="Video-XL-2",
         has=("model.sae.",),
         lacks=("model.WindowTimeToTokenAttention.", "model.beacon_embed_tokens."),
-        preset="video-xl-2-8b",
+        presets=("video-xl-2-8b",),
         names=(*_TOWER_AND_PROJECTOR, *_DTS, *_LANGUAGE_MODEL),
         # The first is declared by the published model class, called by nobody.
         ignored=("model.text_mlp.*", *_OLD_BUFFERS),
@@ -99,7 +132,7 @@ FAMILIES = {
         title="Video-XL-Pro (April 2025)",
         has=("model.sae.", "model.WindowTimeToTokenAttention."),
         lacks=("model.beacon_embed_tokens.",),
-        preset="video-xl-pro-3b",
+        presets=("video-xl-pro-3b",),
         names=(
             *_TOWER_AND_PROJECTOR,
             *_DTS,
@@ -114,7 +147,7 @@ FAMILIES = {
         title="Video-XL-Pro (March 2025)",
         has=("model.sae.", "model.beacon_embed_tokens.", "model.text_mlp."),
         lacks=("model.WindowTimeToTokenAttention.",),
-        preset="video-xl-pro-3b-march",
+        presets=("video-xl-pro-3b-march",),
         names=(*_TOWER_AND_PROJECTOR, *_DTS, *_SELECTOR_TEXT, *_BEACONS, *_LANGUAGE_MODEL),
         ignored=_OLD_BUFFERS,
         extra_rows=1,
@@ -123,12 +156,30 @@ FAMILIES = {
         title="Video-XL",
         has=("model.beacon_embed_tokens.",),
         lacks=("model.sae.",),
-        preset="video-xl-7b",
+        presets=("video-xl-7b",),
         names=(*_TOWER_AND_PROJECTOR, *_BEACONS, *_LANGUAGE_MODEL),
         ignored=_OLD_BUFFERS,
         extra_rows=1,
     ),
-    "videochatflash": Family(title="VideoChat-Flash", has=("model.mm_projector.mlp.",), lacks=("model.sae.",)),
+    "videochatflash": Family(
+        title="VideoChat-Flash",
+        has=("model.mm_projector.mlp.",),
+        lacks=("model.sae.", "model.vision_tower.vision_tower.cls_token"),
+        presets=(
+            "videochat-flash-7b-224",
+            "videochat-flash-7b-448",
+            "videochat-flash-2b-448",
+            "videochat-flash-7b-1m-224",
+        ),
+        names=(*_UMT, *_CLIP_PROJECTOR, *_LANGUAGE_MODEL),
+    ),
+    "videochatflash_internvideo2": Family(
+        title="VideoChat-Flash (InternVideo2)",
+        has=("model.mm_projector.mlp.", "model.vision_tower.vision_tower.cls_token"),
+        lacks=("model.sae.",),
+        presets=("videochat-flash-7b-internvideo2",),
+        names=(*_INTERNVIDEO2, *_CLIP_PROJECTOR, *_LANGUAGE_MODEL),
+    ),
 }
 
 
@@ -140,7 +191,7 @@ def name_table(family: str) -> Family:
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
-    if FAMILIES[family].preset is None:
+    if not FAMILIES[family].presets:
         raise ValueError(f"this is a {FAMILIES[family].title} checkpoint: that family is not supported yet")
     return FAMILIES[family]
 

@@ -121,7 +121,7 @@ def convert(
     family = recognise_family(published, tensors)
     table = name_table(family)
     log(f"{source}: {table.title}, {len(tensors)} tensors")
-    known = _read_preset(preset or table.preset)
+    known = _read_preset(preset) if preset else choose_preset(table, published)
     config = _build_config(published, known, tensors, dtype)
     surplus = config.text_config.vocab_size - known.get("text_config", {}).get("vocab_size", 0)
     if 0 < surplus <= table.extra_rows:
@@ -132,7 +132,7 @@ def convert(
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()
     try:
-        video_token = _copy_tokenizer(source, partial, config)
+        video_token = _copy_tokenizer(source, partial, config, "video_token_id" in published)
         _write_configs(config, video_token, source, partial)
         _write_card(family, hub_id, source, partial)
         for file in remote_code_files():
@@ -206,6 +206,21 @@ def _read_preset(name):
     if name not in known:
         raise ValueError(f"there is no preset {name!r}; known are {', '.join(known)}")
     return read_json(PRESETS / f"{name}.json")
+
+
+def choose_preset(table: Family, published: dict) -> dict:
+    """The family's preset that a published config.json agrees with most; the tower counts before sizes."""
+    presets = [_read_preset(name) for name in table.presets]
+    if len(presets) == 1:
+        return presets[0]
+    towers = _remote_code("tower_config_videoxl").PUBLISHED_TOWERS
+    tower = towers.get(published.get("mm_vision_tower"), {})
+
+    def agreement(preset):
+        same_tower = all(preset["vision_config"].get(key) == value for key, value in tower.items())
+        return same_tower, sum(published.get(key) == value for key, value in preset["text_config"].items())
+
+    return max(presets, key=agreement)
 
 
 def read_source(source: Path) -> dict[str, SourceTensor]:
@@ -392,8 +407,11 @@ def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source, folder, config):
-    """Copies the tokenizer and returns the placeholder's text, if there is a tokenizer that has it."""
+def _copy_tokenizer(source, folder, config, has_token_ids):
+    """Copies the tokenizer and returns the placeholder's text, if there is a tokenizer that has it.
+
+    Of families without timestamps the tokenizer decides about the placeholder's id, unless the source has stated it.
+    """
     found = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     for name in found:
         shutil.copyfile(source / name, folder / name)
@@ -413,8 +431,11 @@ def _copy_tokenizer(source, folder, config):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     except Exception as error:  # the library's own are bare Exceptions
         raise ValueError(f"the tokenizer files of {source} cannot be read: {error}") from error
-    if PLACEHOLDER not in tokenizer.get_added_vocab() and config.video_token_id == len(tokenizer):
-        # Qwen2's tokenizer has no placeholder; the preset names the first id that it leaves free.
+    placeholder = tokenizer.get_added_vocab().get(PLACEHOLDER)
+    if config.time_format is None and not has_token_ids:
+        config.video_token_id = len(tokenizer) if placeholder is None else placeholder
+    if placeholder is None and config.video_token_id == len(tokenizer):
+        # Qwen2's tokenizer has no placeholder; it gets the first id that it leaves free.
         tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
         tokenizer.save_pretrained(folder)
         _drop_chat_template(folder)
@@ -450,6 +471,12 @@ def _write_configs(config, video_token, source, folder):
         "image_grid_pinpoints": config.image_grid_pinpoints,
         "image_timestamps": config.image_timestamps,
         "frame_fit": config.frame_fit,
+        "exact_resize": config.exact_resize,
+        "frame_sampler": config.frame_sampler,
+        "min_num_frames": config.min_num_frames,
+        "frame_multiple": config.frame_multiple,
+        "video_message": config.video_message,
+        "image_tiling": config.image_tiling,
     }
     if video_token is not None:
         processor["video_token"] = video_token

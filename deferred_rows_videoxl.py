@@ -1,8 +1,9 @@
-"""What a cache holds where the question decides what runs: the embeddings of a sequence that waits for it.
+"""What a cache holds where the question decides what runs: the rows of a sequence that waits for it.
 
 What is surprising:
-* The rows stand in `cache.deferred`, and its layers, which hold no keys, count them as tokens that went by. So for
+* The rows stand in `cache.deferred`, and layers that hold no keys of them count them as tokens that went by. So for
   `generate`, for histories and for files such a cache is as long as the sequence, like any other.
+* They are embeddings (`defer_rows`), or what some layers made of them (`token_dropping_videoxl`).
 * It is a value: a fork of the cache shares it, and appending or rewinding replaces it.
 
 n rows, of the language model's width.
@@ -16,13 +17,16 @@ from transformers.cache_utils import DynamicCache
 
 
 class DeferredRows:
-    """Embeddings of a sequence that will run through the language model once the question is known.
+    """Rows of a sequence that will run through the language model once the question is known.
 
     A value: `then` and `until` give another one. `rows[start:stop]` gives [n, hidden].
+
+    Attributes:
+        begin: Position of the first row in its sequence.
     """
 
-    def __init__(self, parts: tuple[torch.Tensor, ...] = ()):
-        self.parts = parts
+    def __init__(self, parts: tuple[torch.Tensor, ...] = (), begin: int = 0):
+        self.parts, self.begin = parts, begin
         self.ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
@@ -41,13 +45,14 @@ class DeferredRows:
 
     def then(self, rows: torch.Tensor) -> "DeferredRows":
         """These rows followed by [n, hidden] others."""
-        return DeferredRows((*self.parts, rows))
+        return DeferredRows((*self.parts, rows), self.begin)
 
     def until(self, length: int) -> "DeferredRows":
-        """The first `length` of these rows."""
+        """These rows up to the position `length` of their sequence."""
+        length -= self.begin
         begins = (end - len(part) for end, part in zip(self.ends, self.parts, strict=True))
         kept = [part[: length - begin] for begin, part in zip(begins, self.parts, strict=True) if begin < length]
-        return DeferredRows(tuple(kept))
+        return DeferredRows(tuple(kept), self.begin)
 
     def since(self, start: int) -> "DeferredRows":
         """The rows from `start` on."""
@@ -55,9 +60,19 @@ class DeferredRows:
         parts = zip(self.ends, begins, self.parts, strict=True)
         return DeferredRows(tuple(part[max(start - begin, 0) :] for end, begin, part in parts if end > start))
 
+    def select(self, places: torch.Tensor) -> "DeferredRows":
+        """The rows at some places, ascending."""
+        bounds = torch.searchsorted(places, torch.tensor([0, *self.ends])).tolist()
+        pieces = zip(self.ends, self.parts, bounds, bounds[1:], strict=False)
+        chosen = [
+            part.index_select(0, (places[first:last] - end + len(part)).to(part.device))
+            for end, part, first, last in pieces
+        ]
+        return DeferredRows(tuple(chosen), self.begin)
+
     def to(self, device) -> "DeferredRows":
         """The rows on a device."""
-        return DeferredRows(tuple(part.to(device) for part in self.parts))
+        return DeferredRows(tuple(part.to(device) for part in self.parts), self.begin)
 
     @property
     def nbytes(self) -> int:

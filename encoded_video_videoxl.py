@@ -5,6 +5,9 @@ What is surprising:
   path, and the video is encoded anew.
 * Its cache stands for everything up to the end of the video, the prompt's header included: `input_ids` says which
   tokens. It can be continued by any text, and by none that comes before it.
+* Where visual tokens are dropped between layers, it holds the layers in front of the first stage, and what they made
+  of its tokens; so frames can be added. What follows without a question is done when the first one comes, and kept
+  until the video grows. It is not in the file.
 """
 
 import os
@@ -12,13 +15,15 @@ import os
 import torch
 
 from .deferred_rows_videoxl import DeferredRows
+from .image_processing_videoxl import count_tiles
 from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache, rewind_cache
 from .sparse_attention import GroupSpan, VisualLayout
+from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
 
 # What of the sampling settings decides which frames of a file are taken.
-SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps")
+SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end", "read_as")
 
 
 class EncodedVideo(str):
@@ -31,7 +36,8 @@ class EncodedVideo(str):
         kind: `"video"` or `"image"`.
         num_frames: Sampled frames.
         timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
-        duration: Seconds of the whole video.
+        start: Where a part of a file begins, in its seconds; 0 for a whole one.
+        duration: Seconds of the whole video, or of that part.
         sampling: The sampling settings.
         system_prompt: The system message it was encoded behind, None for the template's.
         appended: Whether frames were added that its file does not hold.
@@ -68,10 +74,11 @@ class EncodedVideo(str):
         self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
         self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
-        self.duration = 0.0
+        self.start, self.duration = 0.0, 0.0
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
         # tokens, and keys of them, are there without it.
         self._tail, self._whole = None, (0, 0)
+        self._settled = None  # what follows from the cache without a question, see `asked_cache`
         self._stamp = _file_stamp(source)
 
     @property
@@ -79,14 +86,36 @@ class EncodedVideo(str):
         return len(self.timestamps)
 
     @property
+    def end(self) -> float:
+        """Where it ends, in seconds of its file."""
+        return self.start + self.duration
+
+    @property
+    def shown(self) -> tuple[float, int] | None:
+        """What a prompt may say about it (see `VideoXLProcessor.prompt_pieces`): duration and number of frames."""
+        return None if self.kind == "image" else (self.duration, self.num_frames)
+
+    @property
     def layout(self):
         return self.cache.layout
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key-values, or of the visual features where the question decides what runs."""
+        """Bytes of the key-values, and of what waits where the question decides what runs.
+
+        What questions leave beside them (pooled key-values, `asked_cache`) is not counted.
+        """
         waiting = getattr(self.cache, "deferred", None)
         return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
+
+    @property
+    def asked_cache(self):
+        """The cache that a question runs behind a fork of: `cache`, or what follows from it whatever is asked."""
+        if dropping_of(self.cache) is None:
+            return self.cache
+        if self._settled is None:
+            self._settled = self._model.model.settle_stages(self.cache)
+        return self._settled
 
     def is_current(self) -> bool:
         """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
@@ -96,6 +125,7 @@ class EncodedVideo(str):
     def to(self, device) -> "EncodedVideo":
         """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
         move_cache(self.cache, device)
+        self._settled = None
         return self
 
     def adopt(self, processor) -> None:
@@ -118,7 +148,7 @@ class EncodedVideo(str):
         if self.kind == "image":
             return [(0.0, 0.0)] * -(-len(self.layout.videos[-1]) // chunk_groups)
         starts = self.timestamps[:: chunk_groups * self._model.config.frames_per_group]
-        return list(zip(starts, [*starts[1:], max(self.duration, self.timestamps[-1])], strict=True))
+        return list(zip(starts, [*starts[1:], max(self.end, self.timestamps[-1])], strict=True))
 
     def save(self, path) -> None:
         """Writes the video to one safetensors file, which `model.load_video` reads.
@@ -149,6 +179,7 @@ class EncodedVideo(str):
             "sampling": self.sampling,
             "prefill": self.prefill,
             "timestamps": self.timestamps,
+            "start": self.start,
             "duration": self.duration,
             "videos": self.layout.videos,
             "whole": self._whole,
@@ -176,7 +207,10 @@ class EncodedVideo(str):
             # Compressed tokens, and those that wait for the question, have no keys.
             layer.pass_by(len(tensors["input_ids"]) - layer.held)
         if "deferred" in tensors:
-            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),))
+            begin = len(tensors["input_ids"]) - len(tensors["deferred"])
+            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),), begin)
+        if "dropping" in facts["prefill"]:
+            cache.dropping = TokenDropping(drop_stages(facts["prefill"]["dropping"]))
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
         state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
@@ -184,6 +218,7 @@ class EncodedVideo(str):
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
         video.appended = facts["appended"]
         video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
+        video.start = facts.get("start", 0.0)
         video._tail, video._whole = tensors.get("tail"), tuple(facts["whole"])
         return video
 
@@ -201,8 +236,7 @@ class EncodedVideo(str):
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
-        options = {"size": self._processor.image_size, "fit": self._processor.frame_fit, "sample_fps": None}
-        reader = open_video(frames, timestamps=timestamps, **options)
+        reader = open_video(frames, timestamps=timestamps, sample_fps=None, **self._processor.frame_options)
         with reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(
@@ -213,12 +247,15 @@ class EncodedVideo(str):
             for batch in reader:
                 self.extend(batch)
         if len(self.timestamps) > 1:
-            self.duration = max(self.duration, 2 * self.timestamps[-1] - self.timestamps[-2])
+            duration = 2 * self.timestamps[-1] - self.timestamps[-2] - self.start
+            # Of frames from memory alone it follows from their times, as when all had come at once.
+            self.duration = max(self.duration, duration) if self else duration
 
     @torch.no_grad()
     def extend(self, batch) -> None:
         """Adds a `FrameBatch`, see `append`."""
-        self.mark = object()
+        self._require_context(len(batch.frames))
+        self.mark, self._settled = object(), None
         if not isinstance(self.cache.layers[0], VideoXLOffloadedLayer):
             move_cache(self.cache, self._model.device)
         frames, times = batch.frames, list(batch.timestamps)
@@ -243,19 +280,27 @@ class EncodedVideo(str):
             self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
             self.timestamps += times[part]
             layer = self.cache.layers[0]
-        self.duration = max(self.duration, times[-1])
+        self.duration = max(self.duration, times[-1] - self.start)
         partial = len(times) % unit
         self._tail = frames[-partial:] if partial else None
         if partial and whole == len(times):
             removed = len(self.input_ids) - self.layout.videos[-1][-1].start
             self._whole = len(self.input_ids) - removed, max(layer.held - removed, 0)
 
+    def _require_context(self, frames) -> None:
+        """Raises ValueError, before anything has changed, if so many more frames are beyond the model's limit."""
+        size = self._processor.frames_per_group
+        partial = 0 if self._tail is None else len(self._tail)
+        groups = -(-(partial + frames) // size) - -(-partial // size)
+        self._model.model.require_context(len(self.input_ids) + groups * self._model.model.tokens_per_group)
+
     @torch.no_grad()
     def extend_image(self, tiles) -> None:
-        """Adds an image's tiles, uint8 [T, 3, S, S], as groups without timestamps."""
-        pixels = normalize_frames(tiles.to(self._model.device), self._processor.image_mean, self._processor.image_std)
+        """Adds an image's tiles, uint8 as `VideoXLProcessor.read_tiles` gives them, as groups without timestamps."""
+        pixels = self._processor.normalize_tiles(tiles.to(self._model.device))
         stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
-        ids = self._model.prefill_frames(self.cache, pixels[:, None], [stamp] * len(tiles), False, self.prefill)
+        stamps = [stamp] * count_tiles(tiles)
+        ids = self._model.prefill_frames(self.cache, pixels, stamps, False, self.prefill)
         self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     def __deepcopy__(self, memo):

@@ -1,11 +1,13 @@
-"""Images to square tiles, cut as the published code cuts them ("anyres" without its thumbnail).
+"""Images to square tiles, cut as the published code cuts them ("anyres").
 
 What is surprising:
 * An image is fitted, keeping its shape, into one of several grids of tiles: the one in which most of its own pixels
   survive, of these the one with the least empty space. What stays empty is black, and the tiles are cut row by row.
-* The published code also squashes the whole image into a first tile, and drops that tile in front of the language
-  model. Here it is not made.
-* Each tile becomes one group of visual tokens, as if it were `frames_per_group` equal frames, and has no timestamp.
+* The published code of Video-XL also squashes the whole image into a first tile, and drops that tile in front of the
+  language model. Here it is not made.
+* VideoChat-Flash keeps that tile (the "overview"), and stretches the image over the grid for the others.
+* Each tile becomes one group of visual tokens, as if it were `frames_per_group` equal frames (one frame in
+  VideoChat-Flash), and has no timestamp.
 
 Shapes: T tiles, S side of a tile, H x W the image.
 """
@@ -100,11 +102,7 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
     Raises:
         ValueError: On a grid that is not made of whole tiles.
     """
-    sides = range(size, size * MAX_GRID_SIDE + 1, size)
-    grids = [tuple(grid) for grid in grids] if grids else [(x, y) for x in sides for y in sides]
-    if wrong := [grid for grid in grids if len(grid) != 2 or any(side <= 0 or side % size for side in grid)]:
-        raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
-    grid = choose_grid(image.size, grids)
+    grid = choose_grid(image.size, _checked_grids(size, grids))
     (width, height), (full_width, full_height) = image.size, grid
     # The scale first, as published: rounding up what it gives can add a pixel to an exact quotient.
     across, down = full_width / width, full_height / height
@@ -115,6 +113,43 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
     canvas = Image.new("RGB", grid)
     resized = image.resize(fitted, Image.Resampling.BICUBIC)
     canvas.paste(resized, ((full_width - fitted[0]) // 2, (full_height - fitted[1]) // 2))
-    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
-    tiles = pixels.unfold(1, size, size).unfold(2, size, size)  # [3, rows, columns, S, S]
-    return tiles.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size).contiguous()
+    return _cut(canvas, size).flatten(0, 1)
+
+
+def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -> torch.Tensor:
+    """An image as the model takes it.
+
+    Args:
+        image, size, grids: See `cut_tiles`.
+        tiling: `"pad"` or `"overview"`, see `VideoXLConfig.image_tiling`.
+
+    Returns:
+        uint8 [T, 1, 3, S, S]; with an overview [1 + rows, columns, 3, S, S], whose first row holds copies of it.
+
+    Raises:
+        ValueError: On a grid that is not made of whole tiles.
+    """
+    if tiling == "pad":
+        return cut_tiles(image, size, grids)[:, None]
+    grid = choose_grid(image.size, _checked_grids(size, grids))
+    overview, tiles = (_cut(image.resize(to, Image.Resampling.BICUBIC), size) for to in ((size, size), grid))
+    return torch.cat([overview.expand(-1, tiles.shape[1], -1, -1, -1), tiles])
+
+
+def count_tiles(tiles: torch.Tensor) -> int:
+    """T of what `tile_image` gives; copies of the overview do not count."""
+    return 1 + (tiles.shape[0] - 1) * tiles.shape[1]
+
+
+def _checked_grids(size, grids):
+    sides = range(size, size * MAX_GRID_SIDE + 1, size)
+    grids = [tuple(grid) for grid in grids] if grids else [(x, y) for x in sides for y in sides]
+    if wrong := [grid for grid in grids if len(grid) != 2 or any(side <= 0 or side % size for side in grid)]:
+        raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
+    return grids
+
+
+def _cut(image, size):
+    """uint8 [rows, columns, 3, S, S]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).contiguous()

@@ -150,7 +150,8 @@ class VideoXLCacheLayer(DynamicLayer):
             self.row_shift = torch.tensor([tokens]) if self.row_shift is None else self.row_shift + tokens
 
     def rewind(self, length: int, held: int) -> None:
-        """Goes back to a length at which `held` keys were here (one row without padding)."""
+        """Goes back to a length at which `held` keys, or all of fewer, were here (one row without padding)."""
+        held = min(held, self.held)
         if self.held > held:
             self.crop(held - self.held)
         self.hidden = length - held
@@ -506,9 +507,9 @@ def fork_cache(cache: DynamicCache, make_room=False) -> DynamicCache:
 
 def stack_caches(cache: DynamicCache, rows: list[DynamicCache], length: int) -> None:
     """Stacks single-row caches into `cache`, in place, padded on the left with zeros; `length` counts all padding."""
-    held = [row.layers[0].held for row in rows]
     cache.layers = []
     for layers in zip(*(row.layers for row in rows), strict=True):
+        held = [layer.held for layer in layers]
         stacked = VideoXLCacheLayer()
         pair = []
         for name in ("keys", "values"):

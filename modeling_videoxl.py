@@ -34,6 +34,7 @@ from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
+from .token_dropping_videoxl import dropping_of
 from .token_selector_videoxl import build_token_selector
 from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
 
@@ -44,7 +45,10 @@ class VideoXLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"]
+    _no_split_modules = [
+        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"),
+        *("VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"),
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -82,6 +86,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             config.compressor_config, config.text_config.hidden_size
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        self._rope_parameters = dict(config.text_config.rope_parameters)
         if "sliding_attention" in getattr(self.language_model.config, "layer_types", ()):
             raise ValueError("text_config.use_sliding_window is not supported: visibility is the chunk plan's")
         self.token_selector = build_token_selector(config)
@@ -149,12 +154,18 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
                 prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
             )  # fmt: skip
+        new_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        if new_tokens > 1 and (prompt_length is None or past_length < prompt_length):
+            if attention_mask is not None and attention_mask.ndim == 2:
+                self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
+            else:
+                self.require_context(min(past_length + new_tokens, prompt_length or past_length + new_tokens))
         if input_ids is not None and past_length == 0:
             self._require_no_placeholders(input_ids[:, :prompt_length])
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if past_length and isinstance(past_key_values.layers[0], VideoXLCacheLayer):
-            rows, new_tokens = past_key_values.layers[0].rows, inputs_embeds.shape[1]
+            rows = past_key_values.layers[0].rows
             if (
                 rows < inputs_embeds.shape[0]
                 or pending_choice(past_key_values, settings)
@@ -167,6 +178,13 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
 
     def _continue_plain(self, embeds, attention_mask, position_ids, cache, use_cache, kwargs):
         """The library's way: text, and decode steps of any cache."""
+        if cache is not None and dropping_of(cache) is not None:
+            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+                raise ValueError(
+                    "output_hidden_states and output_attentions do not go with dropped visual tokens, of which layers "
+                    "hold different numbers; set mm_llm_compress to False"
+                )
+            return self.continue_stages(embeds, attention_mask, cache)
         past_length = cache.get_seq_length() if cache is not None else 0
         layer = cache.layers[0] if past_length else None
         if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
@@ -206,6 +224,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 f"attention_mask must be [{input_ids.shape[0]}, {past_length + input_ids.shape[1]}] (cached and new "
                 f"tokens), got {tuple(attention_mask.shape)}"
             )
+        self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
         if not attention_mask[:, past_length:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
         features = self.get_video_features(pixels).pooler_output
@@ -221,7 +240,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         embeds = self._merge(prompts, rows, features)
         layers = self.config.text_config.num_hidden_layers
         detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        assembled = settings.decode == "bilevel" or settings.beacons is not None or self.token_selector is not None
+        assembled = self.leaves_only_text(settings)
         if (use_cache or assembled) and not detailed:
             # What assembles key-values has a cache inside even where the caller wants none.
             cache = new_cache(layers) if cache is None or not use_cache else cache
@@ -235,8 +254,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             remedy = "set both to 'full'"
             if settings.decode == "full" and assembled:
                 cause, remedy = (
-                    "a model that compresses or selects visual tokens",
-                    "set beacon_ratio to 'none' if it has one",
+                    "a model that compresses, selects or drops visual tokens",
+                    "set beacon_ratio to 'none' or mm_llm_compress to False if it has one",
                 )
             raise ValueError(
                 f"{cause} needs a dynamic cache and no output_hidden_states or output_attentions; leave "
@@ -339,6 +358,10 @@ class VideoXLForConditionalGeneration(
     def get_decoder(self):
         return self.model.language_model
 
+    def get_vision_tower(self):
+        """The vision tower, under the name that published quick starts use."""
+        return self.model.vision_tower
+
     def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
         """See `VideoXLModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, output_tower_features, return_dict)
@@ -371,7 +394,8 @@ class VideoXLForConditionalGeneration(
             past_key_values: A cache; prompts with videos fill it in place.
             inputs_embeds: [B, L, hidden] instead of input_ids, for text.
             pixel_values_videos: [V, F, 3, H, W] or a list in order of appearance: [F_i, 3, H, W] for a video,
-                [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp.
+                [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp (with an overview
+                [1 + rows, columns, 3, H, W], see `get_video_features`).
             labels: [B, L], -100 where there is no loss; visual positions never have any.
             use_cache: False returns no cache and runs the sequence at once.
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
@@ -385,24 +409,29 @@ class VideoXLForConditionalGeneration(
                 include.
 
         Returns:
-            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; with bi-level decoding, beacon memory or a
-            token selector those of the tokens after the last video, and a loss over these.
+            `CausalLMOutputWithPast` with logits [B, kept, vocabulary]; with bi-level decoding, beacon memory, a token
+            selector or `mm_llm_compress` those of the tokens after the last video, and a loss over these.
 
         Raises:
             ValueError: If the number of placeholders differs from the number of visual tokens.
         """
         settings = self.config.resolve_sparse_attention()
         bilevel = settings.decode == "bilevel"
-        partial = bilevel or settings.beacons is not None or self.model.token_selector is not None
+        partial = self.model.leaves_only_text(settings)
         if partial and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
             raise ValueError(
-                "with decode='bilevel', beacon memory or a token selector logits exist behind the last video only: "
-                "give logits_to_keep a number"
+                "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the "
+                "last video only: give logits_to_keep a number"
             )
         if labels is not None:
             if bilevel:
                 raise ValueError(
                     "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
+                )
+            if settings.dropping is not None:
+                raise ValueError(
+                    "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt "
+                    "ends: set it to False for training, as the published weights were trained"
                 )
             use_cache = False if use_cache is None else use_cache
         keep_hidden = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0

@@ -119,6 +119,8 @@ class MemoryFormulas:
         projector = {"tower's features": features, "projector": cells // self.frames_per_group * width * e}
         if c.compressor_type == "none":
             return cast | largest(tower, attention, projector)
+        if c.compressor_type == "tome":
+            return cast | self._clips(whole, features * whole // frames, widened * whole // frames)
         values = cells * c.hidden_size
         # Temporal attention in its projection: resized grid, input, cells, queries-keys-values (3), attended, the same
         # in the convolution's order, output: 9 e; float32 queries and keys: 8; on a CPU oneDNN's own order: e.
@@ -134,6 +136,26 @@ class MemoryFormulas:
         kernels = k**3 * c.hidden_size**2 * e
         convolution = {"tower's features": features, "convolution": values * 5 * e // 2 + padded + kernels}
         return cast | largest(tower, attention, temporal, spatial, convolution, projector)
+
+    def _clips(self, frames, features, widened) -> dict[str, int]:
+        """A tower that sees clips, and token merging: clip by clip, but the features of all frames stay to the end.
+
+        Args:
+            frames: In whole clips.
+            features, widened: Their features in bytes, and these in the width of the MLP.
+        """
+        config, clips = self.vision_config, frames // self.frames_per_group
+        one, tokens = features // clips, self.frames_per_group * config.grid_size**2
+        exact = one * 4 // self.bytes
+        # Input and normed states; queries, keys and values, two of them once more with biases or in float32 when
+        # they are normalised; attended, and its projection.
+        attention = {"tower's states": 9 * one + 2 * exact * config.qk_norm}
+        mlp = {"tower's states": 4 * one, "tower's MLP": 2 * widened // clips}
+        # In float32: tokens, weighted, and of half as many the moved ones, sums, sums added, result. Similarities are
+        # of half with half.
+        merging = {"token merging": 4 * exact, "its similarities": tokens**2}
+        result = {"tower's features": features} | largest(attention, mlp, merging)
+        return largest(result, {"tower's features": 2 * features})
 
     def prefill(self, ends, stamps, first, last, moved) -> dict[str, int]:
         """The language model over groups [first, last); `moved` tokens were in a layer that grows meanwhile.

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from .frame_sampling_videoxl import FrameSampler
 from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
+from .planning_dropping_videoxl import dropping_stages
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
 from .processing_videoxl import VideoXLProcessor
@@ -40,14 +42,17 @@ class VideoPlan:
         counted_by: `"tokenizer"`, or `"time_format"`: one token for its word and one for every other character, and a
             header of `HEADER_TOKENS`; exact for Qwen2's tokenizer and the default prompt.
         question_tokens, max_new_tokens: What the stages `question` and `decode` were planned for.
-        kv_bytes: Keys and values of the encoded video; with a token selector its features, which wait for a question.
+        kv_bytes: Keys and values of the encoded video; also what waits for a question: with a token selector its
+            features, and hidden states where tokens are dropped between layers.
         mixed_tokens, mixed_kv_bytes: Where it is another one (else None), the cache that a question runs behind: with
-            bi-level decoding (an upper bound if `reload` limits by mass), beacon memory or a token selector.
+            bi-level decoding (an upper bound if `reload` limits by mass), beacon memory or a token selector; where
+            tokens are dropped between layers, the mean over them, rounded down.
         pooled_kv_bytes: Bi-level decoding (else None): pooled keys and values, kept beside the dense ones.
         weight_bytes: Parameters and buffers of the model.
         stages: Per stage the named terms of its peak, weights and key-values among them.
         device: Where the model is; the terms depend on it.
         memory_bytes, max_frames_in_memory: The given memory, and how many frames fit it.
+        context_limit: Tokens that the model takes, question included; None where nothing limits it. More are an error.
     """
 
     frames: int
@@ -68,6 +73,7 @@ class VideoPlan:
     device: str
     memory_bytes: int | None = None
     max_frames_in_memory: int | None = None
+    context_limit: int | None = None
     _planner: object = field(default=None, repr=False, compare=False)
 
     @property
@@ -103,6 +109,8 @@ class VideoPlan:
         rows = [("frames (groups)", f"{self.frames:,} ({self.groups:,})"), ("tokens", f"{self.total_tokens:,}")]
         parts = {"visual": self.visual_tokens, "timestamps": self.timestamp_tokens, "text": self.text_tokens}
         rows += [(f"  {name}", f"{count:,}") for name, count in parts.items()]
+        if self.context_limit is not None:
+            rows += [("  at most, with the question", f"{self.context_limit:,}")]
         rows += [("key-values", _readable(self.kv_bytes))]
         if self.mixed_tokens is not None:
             rows += [(f"  mixed, {self.mixed_tokens:,} tokens", _readable(self.mixed_kv_bytes))]
@@ -168,6 +176,9 @@ class VideoXLPlanningMixin:
         if video_path is not None:
             sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
             sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}
+            sampling["sampler"] = FrameSampler(
+                self.config.frame_sampler, self.config.min_num_frames, self.config.frame_multiple
+            )
             with open_video(video_path, **sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
@@ -184,7 +195,7 @@ class _Planner(MemoryFormulas):
     def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens):
         super().__init__(model)
         self.config = model.config
-        self.compressed = self.settings.beacons is not None or self.config.token_selector is not None
+        self.compressed = model.model.leaves_only_text(self.settings) and self.settings.decode == "full"
         self.policy = replace(ReloadPolicy.parse(self.settings.reload), mass=None)
         self.step, self.question_tokens, self.max_new_tokens = step, question_tokens, max_new_tokens
         if tokenizer is None:
@@ -224,10 +235,15 @@ class _Planner(MemoryFormulas):
             "max_new_tokens": self.max_new_tokens,
             "weight_bytes": self.weight_bytes,
             "device": self.device,
+            "context_limit": (self.config.resolve_context_limit() or (None,))[0],
             "_planner": self,
         }
+        sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)
+        if self.settings.dropping is not None:
+            stages, size, seen = dropping_stages(self, self.config, *sizes)
+            mixed = {"mixed_tokens": seen // self.per_token, "mixed_kv_bytes": seen, "pooled_kv_bytes": None}
+            return VideoPlan(**facts, **mixed, kv_bytes=size, stages=stages)
         if self.compressed:
-            sizes = (frames, groups, total, self.question_tokens, self.max_new_tokens)
             stages, size, seen = compressed_stages(self, self.config, *sizes)
             mixed = {"mixed_tokens": seen, "mixed_kv_bytes": seen * self.per_token, "pooled_kv_bytes": None}
             return VideoPlan(**facts, **mixed, kv_bytes=size, stages=stages)

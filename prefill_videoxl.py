@@ -7,7 +7,7 @@ What is surprising:
   ones. They are the same until bi-level decoding thins a cache.
 * Where a token selector asks the question which visual tokens to run, `extend_cache` only puts the sequence's rows
   aside; they run when text behind the videos comes (`_read_question`). Beacon memory needs no question: it compresses
-  as it goes.
+  as it goes. Where visual tokens are dropped between layers a part runs and the rest waits (`run_stages`).
 
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
@@ -21,14 +21,33 @@ from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
 from .deferred_rows_videoxl import defer_rows
 from .kv_cache import VideoXLCacheLayer, VideoXLOffloadedLayer, fork_cache, new_cache, stack_caches
 from .sparse_attention import GroupSpan, VisualLayout, plan_prefill
+from .token_dropping_videoxl import VideoXLTokenDroppingMixin, drop_stages, dropping_of
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
 SEGMENT_TOKENS = 4096
 
 
-class VideoXLPrefillMixin:
+class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
     """Prefill for a model with a `language_model`, whose attention follows plans, and a `config`."""
+
+    @property
+    def segment_tokens(self) -> int:
+        return SEGMENT_TOKENS
+
+    def require_context(self, tokens: int) -> None:
+        """Raises ValueError if a sequence of so many tokens is longer than the model's limit: nothing is ever cut."""
+        limit, rope = self.config.resolve_context_limit(), self.config.text_config.rope_parameters
+        if rope != self._rope_parameters:
+            raise ValueError(
+                f"the model was built with rope parameters {self._rope_parameters}, and its config now says {rope}: "
+                "load it anew with rope_scaling=..."
+            )
+        if limit is not None and tokens > limit[0]:
+            raise ValueError(
+                f"the prompt has {tokens} tokens, visual ones included, and this model takes {limit[0]}: {limit[1]}. "
+                "Give fewer frames, or raise the limit"
+            )
 
     def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None) -> torch.Tensor:
         """Runs further positions of one sequence through the language model, segment by segment, into its dense cache.
@@ -41,10 +60,11 @@ class VideoXLPrefillMixin:
             plan: As `resolve_sparse_attention().plan`, if not what is in force now.
 
         Returns:
-            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for, and always where a token
-            selector defers the run.
+            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for, and always where the
+            run, or a part of it, waits for the question.
         """
         assert cache.get_seq_length() == layout.length - inputs_embeds.shape[1], "the cache must hold what is before"
+        self.require_context(layout.length)
         if self.token_selector is not None:
             cache.layout = layout
             return defer_rows(cache, inputs_embeds[0])
@@ -58,7 +78,10 @@ class VideoXLPrefillMixin:
                 "a video cannot follow a cache that bi-level decoding has thinned; start from the dense one"
             )
         plan = dict(self.config.resolve_sparse_attention().plan if plan is None else plan)
-        beacons = plan.pop("beacons", None)
+        beacons, dropping = plan.pop("beacons", None), plan.pop("dropping", None)
+        stages = None if dropping is None else drop_stages(dropping)
+        if dropping_of(cache) is not None or (stages and layout.end > begin):
+            return self.defer_to_stages(inputs_embeds, layout, cache, stages)
         cache.layout = layout
         if beacons is not None:
             return self._run_windows(inputs_embeds, layout, cache, keep_hidden, beacons)
@@ -109,6 +132,8 @@ class VideoXLPrefillMixin:
         Returns:
             [1, keep_hidden or n, hidden], after the final norm.
         """
+        if dropping_of(cache) is not None:
+            return self.run_stages(cache, inputs_embeds, keep_hidden=keep_hidden)
         positions = self.positions_after(cache, inputs_embeds.shape[1], before)
         return self._run_behind(inputs_embeds, cache, keep_hidden, positions, attention_probe=attention_probe)
 
@@ -178,7 +203,7 @@ class VideoXLPrefillMixin:
                 "a cache that already holds tokens can be continued with videos one prompt at a time only"
             )
         # Of a video that is thinned or compressed nothing but key-values is left: only text behind it has outputs.
-        whole = settings.decode == "full" and settings.beacons is None and self.token_selector is None
+        whole = not self.leaves_only_text(settings)
         per_row = split_per_row(dense_chunks, [len(layout.videos) for _, layout, _ in rows])
         past, length = cache.get_seq_length(), embeds.shape[1]
         states, caches = [], []
@@ -198,11 +223,10 @@ class VideoXLPrefillMixin:
                 self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=None)
                 asked = None if prompt_length is None else int((columns < prompt_length).sum()) + begin - layout.end
                 question = row_embeds[:, layout.end - begin :]
-                self._read_question(row_cache, question[:, :asked], settings, wanted, required_chunks)
-                states.append(self.run_text(question, row_cache))
+                states.append(self._ask(row_cache, question, asked, settings, wanted, required_chunks))
             caches.append(row_cache)
         if not single:
-            stack_caches(cache, caches, past + length)
+            self._stack(cache, caches, past + length)
         elif length > len(columns):
             for layer in cache.layers:
                 layer.hidden += length - len(columns)
@@ -216,6 +240,24 @@ class VideoXLPrefillMixin:
             cache.batch_repeat_interleave(num_expanded)
             hidden = hidden.repeat_interleave(num_expanded, dim=0)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    @staticmethod
+    def _stack(cache, rows, length):
+        """Stacks caches of one row into `cache`, in place, padded on the left to `length` tokens."""
+        stack_caches(cache, rows, length)
+        cache.dropping = next((state for row in rows if (state := dropping_of(row)) is not None), None)
+
+    def leaves_only_text(self, settings) -> bool:
+        """Whether of a video nothing but key-values is left, so that only text behind it has outputs."""
+        compressed = settings.beacons is not None or settings.dropping is not None
+        return settings.decode == "bilevel" or compressed or self.token_selector is not None
+
+    def _ask(self, cache, text, asked, settings, dense_chunks, required_chunks, before=None):
+        """Runs text behind a cache of one row; its first `asked` tokens are the question, None for all."""
+        if dropping_of(cache) is not None:
+            return self.run_stages(cache, text, asked)
+        self._read_question(cache, text[:, :asked], settings, dense_chunks, required_chunks)
+        return self.run_text(text, cache, before=before)
 
     def _read_question(self, cache, question, settings, dense_chunks, required_chunks):
         """Does to a cache of one row, in place, what waits for the question: see `pending_choice`."""
@@ -273,16 +315,15 @@ class VideoXLPrefillMixin:
             row_cache = cache if batch == 1 else fork_cache(cache)
             columns = valid[row].nonzero().flatten()
             text = embeds[row : row + 1, columns]
-            question = text[:, : None if asked is None else int((columns < asked).sum())]
+            own_asked = None if asked is None else int((columns < asked).sum())
             own = (
                 required_chunks[row] if required_chunks and isinstance(required_chunks[0], tuple) else required_chunks
             )
-            self._read_question(row_cache, question, settings, dense_chunks, own)
             before = None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum())
-            states.append(self.run_text(text, row_cache, before=before))
+            states.append(self._ask(row_cache, text, own_asked, settings, dense_chunks, own, before))
             caches.append(row_cache)
         if batch > 1:
-            stack_caches(cache, caches, past + count)
+            self._stack(cache, caches, past + count)
             cache.choices = [getattr(row, "choices", None) for row in caches]
             cache.deferred = None
         hidden = pad_left(states, count)

@@ -1,14 +1,15 @@
 """`VideoXLProcessor`: prompts, timestamps, placeholders and pixels for Video-XL models.
 
-The wording of prompts lives only here. A rendered prompt holds one marker per video (`video_token`) and per image
+A rendered prompt holds one marker per video (`video_token`) and per image
 (`image_token`); `expand` replaces it by the groups, each the tokens of its time followed by its placeholders. An image
 is one group per tile, without times, and its placeholders are the same token:
 
     prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | text | v v v v | v v v v | question
 
-Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. A marker
-can only come from a video or image item: text that contains a literal marker is refused. The library's video loading
-(torchcodec) and video processors (torchvision) are not used: the only sub-processor is the tokenizer.
+Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. Members
+with a `video_message` read how long a video lasts behind it, in front of the question. A marker can only come from a
+video or image item: text that contains a literal marker is refused. The library's video loading (torchcodec) and video
+processors (torchvision) are not used: the only sub-processor is the tokenizer.
 
 Shapes: V videos and images, F frames, T tiles, S image side, L sequence, B batch; G = ceil(F / frames_per_group).
 """
@@ -18,46 +19,24 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .image_processing_videoxl import cut_tiles, load_image
+from .frame_sampling_videoxl import FrameSampler
+from .image_processing_videoxl import count_tiles, load_image, tile_image
 from .processor_inputs_videoxl import (
     assign_timestamps,
     assign_visuals,
     image_source,
+    pad_rows,
     read_messages,
     refuse_unsupported,
     video_request,
 )
+from .prompt_text_videoxl import DEFAULT_CHAT_TEMPLATE, with_video_message
 from .video_processing_videoxl import normalize_frames, open_video
-
-# chat_template.jinja holds the same text, for the tokenizer.
-DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' -%}
-{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\n' -}}
-{%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
-{%- if item.type == 'video' -%}
-{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
-{%- elif item.type == 'image' -%}
-{{- image_token | default('<|image_pad|>', true) + '\n' -}}
-{%- elif item.type == 'text' -%}
-{{- item.text -}}
-{%- else -%}
-{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
-{%- endif -%}
-{%- endfor -%}
-{{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-"""
 
 # "What the processor was built with": None has a meaning of its own for the sampling rates.
 DEFAULT = "default"
@@ -77,9 +56,14 @@ class VideoXLProcessor(ProcessorMixin):
         image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
             columns and rows of `image_size`.
         image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
-        frame_fit: How a frame becomes a square, see `resize_frames`.
+        image_tiling: How images are cut, see `tile_image`.
+        frame_fit, exact_resize: How a frame becomes a square, see `resize_frames`.
         time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
+        frame_sampler, min_num_frames, frame_multiple: How frames are chosen from a file where the caller names no
+            rate, see `FrameSampler`.
+        video_message: What is said behind a video, formatted with its `duration` in seconds and its `num_frames`; None
+            for families that say nothing.
         chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
 
     Raises:
@@ -107,6 +91,12 @@ class VideoXLProcessor(ProcessorMixin):
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         image_timestamps: bool = False,
         frame_fit: str = "stretch",
+        frame_sampler: str = "fps",
+        min_num_frames: int = 64,
+        frame_multiple: int = 8,
+        video_message: str | None = None,
+        exact_resize: bool = False,
+        image_tiling: str = "pad",
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -124,7 +114,12 @@ class VideoXLProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
         self.image_timestamps = image_timestamps
-        self.frame_fit = frame_fit
+        self.frame_fit, self.exact_resize = frame_fit, exact_resize
+        self.frame_sampler = frame_sampler
+        self.min_num_frames = min_num_frames
+        self.frame_multiple = frame_multiple
+        self.video_message = video_message
+        self.image_tiling = image_tiling
         self.time_format = time_format
         self.max_num_frames = max_num_frames
         self.sample_fps = sample_fps
@@ -158,6 +153,12 @@ class VideoXLProcessor(ProcessorMixin):
             image_grid_pinpoints=config.image_grid_pinpoints,
             image_timestamps=config.image_timestamps,
             frame_fit=config.frame_fit,
+            exact_resize=config.exact_resize,
+            frame_sampler=config.frame_sampler,
+            min_num_frames=config.min_num_frames,
+            frame_multiple=config.frame_multiple,
+            video_message=config.video_message,
+            image_tiling=config.image_tiling,
         )
         ids = processor.time_token_ids(0.0)
         expected = (config.time_start_token_id, config.time_end_token_id)
@@ -183,16 +184,21 @@ class VideoXLProcessor(ProcessorMixin):
         """
         return self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
-    def prompt_pieces(self, text: str) -> list[list[int]]:
+    def prompt_pieces(self, text: str, shown: Sequence[tuple[float, int] | None] = ()) -> list[list[int]]:
         """Tokenises the text around the markers, each piece by itself and without added special tokens.
 
         Args:
             text: A rendered prompt with n markers.
+            shown: For the first markers what a `video_message` says: (duration in seconds, number of frames) of a
+                video, None for an image. Of those missing nothing is said.
 
         Returns:
             n + 1 lists of token ids.
         """
         pieces = self._marker.split(text)
+        for number, facts in enumerate(shown, start=1):
+            if facts is not None and self.video_message is not None:
+                pieces[number] = with_video_message(pieces[number], self.video_message, *facts)
         return [
             list(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else [] for piece in pieces
         ]
@@ -289,7 +295,8 @@ class VideoXLProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` [B, L], and where there are videos or images
             `pixel_values_videos`: float32 [V, F, 3, S, S], or, if their lengths differ or there are images, a list in
-            order of appearance of [F_i, 3, S, S] for a video and [T_i, 1, 3, S, S] for an image.
+            order of appearance of [F_i, 3, S, S] for a video and [T_i, 1, 3, S, S] for an image (with an overview
+            [1 + rows, columns, 3, S, S], see `tile_image`).
 
         Raises:
             ValueError: On input that does not fit, with what to do.
@@ -321,10 +328,13 @@ class VideoXLProcessor(ProcessorMixin):
                 else self._load_image(next(of_images))
                 for marker in self._marker.findall(prompt)
             ]
-            rows.append(self.expand(self.prompt_pieces(prompt), [seconds for _, seconds in loaded]))
-            pixels += [frames for frames, _ in loaded]
+            frames, seconds, shown = zip(*loaded, strict=True) if loaded else ((), (), ())
+            rows.append(self.expand(self.prompt_pieces(prompt, shown), seconds))
+            pixels += frames
 
-        data = self._pad(rows, padding, padding_side, return_tensors)
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        data = pad_rows(rows, pad_id, padding, padding_side, return_tensors)
         if pixels:
             ragged = any(map(any, pictures)) or len({len(frames) for frames in pixels}) > 1
             # One video is the common and largest case: no copy.
@@ -447,17 +457,30 @@ class VideoXLProcessor(ProcessorMixin):
             raise ValueError(f"name one of the processor's chat templates: {', '.join(named)}")
         return template
 
+    @property
+    def frame_options(self) -> dict[str, Any]:
+        """What `open_video` is told of the checkpoint."""
+        sampler = FrameSampler(self.frame_sampler, self.min_num_frames, self.frame_multiple)
+        square = {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
+        return {**square, "sampler": sampler}
+
     def _load_video(self, source, **request):
-        """Pixels [F, 3, S, S] and times of a video's sampled frames."""
-        batches = list(open_video(source, size=self.image_size, fit=self.frame_fit, **request))
+        """Pixels [F, 3, S, S] and times of a video's sampled frames, and what its message says."""
+        reader = open_video(source, **self.frame_options, **request)
+        batches = list(reader)
         frames = torch.cat([batch.frames for batch in batches])
         seconds = [time for batch in batches for time in batch.timestamps]
-        return normalize_frames(frames, self.image_mean, self.image_std), seconds
+        shown = None if self.video_message is None else (reader.duration, len(seconds))
+        return normalize_frames(frames, self.image_mean, self.image_std), seconds, shown
 
     def _load_image(self, source):
-        """Pixels [T, 1, 3, S, S] of an image's tiles, and T."""
+        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: nothing is said of it."""
         tiles = self.read_tiles(source)
-        return normalize_frames(tiles, self.image_mean, self.image_std)[:, None], len(tiles)
+        return self.normalize_tiles(tiles), count_tiles(tiles), None
+
+    def normalize_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The tower's input from what `read_tiles` gives: float32 of the same shape, on the same device."""
+        return normalize_frames(tiles.flatten(0, 1), self.image_mean, self.image_std).unflatten(0, tiles.shape[:2])
 
     def read_tiles(self, source: Any) -> torch.Tensor:
         """Opens an image and cuts it.
@@ -466,31 +489,9 @@ class VideoXLProcessor(ProcessorMixin):
             source: A path, a PIL image or uint8 [H, W, 3].
 
         Returns:
-            uint8 [T, 3, S, S].
+            uint8 [T, 1, 3, S, S], or with an overview [1 + rows, columns, 3, S, S], see `tile_image`.
 
         Raises:
             FileNotFoundError, ValueError: If it is no image.
         """
-        return cut_tiles(load_image(source), self.image_size, self.image_grid_pinpoints)
-
-    def _pad(self, rows, padding, padding_side, return_tensors):
-        """Pads rows of ids with the pad token; returns ids and mask as asked."""
-        padded = {None: False, False: False, "do_not_pad": False, True: True, "longest": True}.get(padding)
-        if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
-            raise ValueError(
-                "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
-                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
-            )
-        longest = max(map(len, rows))
-        if return_tensors is not None and not padded and min(map(len, rows)) < longest:
-            raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        ids, mask = [], []
-        for row in rows:
-            pads, ones = [pad_id] * (longest - len(row) if padded else 0), [1] * len(row)
-            zeros = [0] * len(pads)
-            ids.append(row + pads if padding_side == "right" else pads + row)
-            mask.append(ones + zeros if padding_side == "right" else zeros + ones)
-        convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
-        return {"input_ids": convert(ids), "attention_mask": convert(mask)}
+        return tile_image(load_image(source), self.image_size, self.image_grid_pinpoints, self.image_tiling)

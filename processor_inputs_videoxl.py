@@ -24,7 +24,10 @@ SAMPLING_KEYS |= {"max_frames": "max_num_frames", "nframes": "num_frames"}
 IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
 # Where an image given as a dict names its source.
 IMAGE_SOURCE_KEYS = ("image", "path", "url")
-VIDEO_KEYS = {*SOURCE_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS, "timestamps"}
+VIDEO_KEYS = {*SOURCE_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS, "timestamps", "media_dict"}
+# How the published VideoChat-Flash code calls what a path leads to, in the words of `open_video`. A video file has two
+# names there, for two decoders; here they are one.
+READ_TYPES = {"decord": "file", "av": "file", "gif": "gif", "img": "folder", "frame": "folder"}
 # What two names for one thing exclude.
 RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
 
@@ -159,6 +162,7 @@ def video_request(video, timestamps, given, defaults):
     Raises:
         ValueError: On unknown keys, no source, or settings that exclude each other.
     """
+    part = {}
     while isinstance(video, dict):
         sources = [name for name in SOURCE_KEYS if video.get(name) is not None]
         if len(sources) != 1 or not set(video) <= VIDEO_KEYS:
@@ -166,7 +170,7 @@ def video_request(video, timestamps, given, defaults):
                 f"a video item takes one of {', '.join(SOURCE_KEYS)}, and timestamps, {', '.join(SAMPLING_KEYS)}; "
                 f"got {', '.join(map(str, video))}"
             )
-        timestamps = video.get("timestamps", timestamps)
+        timestamps, part = video.get("timestamps", timestamps), read_media_dict(video.get("media_dict"))
         own = {SAMPLING_KEYS[name]: value for name, value in video.items() if name in SAMPLING_KEYS}
         given = given | {name: value for name, value in own.items() if value is not None or "sample_fps" in name}
         video = video[sources[0]]
@@ -181,7 +185,30 @@ def video_request(video, timestamps, given, defaults):
         video, timestamps = _choose_in_memory(video, timestamps, given["num_frames"], defaults["sample_fps"])
     elif "fps" in given:
         request |= {"sample_fps": given["fps"], "max_sample_fps": None}
-    return {"source": video, "timestamps": timestamps, **request}
+    return {"source": video, "timestamps": timestamps, **request, **part}
+
+
+def read_media_dict(media_dict) -> dict:
+    """What clients of the published VideoChat-Flash code say about a path, as arguments of `open_video`.
+
+    Args:
+        media_dict: None, or a dict with some of `video_read_type`, and `start` and `end` in seconds.
+
+    Returns:
+        Those of `read_as`, `start` and `end` that differ from the defaults.
+
+    Raises:
+        ValueError: On anything else.
+    """
+    if media_dict is not None and not isinstance(media_dict, dict):
+        raise ValueError(f"media_dict must be a dict, got {media_dict!r:.100}")
+    given = {name: value for name, value in (media_dict or {}).items() if value is not None}
+    if unknown := sorted(set(given) - {"video_read_type", "start", "end"}):
+        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown))}")
+    kind = given.pop("video_read_type", "decord")
+    if kind not in READ_TYPES:
+        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r}")
+    return given | ({} if READ_TYPES[kind] == "file" else {"read_as": READ_TYPES[kind]})
 
 
 def image_source(image):
@@ -198,6 +225,31 @@ def image_source(image):
             f"an image item takes one of {', '.join(IMAGE_SOURCE_KEYS)}; got {', '.join(map(str, image))}"
         )
     return image[sources[0]]
+
+
+def pad_rows(rows, pad_id, padding, padding_side, return_tensors):
+    """Pads rows of ids; `input_ids` and `attention_mask` in the form that is asked for.
+
+    Raises:
+        ValueError: On an unknown form, or unequal rows that are to be one tensor without padding.
+    """
+    padded = {None: False, False: False, "do_not_pad": False, True: True, "longest": True}.get(padding)
+    if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
+        raise ValueError(
+            "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
+            f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+        )
+    longest = max(map(len, rows))
+    if return_tensors is not None and not padded and min(map(len, rows)) < longest:
+        raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
+    ids, mask = [], []
+    for row in rows:
+        pads, ones = [pad_id] * (longest - len(row) if padded else 0), [1] * len(row)
+        zeros = [0] * len(pads)
+        ids.append(row + pads if padding_side == "right" else pads + row)
+        mask.append(ones + zeros if padding_side == "right" else zeros + ones)
+    convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
+    return {"input_ids": convert(ids), "attention_mask": convert(mask)}
 
 
 def _choose_in_memory(video, timestamps, count, sample_fps):

@@ -53,7 +53,8 @@ _LIBRARY_KEYS = (
 # ... and those that users set between calls. What of them changes an encoded video belongs into its facts.
 _CALL_TIME_KEYS = (
     "sparse_attention|enable_sparse|sparse_mode|sparse_config|enable_chunk_prefill|prefill_config|vision_chunk_frames"
-    "|beacon_ratio|keep_ratio|keep_seed"
+    "|beacon_ratio|keep_ratio|keep_seed|mm_llm_compress|llm_compress_.*|llm_image_token_ratio_list"
+    "|tokenizer_model_max_length"
 )
 _VOLATILE_KEY = re.compile(f"{_LIBRARY_KEYS}|{_CALL_TIME_KEYS}")
 

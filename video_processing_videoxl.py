@@ -10,11 +10,10 @@ Shapes: F frames of the source, n frames of a batch, H x W the size of the sourc
 import atexit
 import math
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -26,8 +25,18 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.utils import logging
 
-from .frame_sampling_videoxl import check_count, check_sampling, sample_frame_indices, sample_frame_times
-from .video_decoding_videoxl import BACKENDS, FrameReader, VideoDecodeError, read_index
+from .frame_sampling_videoxl import (
+    BY_RATE,
+    MAX_SAMPLE_FPS,
+    SAMPLE_FPS,
+    FrameSampler,
+    check_count,
+    check_sampling,
+    sample_frame_indices,
+    sample_frame_times,
+)
+from .video_decoding_videoxl import BACKENDS, FrameReader, VideoDecodeError
+from .video_sources_videoxl import READINGS, plan_path
 
 __all__ = [
     "FrameBatch",
@@ -188,8 +197,9 @@ class VideoFrames:
 
     Attributes:
         num_frames: Frames planned.
-        timestamps: Their seconds from the first displayed frame, as planned.
-        duration: Seconds from the first displayed frame to the end of the last frame of the source.
+        timestamps: Their seconds from the first displayed frame, as planned. Some samplers take frames several times.
+        start: Seconds at which the part of the source begins that the frames are from; 0 without a part.
+        duration: Seconds from `start` to the end of the last frame of the source, or to the end of its part.
         source: The path as given; None for frames in memory.
         sampling: The settings, ready for JSON.
     """
@@ -204,9 +214,11 @@ class VideoFrames:
         sampling: dict[str, Any],
         batch_frames: int,
         damage: str | None = None,
+        start: float = 0.0,
     ):
         self.num_frames = len(timestamps)
         self.timestamps = timestamps
+        self.start = start
         self.duration = duration
         self.source = source
         self.sampling = sampling
@@ -309,13 +321,17 @@ def open_video(
     *,
     size: int,
     max_num_frames: int = 512,
-    sample_fps: float | None = 1,
-    max_sample_fps: float | None = 4,
+    sample_fps: float | None = SAMPLE_FPS,
+    max_sample_fps: float | None = MAX_SAMPLE_FPS,
     timestamps: Sequence[float] | None = None,
     backend: str = "pyav",
     batch_frames: int = 32,
     exact_resize: bool = False,
     fit: str = "stretch",
+    sampler: FrameSampler = BY_RATE,
+    start: float | None = None,
+    end: float | None = None,
+    read_as: str = "file",
 ) -> VideoFrames:
     """Opens a video, chooses its frames and gives them batch by batch, resized.
 
@@ -332,6 +348,10 @@ def open_video(
             damaged ones, and its colours differ by some levels on 10-bit video.
         batch_frames: n, the most frames of a batch; never changes a frame.
         exact_resize, fit: See `resize_frames`.
+        sampler: How frames are chosen from a file.
+        start, end: The part of a file to choose from, in seconds, see `choose_frames`.
+        read_as: What a path leads to: "file", a video file; "gif", a file each of whose frames stands for a second;
+            "folder", a folder of numbered pictures (see `video_sources_videoxl`).
 
     Returns:
         The planned frames; decoding starts with the iteration.
@@ -341,7 +361,7 @@ def open_video(
         VideoDecodeError: A file that holds no readable video.
         ValueError: Anything else that was given wrongly.
     """
-    check_sampling(max_num_frames, sample_fps, max_sample_fps)
+    check_sampling(max_num_frames, sample_fps, max_sample_fps, sampler)
     check_count("size", size)
     check_count("batch_frames", batch_frames)
     _check_fit(fit)
@@ -356,21 +376,22 @@ def open_video(
         "exact_resize": bool(exact_resize),
         "fit": fit,
     }
+    if read_as not in READINGS:
+        raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {read_as!r}.")
+    begin = 0.0
     if isinstance(source, (str, bytes, os.PathLike)):
         if timestamps is not None:
             raise ValueError("timestamps belong to frames in memory; a file has its own. Leave them out.")
-        path = _local_file(os.fsdecode(source))
-        index = read_index(path)
-        wanted = sample_frame_times(
-            index.times,
-            max_num_frames=max_num_frames,
-            sample_fps=sample_fps,
-            max_sample_fps=max_sample_fps,
-            frame_rate=index.rate,
-        )
-        read = BACKENDS[backend](path, index, wanted)
-        seconds, duration, damage = [index.times[place] for place in wanted], index.duration, index.damage
+        rules = {name: sampling[name] for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
+        rules |= {"sampler": sampler, "start": start, "end": end}
+        path = os.fsdecode(source)
+        plan = plan_path(path, read_as, BACKENDS[backend], rules)
+        read, seconds, begin, duration, damage = plan.read, plan.seconds, plan.start, plan.duration, plan.damage
+        part = {name: None if value is None else float(value) for name, value in (("start", start), ("end", end))}
+        sampling |= {"sampler": asdict(sampler), "read_as": read_as, **part}
     elif isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
+        if start is not None or end is not None or read_as != "file":
+            raise ValueError("start, end and read_as are for paths; of frames in memory pass those that are wanted.")
         _check_memory_frames(source)
         path, damage = None, None
         seconds = _memory_timestamps(timestamps, len(source), sample_fps)
@@ -390,18 +411,5 @@ def open_video(
         sampling=sampling,
         batch_frames=batch_frames,
         damage=damage,
+        start=begin,
     )
-
-
-def _local_file(path: str) -> str:
-    if not os.path.exists(path):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
-            raise ValueError(f"{path} is an address; only local files are opened. Download it and pass the path.")
-        raise FileNotFoundError(f"{path}: no such video file (looked from {os.getcwd()}).")
-    if os.path.isdir(path):
-        raise VideoDecodeError(f"{path} is a folder, expected a video file. Pass its frames as a list of PIL images.")
-    if not os.path.isfile(path):
-        raise VideoDecodeError(f"{path} is not a regular file; expected a video file.")
-    if os.path.getsize(path) == 0:
-        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
-    return path

@@ -1,7 +1,14 @@
 """The vision path: the tower, and how videos and images become visual tokens a bounded number of frames at a time.
 
-Groups of frames never see each other, so videos may share a pass, and any split into whole groups gives the same
-tokens. A tile of an image is a group of equal frames; the tower runs on it once.
+What is surprising:
+* Groups of frames never see each other, so videos may share a pass, and any split into whole groups gives the same
+  tokens. Where the tower sees whole clips each runs by itself: token merging decides between near ties, and in another
+  batch the last bits of a sum, so the choice, could differ.
+* A tile of an image is a group of equal frames, or (where the tower sees clips) of one frame; the tower runs on it
+  once.
+* An image with an overview has the squashed picture as its first tile. The tokens of the others are laid out as one
+  picture's, line by line through all tiles, so its pixels say how many rows and columns of tiles there are: they come
+  as [1 + rows, columns, 3, S, S], the first row holding copies of the overview.
 
 V videos, F frames, G groups of frames, T tiles, N visual tokens per group, P patches, C tower channels, S image side.
 """
@@ -9,10 +16,12 @@ V videos, F frames, G groups of frames, T tiles, N visual tokens per group, P pa
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .compressor_videoxl import duplicated_frames
+from .compressor_videoxl import duplicated_frames, pad_to_whole_groups
+from .video_towers_videoxl import VIDEO_TOWER_MODELS
 
 
 @dataclass
@@ -36,7 +45,7 @@ class VideoXLVisionMixin:
 
         Args:
             pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W] (a video) and [T_i, 1, 3, H, W] (an
-                image); any device and float dtype.
+                image; with an overview [1 + rows, columns, 3, H, W]); any device and float dtype.
             output_tower_features: Also return the tower's output.
             return_dict: False returns a plain tuple.
 
@@ -56,13 +65,15 @@ class VideoXLVisionMixin:
                 "processor builds it"
             )
         for pixels in pixel_values_videos:
-            frame = (channels, side, side)
-            if pixels.shape[:1] == (0,) or tuple(pixels.shape[1:]) not in (frame, (1, *frame)):
+            frame, tiled = (channels, side, side), self.config.image_tiling == "overview"
+            columns = pixels.shape[1] if tiled and pixels.ndim == 5 else 1
+            if 0 in pixels.shape or tuple(pixels.shape[1:]) not in (frame, (columns, *frame)):
                 raise ValueError(
                     f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
                     f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
                     "processor builds it"
                 )
+        columns = [pixels.shape[1] if pixels.ndim == 5 else 1 for pixels in pixel_values_videos]
         pixel_values_videos = [self._fill_groups(pixels) for pixels in pixel_values_videos]
         size = self.config.compressor_config.frames_per_group
         tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
@@ -77,6 +88,7 @@ class VideoXLVisionMixin:
                     towers[video].append(part)
             del tower  # else the next chunk's would live beside it
         tokens, towers = [torch.cat(parts) for parts in tokens], [torch.cat(p) for p in towers if p]
+        tokens = [interleave_tiles(*tiled) for tiled in zip(tokens, columns, strict=True)]
         output = VideoXLVideoFeatures(tuple(tokens), tuple(towers) if output_tower_features else None)
         return output if return_dict else output.to_tuple()
 
@@ -106,12 +118,29 @@ class VideoXLVisionMixin:
         patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
         device = patch_embedding.device if patch_embedding.device.type != "meta" else self.device  # offloaded
         pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
+        if self.config.sees_clips:
+            return self._encode_clips(pixels, 1 if copies > 1 else self.config.frames_per_group)
         features = TOWERS[self.config.vision_config.model_type](self.vision_tower, pixels)
         repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         return self.multi_modal_projector(self.compressor(repeated)), features
 
+    def _encode_clips(self, pixels: torch.Tensor, clip_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_encode_frames`, clip by clip; the last clip is filled by repeating the last frame."""
+        tokens, towers = [], []
+        for clip in pad_to_whole_groups(pixels, clip_frames).split(clip_frames):
+            tower = self.vision_tower(clip[None])
+            tokens.append(self.multi_modal_projector(self.compressor(tower)))
+            towers.append(tower)
+        features = torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)
+        return torch.cat(tokens), features[: len(pixels)]
+
     def _fill_groups(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Frames of a video in whole groups where random ones are doubled; the compressor repeats the last one."""
+        """Frames of a video in whole groups where random ones are doubled; the compressor repeats the last one.
+
+        Of an image's overview one copy is left: [1 + rows * columns, 1, 3, S, S].
+        """
+        if pixels.ndim == 5 and pixels.shape[1] > 1:
+            return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
         padding = self.config.frame_padding
         if padding not in ("last", "random"):
             raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
@@ -119,6 +148,23 @@ class VideoXLVisionMixin:
             return pixels
         order = duplicated_frames(len(pixels), self.config.frames_per_group, self.config.frame_padding_seed)
         return pixels[order]
+
+
+def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
+    """Lays the tokens of an image's tiles out as one picture's, behind those of its overview.
+
+    Args:
+        tokens: [1 + rows * columns, N, hidden], N a square number: the overview, then the tiles row by row.
+        columns: Tiles side by side.
+
+    Returns:
+        The same shape; line by line through all tiles of a row of tiles.
+    """
+    if columns == 1:
+        return tokens
+    side = int(tokens.shape[1] ** 0.5)
+    picture = rearrange(tokens[1:], "(r c) (y x) h -> (r y c x) h", c=columns, y=side)
+    return torch.cat([tokens[:1], picture.view_as(tokens[1:])])
 
 
 def _siglip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
@@ -143,11 +189,15 @@ def build_vision_tower(config) -> PreTrainedModel:
         ValueError: If the slot has no such value.
     """
     vision_config = config.vision_config
-    if vision_config.model_type not in TOWERS:
+    known = {**TOWERS, **VIDEO_TOWER_MODELS}
+    if vision_config.model_type not in known:
         raise ValueError(
-            f"vision_config.model_type must be one of {', '.join(TOWERS)}, got {vision_config.model_type!r}"
+            f"vision_config.model_type must be one of {', '.join(known)}, got {vision_config.model_type!r}"
         )
-    tower = AutoModel.from_config(vision_config)
+    if vision_config.model_type in VIDEO_TOWER_MODELS:
+        tower = VIDEO_TOWER_MODELS[vision_config.model_type](vision_config)
+    else:
+        tower = AutoModel.from_config(vision_config)
     del tower.encoder.layers[tower_depth(config) :]
     return tower
 
@@ -158,4 +208,4 @@ def tower_depth(config) -> int:
     return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
 
 
-__all__ = ["VideoXLVideoFeatures", "VideoXLVisionMixin", "build_vision_tower", "tower_depth"]
+__all__ = ["VideoXLVideoFeatures", "VideoXLVisionMixin", "build_vision_tower", "interleave_tiles", "tower_depth"]

@@ -234,7 +234,27 @@ def evidence_chunks(spans: Sequence[tuple[float, float]], evidence: Iterable[tup
     return sorted(found)
 
 
-def ask(checkpoint: Checkpoint, video, text: str, mode: Mode, settings: dict, evidence=(), max_new_tokens=24) -> Reply:
+@contextlib.contextmanager
+def no_message(model) -> Iterator[None]:
+    """For the duration of a `with` block nothing is said about a video behind it (see `VideoXLConfig`)."""
+    before = model.config.video_message
+    model.config.video_message = None
+    try:
+        yield
+    finally:
+        model.config.video_message = before
+
+
+def ask(
+    checkpoint: Checkpoint,
+    video,
+    text: str,
+    mode: Mode,
+    settings: dict,
+    evidence=(),
+    max_new_tokens=24,
+    **generation,
+) -> Reply:
     """Asks one question about an encoded video, by itself and greedily.
 
     Args:
@@ -244,6 +264,7 @@ def ask(checkpoint: Checkpoint, video, text: str, mode: Mode, settings: dict, ev
         mode, settings: How to decode, see `sparse_settings`.
         evidence: (start, end) seconds, for the oracle.
         max_new_tokens: Longest answer.
+        **generation: Further generation settings.
 
     Raises:
         ValueError: If the oracle gets no evidence, or the video was encoded with another prefill.
@@ -267,7 +288,7 @@ def ask(checkpoint: Checkpoint, video, text: str, mode: Mode, settings: dict, ev
             checkpoint.tokenizer,
             text,
             return_history=False,
-            generation_config={"max_new_tokens": max_new_tokens, "do_sample": False},
+            generation_config={"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
             return_chunks=True,
             **options,
         )

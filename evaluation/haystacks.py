@@ -25,7 +25,8 @@ from harness import ROOT
 from PIL import Image
 
 KINDS = ("single", "multi_hop", "ordering", "counting")
-RECIPES = ("single", "multi_hop", "few", "photos")
+# Seeds go by place: new ones to the end. The last two are `published_needles`'.
+RECIPES = ("single", "multi_hop", "few", "photos", "published_single", "published_multi_hop")
 # Width of the band of one depth, as a share of the haystack's length.
 SPREAD = 0.05
 # Frames between two needles, at least: they never share a group of 4 frames.
@@ -41,7 +42,7 @@ WORD_SHARE = 0.6
 # Frames that are made and encoded at once: whole scenes of 64 s, whole groups of 4 frames.
 BLOCK_FRAMES = 512
 
-_OPTION = re.compile(r"^(?:Options: ?)?\(([A-Z])\) ?(.+)$", re.MULTILINE)
+OPTION = re.compile(r"^(?:Options: ?)?\(([A-Z])\) ?(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Asked:
     """A question about a haystack.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or of `published_needles.KINDS`.
         depth: Of the needle that holds the answer, in percent; None where the whole haystack is asked for.
         type, text, answer, choices, evidence: As in `video_world.Question`.
     """
@@ -74,13 +75,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Haystack:
-    """The `number`-th haystack of a recipe and a length (in frames): its needles in order, and the questions."""
+    """The `number`-th haystack of a recipe and a length (in frames): its needles in order, and the questions.
+
+    Needles stand in place of frames or, `inserted`, between them.
+    """
 
     recipe: str
     length: int
     number: int
     needles: tuple[Needle, ...]
     asked: tuple[Asked, ...]
+    inserted: bool = False
+
+    @property
+    def total(self) -> int:
+        """Frames, inserted needles included."""
+        return self.length + self.inserted * sum(needle.count for needle in self.needles)
 
     @property
     def name(self) -> str:
@@ -101,6 +111,7 @@ class Settings:
         options: Whether questions offer options.
         split: Of the procedural world.
         photos: Folder with `qa.json` and pictures, instead of cards.
+        published, images: File of published needles, and the folder of their pictures, see `published_needles`.
     """
 
     seed: int = 0
@@ -112,6 +123,8 @@ class Settings:
     options: bool = False
     split: str = "held_out"
     photos: str | None = None
+    published: str | None = None
+    images: str | None = None
 
 
 def place(targets: Sequence[int | None], length: int, count: int, rng: np.random.Generator) -> list[int]:
@@ -274,7 +287,7 @@ def read_photos(folder: str, size: int) -> list[tuple[np.ndarray, str, str, tupl
         raise ValueError(f"{path} has no list {missing[0]!r}; it needs {', '.join(names)}")
     photos = []
     for name, question, answer in zip(*(lists[name] for name in names), strict=True):
-        options = dict(_OPTION.findall(question))
+        options = dict(OPTION.findall(question))
         if answer not in options or sorted(options) != [chr(ord("A") + index) for index in range(len(options))]:
             raise ValueError(f"{path}: the question about {name} needs options (A), (B), ..., {answer!r} among them")
         with Image.open(path.parent / name) as image:
@@ -323,18 +336,31 @@ class FilmFrames:
     def block(self, haystack: Haystack, first: int, stop: int) -> np.ndarray:
         """Frames [first, stop), uint8 [F, S, S, 3]."""
         numbers = [self._settings.seed, haystack.length, haystack.number, RECIPES.index(haystack.recipe)]
-        begin = int(np.random.default_rng(numbers).integers(len(self._frames)))
+        # Published haystacks begin with their film.
+        begin = 0 if haystack.inserted else int(np.random.default_rng(numbers).integers(len(self._frames)))
         return self._frames[(begin + np.arange(first, stop)) % len(self._frames)]
 
 
 def blocks(haystack: Haystack, source, settings: Settings) -> Iterator[tuple[np.ndarray, list[float]]]:
     """The haystack with its needles, as (frames uint8 [F, S, S, 3], their seconds), `BLOCK_FRAMES` at a time."""
-    for first in range(0, haystack.length, BLOCK_FRAMES):
-        stop = min(first + BLOCK_FRAMES, haystack.length)
-        frames = source.block(haystack, first, stop)
+    for first in range(0, haystack.total, BLOCK_FRAMES):
+        stop = min(first + BLOCK_FRAMES, haystack.total)
+        frames = _inserted(haystack, source, first, stop) if haystack.inserted else source.block(haystack, first, stop)
         for needle in haystack.needles:
             frames[max(needle.frame - first, 0) : max(needle.frame + needle.count - first, 0)] = needle.picture
         yield frames, [frame / settings.fps for frame in range(first, stop)]
+
+
+def _inserted(haystack: Haystack, source, first: int, stop: int) -> np.ndarray:
+    """Frames [first, stop) with room for the needles between them."""
+    own = np.ones(haystack.total, dtype=bool)
+    for needle in haystack.needles:
+        own[needle.frame : needle.frame + needle.count] = False
+    begin, here = int(own[:first].sum()), own[first:stop]
+    frames = np.zeros((stop - first, *haystack.needles[0].picture.shape), dtype=np.uint8)
+    if here.any():
+        frames[here] = source.block(haystack, begin, begin + int(here.sum()))
+    return frames
 
 
 def encode(checkpoint, haystack: Haystack, source, settings: Settings):

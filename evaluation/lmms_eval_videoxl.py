@@ -11,7 +11,8 @@ What is surprising:
 * The command line puts the settings that a preset stands for into `model_args`, so that lmms-eval writes them into its
   result file. A preset's fields in a result file are what was run.
 * Questions about the same file are asked one after the other, and the video is encoded once for all of them.
-* An image of a task is an image for the model; several images or videos are shown in their order.
+* An image of a task is an image for the model; several images or videos are shown in their order. A folder is a video
+  of numbered pictures, and a task may give a path together with VideoChat-Flash's `media_dict`.
 """
 
 import os
@@ -144,13 +145,19 @@ class VideoXL(lmms):
 
     def _seen(self, visuals):
         """What `chat` is shown; a single video file comes back encoded, from the question before if it can."""
+        media = {}
+        if len(visuals) == 2 and isinstance(visuals[1], dict):
+            visuals, media = visuals[:1], visuals[1]
         if len(visuals) != 1 or not isinstance(visuals[0], (str, os.PathLike)):
             items = [("video" if isinstance(visual, (str, os.PathLike)) else "image", visual) for visual in visuals]
             return [{"type": kind, kind: visual} for kind, visual in items] or None
         path = os.fspath(visuals[0])
-        if self._encoded[0] != path:
+        if os.path.isdir(path):
+            media = {"video_read_type": "img", **media}
+        if self._encoded[0] != (path, media):
             self._encoded = (None, None)  # two long videos need not be held at once
-            self._encoded = (path, self.model.encode_video(path, self.tokenizer, **self.sampling))
+            video = self.model.encode_video(path, self.tokenizer, media_dict=media, **self.sampling)
+            self._encoded = ((path, media), video)
         return self._encoded[1]
 
 

@@ -9,8 +9,13 @@ What is surprising:
 * Where a haystack is expensive, the kinds beside single-hop get fewer of them (`--other-frames`), never fewer than
   four. The number of questions of every cell is in the result.
 
+* The needles of VideoChat-Flash's published harness, single-hop and multi-hop, are kinds of their own; see
+  `published_needles` for their rules.
+
     python evaluation/niah.py --mode bilevel --out niah.json
     python evaluation/niah.py --model converted/ --haystack film.mp4 --needles needles/ --options --out film_niah.json
+    python evaluation/niah.py --model converted/ --haystack film.mp4 --mode full --out multi_hop.json \\
+        --kinds published_caption published_qa --needles niah-coco-multihop-100.json --images pictures/
 """
 
 import argparse
@@ -24,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import harness
+import published_needles
 from haystacks import (
     KINDS,
     FilmFrames,
@@ -51,10 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     harness.add_model_arguments(parser)
     hay = parser.add_argument_group("haystacks and needles")
     hay.add_argument("--haystack", default="generated", metavar="FILE", help='a video file, or "generated"')
-    hay.add_argument("--needles", default="cards", metavar="FOLDER", help='pictures with qa.json, or "cards"')
+    hay.add_argument("--needles", default="cards", metavar="PATH", help='folder with qa.json, JSON file, or "cards"')
+    hay.add_argument("--images", metavar="FOLDER", help="pictures of published needles (default: beside the file)")
+    hay.add_argument("--samples", type=int, help="at most so many published needles or chains (default: all)")
     hay.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="frames")
     hay.add_argument("--depths", type=float, nargs="+", default=list(DEPTHS), help="percent of the length")
-    hay.add_argument("--kinds", nargs="+", choices=KINDS, default=["single"])
+    hay.add_argument("--kinds", nargs="+", choices=(*KINDS, *published_needles.KINDS), default=["single"])
     hay.add_argument("--questions-per-cell", type=int, default=20, help="at least, for single-hop")
     hay.add_argument("--needles-per-depth", type=int, default=4, help="at most, in one haystack")
     hay.add_argument("--needle-frames", type=int, default=1, help="frames that show one needle")
@@ -72,8 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with one line on a setting out of range."""
-    for name in ("questions_per_cell", "needles_per_depth", "needle_frames"):
-        if getattr(args, name) < 1:
+    for name in ("questions_per_cell", "needles_per_depth", "needle_frames", "samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.lengths) < 8:
         parser.error("--lengths must be at least 8 frames")
@@ -81,6 +89,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--depths must be different percentages from 0 to 100")
     if not args.fps > 0:
         parser.error("--fps must be above 0")
+    published = [kind in published_needles.KINDS for kind in args.kinds]
+    if any(published) and not (all(published) and len({*map(published_needles.recipe_of, args.kinds)}) == 1):
+        parser.error("--kinds: published_single goes by itself, as do published_caption and published_qa")
+    if any(published) != args.needles.endswith(".json"):
+        parser.error("--needles must be the JSON file of published needles for kinds published_..., and only for them")
     if args.out.suffix != ".json":
         parser.error("--out must end in .json")
 
@@ -103,6 +116,7 @@ def ask_haystack(checkpoint, haystack: Haystack, source, settings: Settings, kin
         begin = time.perf_counter()
         video = encode(checkpoint, haystack, source, settings)
         seconds = time.perf_counter() - begin
+    as_published = haystack.recipe in published_needles.RECIPES
     spans = video.chunks(sparse["decode_chunk_groups"])
     facts = {
         "haystack": haystack.name,
@@ -118,7 +132,15 @@ def ask_haystack(checkpoint, haystack: Haystack, source, settings: Settings, kin
     for asked in haystack.asked:
         if asked.kind not in kinds:
             continue
-        reply = harness.ask(checkpoint, video, asked.text, mode, sparse, asked.evidence, max_new_tokens)
+        if as_published:
+            # The most probable token, undisturbed by what a checkpoint's generation settings hold.
+            with harness.no_message(checkpoint.model):
+                arguments = checkpoint, video, asked.text, mode, sparse, asked.evidence, 1
+                reply = harness.ask(*arguments, repetition_penalty=1.0)
+            right = published_needles.is_right(reply.text, asked.answer)
+        else:
+            reply = harness.ask(checkpoint, video, asked.text, mode, sparse, asked.evidence, max_new_tokens)
+            right = is_correct(reply.text, asked.answer, asked.choices)
         record = {
             "haystack": haystack.name,
             "kind": asked.kind,
@@ -129,7 +151,7 @@ def ask_haystack(checkpoint, haystack: Haystack, source, settings: Settings, kin
             "choices": asked.choices,
             "expected": asked.answer,
             "answer": reply.text,
-            "correct": is_correct(reply.text, asked.answer, asked.choices),
+            "correct": right,
             "seconds": round(reply.seconds, 4),
         }
         if mode.decode == "bilevel":
@@ -253,7 +275,9 @@ def run(args: argparse.Namespace) -> dict:
         needle_frames=args.needle_frames,
         options=args.options,
         split=args.split,
-        photos=None if args.needles == "cards" else args.needles,
+        photos=None if args.needles == "cards" or args.needles.endswith(".json") else args.needles,
+        published=args.needles if args.needles.endswith(".json") else None,
+        images=args.images,
     )
     generated = args.haystack == "generated"
     configuration = {
@@ -263,22 +287,34 @@ def run(args: argparse.Namespace) -> dict:
         "max_new_tokens": args.max_new_tokens,
         "haystack": "generated" if generated else Path(args.haystack).name,
         **asdict(settings),
-        "photos": None if settings.photos is None else Path(settings.photos).name,
+        **{
+            name: None if getattr(settings, name) is None else Path(getattr(settings, name)).name
+            for name in ("photos", "published", "images")
+        },
     }
     result = start(args.out, configuration)
     result["runs"].append(harness.environment(args.device))
-    recipes = sorted({recipe_of(kind, settings) for kind in args.kinds})
+    if settings.published is None:
+        recipes, plan = sorted({recipe_of(kind, settings) for kind in args.kinds}), make_haystack
+    else:
+        recipes, plan = [published_needles.recipe_of(args.kinds[0])], published_needles.published_haystack
+
+    def wanted(recipe, length):
+        if settings.published is not None:
+            return published_needles.number_of_haystacks(recipe, settings, args.samples)
+        return number_of_haystacks(recipe, length, settings, args.questions_per_cell, args.other_frames)
+
     todo = [
         (length, recipe, number)
         for length in sorted(set(args.lengths))
         for recipe in recipes
-        for number in range(number_of_haystacks(recipe, length, settings, args.questions_per_cell, args.other_frames))
+        for number in range(wanted(recipe, length))
     ]
     source = GeneratedFrames(settings) if generated else FilmFrames(args.haystack, settings, max(args.lengths))
     # Ordering and counting share haystacks: what was asked of one of them counts for the kinds asked then.
     done = {(record["haystack"], record["kind"]) for record in result["questions"]}
     for length, recipe, number in todo:
-        haystack = make_haystack(recipe, length, number, settings)
+        haystack = plan(recipe, length, number, settings)
         kinds = [kind for kind in args.kinds if (haystack.name, kind) not in done]
         if not any(asked.kind in kinds for asked in haystack.asked):
             continue
@@ -298,13 +334,16 @@ def run(args: argparse.Namespace) -> dict:
 
 def save(path: Path, result: dict) -> dict:
     """Writes the result with its summary in front of the single questions; returns it."""
-    kinds = [kind for kind in KINDS if any(record["kind"] == kind for record in result["questions"])]
+    known = (*KINDS, *published_needles.KINDS)
+    kinds = [kind for kind in known if any(record["kind"] == kind for record in result["questions"])]
     cells, lengths = summarize(result["questions"], result["haystacks"], kinds)
     overall = {
         kind: accuracy(record["correct"] for record in result["questions"] if record["kind"] == kind) for kind in kinds
     }
     head = {name: result[name] for name in ("format", "configuration", "runs")}
     body = {"overall": overall, "lengths": lengths, "cells": cells}
+    if scores := published_needles.published_scores(result["questions"]):
+        body["published_scores"] = scores
     result = {**head, **body, "haystacks": result["haystacks"], "questions": result["questions"]}
     harness.write_text(path, harness.dump(result))
     return result
@@ -328,6 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, total in result["overall"].items():
         print(f"\n{kind}: {total['correct']} of {total['total']} right\n")
         print(table(result["cells"], result["lengths"], kind))
+    for entry in result.get("published_scores", ()):
+        print("\n" + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in entry.items()))
     print("\nwritten:", ", ".join(str(path) for path in (args.out, *pictures)))
 
 

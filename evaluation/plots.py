@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-TITLES = {"single": "Single-hop", "multi_hop": "Multi-hop (two cards)"}
+TITLES = {"single": "Single-hop", "multi_hop": "Multi-hop (two cards)", "published_single": "Published, single-hop"}
 DPI = 150
 GRID = {"edgecolors": "white", "linewidth": 1.5}
 # Below this lightness of the cell's colour its number is written in white.

@@ -1,4 +1,4 @@
-"""The settings under which Video-XL-2's benchmark results were published, and the prompts that they were asked with.
+"""The settings under which Video-XL-2's and VideoChat-Flash's benchmark results were published, and their prompts.
 
 What is surprising:
 * The published tables have three variants a benchmark: dense ("videomme"), chunked prefill ("videomme-chunk") and that
@@ -7,8 +7,12 @@ What is surprising:
   the question chooses them; chunk sizes are the published ones, where several were used the smaller.
 * The published evaluator rewrites `mm:ss` in questions to seconds, and gets `hh:mm:ss` wrong. `rewrite_times` gets
   both right, so the few questions with hours are asked as they should have been.
+* VideoChat-Flash's presets ("flash-videomme") are 512 frames by the model's own rule, of which 64 are the least; in
+  LVBench 640, of folders of pictures a second apart. Dropping of visual tokens was off. Published LongVideoBench
+  results had subtitles between the questions' words; that, and the instruction for Charades, is the task's to write.
 
-Source: the evaluation scripts of the public Video-XL-2 code.
+Source: the evaluation scripts of the public Video-XL-2 and VideoChat-Flash code. Of the latter's VideoMME preamble the
+middle, "to the following multiple-choice question based on the video", is lmms-eval's own wording.
 """
 
 import re
@@ -21,6 +25,10 @@ _ANSWER_BY_LETTER = "Answer with the option's letter from the given choices dire
 _VIDEOMME_INSTRUCTION = (
     "Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond "
     "with only the letter (A, B, C, or D) of the correct option.\n"
+)
+_FLASH_VIDEOMME_INSTRUCTION = (
+    "These are the frames of a video. Select the best answer to the following multiple-choice question based on the "
+    "video. Respond with only the letter (A, B, C, or D) of the correct option.\n"
 )
 
 
@@ -36,9 +44,9 @@ def rewrite_times(text: str) -> str:
 
 
 def options_of(doc: dict) -> list[str]:
-    """The answer options of a question, as lmms-eval's data sets spell them (`options`, or `option0` and so on)."""
-    if doc.get("options"):
-        return list(doc["options"])
+    """The answer options of a question, as data sets spell them (`options`, `candidates`, or `option0` and so on)."""
+    if found := doc.get("options") or doc.get("candidates"):
+        return list(found)
     numbered = (doc.get(f"option{number}") for number in range(10))
     return [option for option in numbered if option not in (None, "N/A")]
 
@@ -72,11 +80,42 @@ def lvbench_prompt(doc: dict) -> str:
     return f"{question}\n{''.join(lettered)}{_ANSWER_BY_LETTER}"
 
 
+def _question_and_options(doc: dict, mark: str, ending: str) -> str:
+    """VideoChat-Flash's form; `mark` is a letter's, such as "(A) "."""
+    options = options_of(doc)
+    lettered = [mark.replace("A", chr(ord("A") + number)) + option for number, option in enumerate(options)]
+    return "\n".join([f"Question: {doc['question']}", "Option:", *lettered, ending])
+
+
+def flash_videomme_prompt(doc: dict) -> str:
+    """Without subtitles; the options bring their letters."""
+    return _FLASH_VIDEOMME_INSTRUCTION + _question_and_options(doc, "", _ANSWER_BY_LETTER)
+
+
+def flash_mvbench_prompt(doc: dict) -> str:
+    """Brackets around the letters."""
+    return _question_and_options(doc, "(A) ", "Only give the best option.")
+
+
+def flash_mlvu_prompt(doc: dict) -> str:
+    """As for MVBench, with another ending."""
+    return _question_and_options(doc, "(A) ", _ANSWER_BY_LETTER)
+
+
+def flash_perceptiontest_prompt(doc: dict) -> str:
+    """A dot behind the brackets."""
+    return _question_and_options(doc, "(A). ", "Only give the best option.")
+
+
 PROMPTS: dict[str, Callable[[dict], str]] = {
     "mlvu": mlvu_prompt,
     "videomme": videomme_prompt,
     "longvideobench": longvideobench_prompt,
     "lvbench": lvbench_prompt,
+    "flash-videomme": flash_videomme_prompt,
+    "flash-mvbench": flash_mvbench_prompt,
+    "flash-mlvu": flash_mlvu_prompt,
+    "flash-perceptiontest": flash_perceptiontest_prompt,
 }
 
 
@@ -132,4 +171,11 @@ PRESETS: dict[str, Preset] = {
     **_variants("videomme", 400, (300, 4, 3), (400, 4, 3), 6),
     **_variants("longvideobench", 400, (400, 6, 5), (400, 4, 3), 6, max_new_tokens=32),
     **_variants("lvbench", 600, (600, 4, 11), (600, 4, 11), 12),
+    "flash-videomme": Preset("flash-videomme", max_new_tokens=16),
+    "flash-mvbench": Preset("flash-mvbench", max_new_tokens=16),
+    "flash-mlvu": Preset("flash-mlvu", max_new_tokens=16),
+    "flash-perceptiontest": Preset("flash-perceptiontest", max_new_tokens=16),
+    "flash-lvbench": Preset(max_num_frames=640, max_new_tokens=16),
+    "flash-longvideobench": Preset(max_new_tokens=32),
+    "flash-charades": Preset(max_new_tokens=50),
 }

@@ -68,6 +68,14 @@ def random_model(root, bundle):
     return model
 
 
+# How VideoChat-Flash samples, resizes and words.
+VIDEOCHAT_FLASH_DOORS = {
+    "frame_sampler": "dynamic_fps1",
+    "exact_resize": True,
+    "video_message": (
+        "The video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it. "
+    ),
+}
 # What the other family members change of the bundled config: the tower, what is compressed, what is selected.
 FAMILY_CHANGES = {
     "videoxl1": {
@@ -82,6 +90,27 @@ FAMILY_CHANGES = {
         "time_format": None, "time_start_token_id": None, "time_end_token_id": None,
         "token_selector": "query", "max_visual_tokens": 48, "beacon_window": 32, "beacon_ratio": 4,
     },
+    "videochatflash": {
+        "vision_config": {"model_type": "videoxl_umt", "hidden_size": 96, "num_hidden_layers": 3,
+                          "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+        "compressor_config": {"compressor_type": "tome", "hidden_size": 96, "frames_per_group": 4, "grid_size": 3,
+                              "projector_pool_size": 1, "merge_heads": 4},
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "image_tiling": "overview",
+        **VIDEOCHAT_FLASH_DOORS,
+    },
+    "videochatflash_internvideo2": {
+        "vision_config": {"model_type": "videoxl_internvideo2", "hidden_size": 96, "num_hidden_layers": 3,
+                          "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+        "compressor_config": {"compressor_type": "tome", "hidden_size": 96, "frames_per_group": 4, "grid_size": 3,
+                              "projector_pool_size": 1, "merge_heads": 4},
+        "time_format": None, "time_start_token_id": None, "time_end_token_id": None, "image_tiling": "overview",
+        **VIDEOCHAT_FLASH_DOORS,
+    },
+}  # fmt: skip
+# As many stages as four layers have room for, one uniform and one by attention.
+FAMILY_CHANGES["videochatflash_dropping"] = FAMILY_CHANGES["videochatflash"] | {
+    "mm_llm_compress": True, "llm_compress_type": "uniform0_attention", "llm_compress_layer_list": [1, 3],
+    "llm_image_token_ratio_list": [1, 0.75, 0.25],
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 from videoxl.convert_weights import convert
-from videoxl.image_processing_videoxl import cut_tiles
+from videoxl.image_processing_videoxl import choose_grid, cut_tiles
 from videoxl.video_processing_videoxl import normalize_frames
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -26,6 +26,13 @@ LOGITS_TOLERANCE = TOWER_TOLERANCE = 2e-4
 TOKENS_TOLERANCE = 1e-4
 # Stands for the video in the prompts of Video-XL and Video-XL-Pro.
 SENTINEL = -200
+
+# VideoChat-Flash's tiny checkpoints by tower: the folder of the config, and that of the weights.
+FLASH_CHECKPOINTS = {
+    "umt-large": ("checkpoint_res224", "checkpoint_res224"),
+    "umt-hd-large": ("checkpoint_res448", "checkpoint_res224"),
+    "internvideo2": ("checkpoint_internvideo2", "checkpoint_internvideo2"),
+}
 
 _opened = {}
 
@@ -41,7 +48,7 @@ class Golden:
     def case(self, name):
         """The case `name`, such as `c0`."""
         settings = next(settings for settings in self.settings["cases"] if settings["case"] == name)
-        return Case(self, name, settings)
+        return (FlashCase if "tower" in settings else Case)(self, name, settings)
 
 
 @dataclass(frozen=True)
@@ -99,21 +106,57 @@ class Case:
         return torch.stack(rows)
 
 
-def open_golden(request, family, source, **config):
+@dataclass(frozen=True)
+class FlashCase(Case):
+    """A case of VideoChat-Flash; `golden.model` is that of the case's tower."""
+
+    @property
+    def pixels(self):
+        """Pixels of a video [F, 3, S, S] or of an image, [1, 1, 3, S, S] or [1 + rows, columns, 3, S, S]."""
+        pixels = self.tensor("pixel_values")
+        if self.settings["kind"] == "video":
+            return pixels
+        if self.settings["kind"] == "image":
+            return pixels[:, None]
+        height, width = self.settings["frame_hw"]
+        size = pixels.shape[-1]
+        columns = choose_grid((width, height), self.model.config.image_grid_pinpoints)[0] // size
+        tiles = pixels[1:].unflatten(0, (-1, columns))
+        return torch.cat([pixels[:1].expand(1, columns, -1, -1, -1), tiles])
+
+    @property
+    def inputs(self):
+        """What the model takes, as of other cases."""
+        visual = torch.full((self.settings["sequence"]["visual_len"],), self.model.config.video_token_id)
+        ids = torch.cat([self.tensor("prefix_ids"), visual, self.tensor("suffix_ids")])
+        return {"input_ids": ids[None], "pixel_values_videos": [self.pixels]}
+
+
+def open_flash_case(request, source, name):
+    """Opens the case `name` of VideoChat-Flash's golden with the model of its tower; see `open_golden`."""
+    folder = FIXTURES if source == "shipped" else request.getfixturevalue("test_data") / "golden"
+    cases = json.loads((folder / "videochatflash" / "golden.json").read_text())["cases"]
+    tower = next(case["tower"] for case in cases if case["case"] == name)
+    return open_golden(request, "videochatflash", source, FLASH_CHECKPOINTS[tower]).case(name)
+
+
+def open_golden(request, family, source, folders=("checkpoint", "checkpoint"), **config):
     """Opens the golden of a family from `source` ("shipped" or "full"); skips where it is not at hand.
 
-    `config` replaces entries of the published config.json.
+    The checkpoint's config and weights may come from two of its `folders`; `config` replaces entries of the published
+    config.json.
     """
-    key = (family, source, *sorted(config.items()))
+    key = (family, source, *folders, *sorted(config.items()))
     if key not in _opened:
         folder = FIXTURES if source == "shipped" else request.getfixturevalue("test_data") / "golden"
         # The basename must be the golden's own: transformers reuses code of folders that are called the same.
         output = request.getfixturevalue("tmp_path_factory").mktemp("converted") / f"{family}_{source}_{len(_opened)}"
-        checkpoint = folder / family / "checkpoint"
-        if config:
+        of_config, of_weights = (folder / family / name for name in folders)
+        checkpoint = of_weights
+        if config or of_config != of_weights:
             checkpoint = output.with_name("changed")
-            shutil.copytree(folder / family / "checkpoint", checkpoint, copy_function=shutil.copyfile)
-            published = json.loads((checkpoint / "config.json").read_text())
+            shutil.copytree(of_weights, checkpoint, copy_function=shutil.copyfile)
+            published = json.loads((of_config / "config.json").read_text())
             (checkpoint / "config.json").unlink()
             (checkpoint / "config.json").write_text(json.dumps(published | config))
         with warnings.catch_warnings():

@@ -170,7 +170,7 @@ def published_video_xl_pro(beacons):
 def test_at_true_size_a_member_has_exactly_the_published_tensors(family, published, count, parameters):
     table = name_table(family)
     assert recognise_family({"mm_hidden_size": 1}, published) == family
-    preset = json.loads((convert_weights.PRESETS / f"{table.preset}.json").read_text())
+    preset = json.loads((convert_weights.PRESETS / f"{table.presets[0]}.json").read_text())
     config = VideoXLConfig.from_dict(preset)
     ours = convert_weights.expected_shapes(config)
     if config.tie_word_embeddings:
@@ -223,7 +223,7 @@ def test_other_checkpoints_are_refused(published, names, message):
 def test_unknown_and_unsupported_families_are_refused(make_source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown family"):
         name_table("videoxl3")
-    unsupported = dataclasses.replace(convert_families.FAMILIES["videoxl2"], preset=None)
+    unsupported = dataclasses.replace(convert_families.FAMILIES["videoxl2"], presets=())
     monkeypatch.setitem(convert_families.FAMILIES, "videoxl2", unsupported)
     with pytest.raises(ValueError, match="Video-XL-2 .*not supported yet"):
         convert(make_source(), tmp_path / "output")

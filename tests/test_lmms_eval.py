@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import _undone
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
 
@@ -52,7 +53,7 @@ def test_published_settings(presets):
         preset = presets.PRESETS[name]
         return preset.max_num_frames, preset.prefill, preset.chunk_groups, preset.window_chunks, preset.decode
 
-    assert len(presets.PRESETS) == 12
+    assert len(presets.PRESETS) == 12 + 7
     assert published("mlvu") == (256, "full", 4, 3, "full")
     assert published("videomme") == (400, "full", 4, 3, "full")
     assert published("videomme-chunk") == (300, "mask", 4, 3, "full")
@@ -61,9 +62,38 @@ def test_published_settings(presets):
     assert published("longvideobench-bilevel") == (400, "mask", 4, 3, "bilevel")
     assert published("lvbench-chunk") == (600, "mask", 4, 11, "full")
     for name, preset in presets.PRESETS.items():
+        if name.startswith("flash-"):
+            continue
         assert (preset.sample_fps, preset.max_sample_fps, preset.rewrite_times) == (1, 4, True)
         assert preset.max_new_tokens == (32 if "longvideobench" in name else 16)
         assert preset.prompt == name.split("-")[0] and preset.prompt in presets.PROMPTS
+
+
+def test_published_settings_of_videochat_flash(presets):
+    found = {name: preset for name, preset in presets.PRESETS.items() if name.startswith("flash-")}
+    benchmarks = {"videomme", "mvbench", "mlvu", "lvbench", "longvideobench", "perceptiontest", "charades"}
+    assert {name.removeprefix("flash-") for name in found} == benchmarks
+    for name, preset in found.items():
+        assert preset.max_num_frames == (640 if name == "flash-lvbench" else 512)
+        assert preset.max_new_tokens == {"flash-longvideobench": 32, "flash-charades": 50}.get(name, 16)
+        # The rates at which the model's own rule is in force.
+        assert (preset.sample_fps, preset.max_sample_fps, preset.rewrite_times) == (1, 4, False)
+        assert (preset.prefill, preset.decode) == ("full", "full")
+        assert preset.prompt == (name if name in presets.PROMPTS else "task")
+
+
+def test_published_prompts_of_videochat_flash(presets):
+    doc = {"question": "What?", "candidates": ["One", "Two"]}
+    asked = "Question: What?\nOption:\n(A) One\n(B) Two\n"
+    by_letter = "Answer with the option's letter from the given choices directly."
+    assert presets.flash_mvbench_prompt(doc) == f"{asked}Only give the best option."
+    assert presets.flash_mlvu_prompt(doc) == asked + by_letter
+    assert presets.flash_perceptiontest_prompt(doc) == (
+        "Question: What?\nOption:\n(A). One\n(B). Two\nOnly give the best option."
+    )
+    videomme = presets.flash_videomme_prompt({"question": "What?", "options": ["A. One.", "B. Two."]})
+    assert videomme.startswith("These are the frames of a video. Select the best answer")
+    assert videomme.endswith(f"of the correct option.\nQuestion: What?\nOption:\nA. One.\nB. Two.\n{by_letter}")
 
 
 def test_every_preset_is_a_valid_setting_of_the_model(presets, model):
@@ -251,8 +281,14 @@ def test_adapter_for_video_xl_2(root, clips):
     assert model.config.resolve_sparse_attention().prefill == "streaming"
 
 
-def test_adapter_for_videochat_flash(model, tokenizer, clips):
-    """The calls of lmms-eval's adapter and of the model card; its own models come later, the signature is here."""
+@pytest.mark.parametrize("name", ["videoxl2", "videochatflash", "videochatflash_internvideo2"])
+def test_adapter_for_videochat_flash(name, random_model, family_models, tokenizer, clips):
+    """The calls of lmms-eval's adapter and of the model card, on its own models and on one with another tower."""
+    with _undone(family_models.get(name, random_model)) as model:
+        replay_videochat_flash(model, tokenizer, clips)
+
+
+def replay_videochat_flash(model, tokenizer, clips):
     model.config.mm_llm_compress = False
     model.config.llm_compress_type = "attention"
     model.config.llm_compress_layer_list = [24]
@@ -286,6 +322,13 @@ def test_adapter_for_videochat_flash(model, tokenizer, clips):
         max_num_frames=8, generation_config=config,
     )  # fmt: skip
     assert output == response and isinstance(second, str)
+    # A task of its fork gives a path with a part of the file.
+    video, media_dict = clips[0], {"video_read_type": "decord", "start": 1.0, "end": 3.0}
+    part = model.chat(
+        video, tokenizer, "What moves?", chat_history=None, return_history=False, max_num_frames=8,
+        media_dict=media_dict, generation_config=config,
+    )  # fmt: skip
+    assert isinstance(part, str)
 
 
 def test_what_this_model_cannot_do_is_said(model, tokenizer, clips):
@@ -294,4 +337,4 @@ def test_what_this_model_cannot_do_is_said(model, tokenizer, clips):
         model.chat(clips[0], tokenizer, "What?", max_num_frames=8)
     model.config.mm_llm_compress = False
     with pytest.raises(ValueError, match="media_dict"):
-        model.chat(clips[0], tokenizer, "What?", media_dict={"video_read_type": "decord", "start": 1.0, "end": 2.0})
+        model.chat(clips[0], tokenizer, "What?", media_dict={"video_read_type": "opencv"})

@@ -26,8 +26,9 @@ PROMPT = (
 # What the processor needs of the root, and so what it saves; a loader also asks for the model's config.
 FOLDER = (
     *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
-    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "processor_config.json", "chat_template.jinja"),
-    *("image_processing_videoxl.py", "tokenizer.json", "tokenizer_config.json"),
+    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "video_sources_videoxl.py", "prompt_text_videoxl.py"),
+    *("image_processing_videoxl.py", "processor_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json"),
 )
 
 
@@ -175,6 +176,9 @@ def config(**changes):
         "compressor_config": SimpleNamespace(tokens_per_group=16),
         **{"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "frames_per_group": 2},
         **{"image_grid_pinpoints": None, "image_timestamps": False, "frame_fit": "stretch"},
+        **{"frame_sampler": "fps", "min_num_frames": 64, "frame_multiple": 8, "video_message": None},
+        "exact_resize": False,
+        "image_tiling": "pad",
         **{"video_token_id": 151654, "time_start_token_id": 1462, "time_end_token_id": 25},
         "time_format": "Time {seconds:.1f}s:",
     }

@@ -333,7 +333,7 @@ class MixtureDataset(Dataset):
         """Frames of a file with scaled timestamps, as a video item."""
         open_video = sys.modules[type(self.processor).__module__].open_video
         settings = {name: getattr(self.processor, name) for name in _VIDEO_KEYS} | self.video
-        batches = list(open_video(path, size=self.processor.image_size, **settings))
+        batches = list(open_video(path, **self.processor.frame_options, **settings))
         frames = torch.cat([batch.frames for batch in batches]).permute(0, 2, 3, 1)
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
 

@@ -1,0 +1,349 @@
+"""Dropping visual tokens between layers of the language model (VideoChat-Flash, arXiv 2501.00574, public reference
+`modeling_qwen2_flash.py`): the stages, what each keeps, and how a sequence goes through them.
+
+What is surprising:
+* A stage stands behind some layers. What it drops, later layers never see; what earlier layers hold of it stays. So
+  layers hold different numbers of keys, and in each one tokens stand at the positions 0, 1, 2, ... of what it holds.
+* A uniform stage needs to know where a video ends, a stage by attention also the question: it keeps what the prompt's
+  last token looks at. Until then a sequence waits behind the layers that it has passed, as hidden states
+  (`cache.deferred`); later layers hold only the text in front of its videos.
+* What a stage keeps is counted from the number of tokens that a video had at first, and rounded down.
+* Several videos and images of a prompt go through the stages each by itself, as if it were the only one; softmax and
+  positions are over the whole sequence. (The reference takes one video a prompt.)
+
+Layers hold, of a text T, visual tokens 1 to 8 and a question Q, with stages behind 2 and 4 of 6 layers that keep 3/4
+and 1/4:
+
+    layers 0, 1     T 1 2 3 4 5 6 7 8 Q
+    layers 2, 3     T 1 2 3   5 6 7   Q
+    layers 4, 5     T     3     6     Q
+
+n rows (tokens in a layer), V visual tokens of a video, H query heads, K key-value heads, D head size.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+from .deferred_rows_videoxl import DeferredRows
+from .kv_cache import fork_cache, move_cache
+from .selection_videoxl import attention_mass
+from .sparse_attention import AttentionStep, VisualLayout, plan_prefill
+
+# How many of the first stages are uniform, by the published names of `llm_compress_type`.
+UNIFORM_STAGES = {"attention": 0, "uniform0_attention": 1, "uniform1_attention": 2, "uniform": None}
+
+
+class DropStage(NamedTuple):
+    """Behind the first `layers` layers, int(V * before) tokens of a video become int(V * after)."""
+
+    layers: int
+    by_attention: bool
+    before: float
+    after: float
+
+
+def drop_stages(settings: dict) -> tuple[DropStage, ...]:
+    """The stages of `VideoXLConfig.resolve_llm_compression`'s settings."""
+    uniform = UNIFORM_STAGES[settings["type"]]
+    ratios = settings["ratios"]
+    return tuple(
+        DropStage(layers, uniform is not None and number >= uniform, ratios[number], ratios[number + 1])
+        for number, layers in enumerate(settings["layers"])
+    )
+
+
+def uniform_choice(tokens: int, keep: int) -> torch.Tensor:
+    """[keep] evenly spread indices of `tokens` tokens, ascending.
+
+    The integer algorithm of `torch.linspace` on a CPU, which rounds otherwise than floating-point ones in places.
+    """
+    return torch.linspace(0, tokens - 1, keep, dtype=torch.int64, device="cpu")
+
+
+def best_choice(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """[keep] indices of the largest scores [n], ascending; of equal ones the first are kept."""
+    return scores.argsort(descending=True, stable=True)[:keep].sort().values
+
+
+@dataclass(frozen=True)
+class TokenDropping:
+    """How far a cache's sequence is on its way through the stages. A value: `after` gives the next one.
+
+    Attributes:
+        stages: All of them.
+        kept: Per stage that is done, per video the indices [.] among its V tokens that are left, ascending.
+    """
+
+    stages: tuple[DropStage, ...]
+    kept: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether all stages are done, so that nothing waits."""
+        return len(self.kept) == len(self.stages)
+
+    @property
+    def next_stage(self) -> DropStage:
+        """The stage that the waiting rows stand in front of."""
+        return self.stages[len(self.kept)]
+
+    def spans(self, num_layers: int) -> list[range]:
+        """The layers in front of each stage, and those behind the last."""
+        edges = [0, *(stage.layers for stage in self.stages), num_layers]
+        return [range(first, stop) for first, stop in zip(edges, edges[1:], strict=False)]
+
+    def places(self, layout: VisualLayout, begin: int) -> list[torch.Tensor]:
+        """Per video, the places [.] of its tokens that are left among the rows that are left.
+
+        Args:
+            layout: Of the sequence whose rows from position `begin` on went through the stages.
+        """
+        videos = _waiting_videos(layout, begin)
+        if not self.kept:
+            return videos
+        alive = torch.ones(layout.length - begin, dtype=torch.bool)
+        for places, kept in zip(videos, self.kept[-1], strict=True):
+            alive[places] = False
+            alive[places[kept]] = True
+        order = alive.cumsum(0) - 1
+        return [order[places[kept]] for places, kept in zip(videos, self.kept[-1], strict=True)]
+
+    def choose(self, layout: VisualLayout, begin: int, rows: int, scores=None) -> tuple["TokenDropping", torch.Tensor]:
+        """What the next stage keeps.
+
+        Args:
+            layout, begin: See `places`.
+            rows: Rows that wait.
+            scores: [rows] of a stage by attention.
+
+        Returns:
+            The state behind it, and the places of the rows that stay, ascending.
+        """
+        stage, left, alive = self.next_stage, [], torch.ones(rows, dtype=torch.bool)
+        videos = _waiting_videos(layout, begin)
+        earlier = self.kept[-1] if self.kept else [torch.arange(len(places)) for places in videos]
+        for places, original, kept in zip(self.places(layout, begin), videos, earlier, strict=True):
+            keep = int(len(original) * stage.after)
+            assert len(places) == int(len(original) * stage.before), "a stage begins with what the last one left"
+            choice = best_choice(scores[places], keep) if stage.by_attention else uniform_choice(len(places), keep)
+            alive[places] = False
+            alive[places[choice]] = True
+            left.append(kept[choice])
+        return replace(self, kept=(*self.kept, tuple(left))), alive.nonzero().flatten()
+
+
+def _waiting_videos(layout: VisualLayout, begin: int) -> list[torch.Tensor]:
+    """Per video that begins at position `begin` or later, the places of its tokens, counted from there."""
+    return [
+        torch.cat([torch.arange(group.visual_start, group.end) for group in video]) - begin
+        for video in layout.videos
+        if video[0].start >= begin
+    ]
+
+
+def dropping_of(cache) -> TokenDropping | None:
+    """How far a cache's sequence is on its way through the stages; None if it has none, or nothing any more."""
+    state = getattr(cache, "dropping", None)
+    return state if state is not None and cache.layers[0].held else None
+
+
+class VideoXLTokenDroppingMixin:
+    """Running sequences through the stages, for a model with a `language_model` whose attention follows plans.
+
+    `segment_tokens` rows run at once.
+    """
+
+    def defer_to_stages(self, inputs_embeds, layout, cache, stages) -> None:
+        """Runs further rows of a sequence with videos up to the first stage, where they wait for the question.
+
+        Args:
+            inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
+            layout: `VisualLayout` of the whole sequence.
+            cache: Dynamic cache with our layers that holds all earlier positions; extended in place.
+            stages: From `drop_stages`, None for the cache's own.
+
+        Raises:
+            ValueError: If the cache's sequence went through stages already, or waits in front of other ones.
+        """
+        state, begin = dropping_of(cache), layout.length - inputs_embeds.shape[1]
+        if state is None:
+            first = next(video[0].start for video in layout.videos if video[0].start >= begin)
+            if first > begin:
+                self.run_text(inputs_embeds[:, : first - begin], cache, keep_hidden=None)
+            inputs_embeds, begin = inputs_embeds[:, first - begin :], first
+            state = cache.dropping = TokenDropping(stages)
+            cache.deferred = DeferredRows(begin=begin)
+        elif cache.deferred is None or state.kept:
+            raise ValueError(
+                "a video cannot follow text whose visual tokens were dropped already: give the whole prompt, with all "
+                "its videos, at once"
+            )
+        elif stages is not None and stages != state.stages:
+            raise ValueError(
+                "the conversation's earlier video was encoded with other settings of mm_llm_compress and "
+                "llm_compress_*: set them back, or begin a new conversation"
+            )
+        passed = state.spans(len(cache.layers))[0]
+        hidden = self._run_layers(inputs_embeds, cache, passed)
+        cache.layout, cache.deferred = layout, cache.deferred.then(hidden[0])
+        for layer in cache.layers[passed.stop :]:
+            layer.pass_by(hidden.shape[1])
+
+    def settle_stages(self, cache):
+        """What follows from a cache whose rows wait as far as no question is needed; the given one is unchanged."""
+        settled = fork_cache(cache)
+        move_cache(settled, self.device)
+        self.run_stages(settled)
+        return settled
+
+    def run_stages(self, cache, text=None, asked=None, keep_hidden=0):
+        """Takes a cache of one row through its stages, in place, and text behind it through all layers.
+
+        Args:
+            cache: Its rows wait in front of a stage, or have passed them all.
+            text: [1, n, hidden] embeddings of what follows; None takes the rows as far as no question is needed.
+            asked: How many of them are the prompt's, whose last one scores; by default all.
+            keep_hidden: How many of the text's last hidden states to return; 0 for all, None for none.
+
+        Returns:
+            [1, keep_hidden or n, hidden], after the final norm; None without text or if none were asked for.
+        """
+        state, waiting = cache.dropping, cache.deferred
+        spans = state.spans(len(cache.layers))
+        for span in spans[: len(state.kept) + 1]:
+            text = text if text is None else self._run_layers(text, cache, span)
+        while not state.done and not (text is None and state.next_stage.by_attention):
+            scores = None
+            if state.next_stage.by_attention:
+                query = text if asked is None else text[:, :asked]
+                if not query.shape[1]:
+                    raise ValueError("token dropping by attention needs a question: put text behind the video")
+                scores = self._scores(cache, state.next_stage.layers, waiting, query)
+            state, places = state.choose(cache.layout, waiting.begin, len(waiting), scores)
+            waiting, span = waiting.select(places), spans[len(state.kept)]
+            for index in span:
+                cache.layers[index].pass_by(-len(places))
+            rows = torch.cat([*waiting.parts, *([] if text is None else text)])[None]
+            # Behind the last layer nobody reads what waited.
+            unread = len(places) if span.stop == len(cache.layers) else 0
+            hidden = self._run_layers(rows, cache, span, unread)
+            if unread:
+                text = text if text is None else hidden
+            else:
+                waiting = DeferredRows((hidden[0, : len(places)],), waiting.begin)
+                text = text if text is None else hidden[:, len(places) :]
+        cache.dropping, cache.deferred = state, None if state.done else waiting
+        if text is None or keep_hidden is None:
+            return None
+        return self.language_model.norm(text[:, -keep_hidden:])
+
+    def continue_stages(self, embeds, attention_mask, cache) -> BaseModelOutputWithPast:
+        """Further tokens behind a cache of any number of rows whose stages are done: each layer at its own positions.
+
+        Args:
+            embeds: [B, n, hidden].
+            attention_mask: [B, past + n]; new tokens must not be padding.
+            cache: Extended in place.
+        """
+        count, model = embeds.shape[1], self.language_model
+        if count > 1 and attention_mask is not None and not attention_mask[:, -count:].all():
+            raise ValueError(
+                "several prompts behind a batch whose visual tokens were dropped must be of one length; ask them one "
+                "by one"
+            )
+        hidden = embeds
+        for span in cache.dropping.spans(len(cache.layers)):
+            if not span:
+                continue
+            layer, mask, options = cache.layers[span.start], None, {}
+            positions = torch.arange(layer.held, layer.held + count, device=embeds.device).expand(len(embeds), -1)
+            if layer.row_padding is None:
+                options["attention_steps"] = [AttentionStep(layer.held, layer.held + count)]
+            else:
+                padding = layer.row_padding.to(embeds.device)[:, None]
+                positions = positions - padding
+                columns = torch.arange(layer.get_seq_length() + count, device=embeds.device)
+                # Sized by the first of these layers, as the library would by the first of all.
+                view = copy.copy(cache)
+                view.layers = cache.layers[span.start :]
+                mask = create_causal_mask(
+                    config=model.config,
+                    inputs_embeds=hidden,
+                    attention_mask=(columns >= layer.hidden + padding).long(),
+                    past_key_values=view,
+                )
+            hidden = _run_span(model, hidden, positions, cache, span, attention_mask=mask, **options)
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
+
+    def _run_layers(self, rows, cache, span: range, unread=0) -> torch.Tensor:
+        """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
+
+        Args:
+            span: The layers; they hold equally many keys.
+            unread: The first so many rows are not returned.
+
+        Returns:
+            [1, n - unread, hidden], without the final norm.
+        """
+        count, kept = rows.shape[1], []
+        held = cache.layers[span.start].held if span else 0
+        for index in span:
+            cache.layers[index].reserve(held + count)
+        edges = sorted({*range(0, count, self.segment_tokens), unread, count})
+        for begin, stop in zip(edges, edges[1:], strict=False):
+            positions = torch.arange(held + begin, held + stop, device=rows.device)[None]
+            options = {"attention_unread": stop <= unread}
+            options["attention_steps"] = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
+            hidden = _run_span(self.language_model, rows[:, begin:stop], positions, cache, span, None, **options)
+            if begin >= unread:
+                kept.append(hidden)
+        if not kept:
+            return rows[:, :0]
+        return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+
+    def _scores(self, cache, index, waiting, text) -> torch.Tensor:
+        """[rows] attention of the text's last token to the rows that wait in front of layer `index`, mean over heads.
+
+        One row of the layer's attention, whose softmax is over the whole sequence: text that the layer holds, waiting
+        rows, text behind them.
+        """
+        model = self.language_model
+        layer, held = model.layers[index], cache.layers[index].held
+        attention, keys = layer.self_attn, [cache.layers[index].keys] if held else []
+        rows = torch.cat([*waiting.parts, text[0]])[None]
+        for begin in range(0, rows.shape[1], self.segment_tokens):
+            normed = layer.input_layernorm(rows[:, begin : begin + self.segment_tokens])
+            positions = torch.arange(held + begin, held + begin + normed.shape[1], device=normed.device)[None]
+            rotary = model.rotary_emb(normed, positions)
+            key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            keys.append(apply_rotary_pos_emb(key[:, :0], key, *rotary)[1])
+        query = attention.q_proj(normed[:, -1:]).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        query = apply_rotary_pos_emb(query, key[:, :0, :1], *(table[:, -1:] for table in rotary))[0]
+        keys = torch.cat([part.to(query.device) for part in keys], dim=2)
+        mass = attention_mass(query, keys, attention.scaling) / query.shape[1]
+        return mass[held : held + len(waiting)].cpu()
+
+
+def _run_span(model, hidden, positions, cache, span, attention_mask, **options) -> torch.Tensor:
+    """Some of the host's layers, called as the host calls them."""
+    rotary = model.rotary_emb(hidden, positions)
+    for index in span:
+        hidden = model.layers[index](
+            hidden,
+            attention_mask=attention_mask,
+            position_embeddings=rotary,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+    return hidden
+
+
+__all__ = ["DropStage", "TokenDropping", "drop_stages", "dropping_of", "uniform_choice"]
