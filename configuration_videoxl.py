@@ -314,12 +314,13 @@ class VideoXLConfig(PreTrainedConfig):
         falling = (
             numbers and list(ratios) == sorted(ratios, reverse=True) and list(ratios)[:1] == [1] and ratios[-1] >= 0
         )
-        if not falling or len(ratios) != len(layers) + 1:
+        # The published code never looks at further ones: its defaults stay where only the layers are set.
+        if not falling or len(ratios) <= len(layers):
             raise ValueError(
                 f"llm_image_token_ratio_list must be {len(layers) + 1} shares from 1 down to 0, one before and one "
                 f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r}"
             )
-        return {"type": kind, "layers": list(layers), "ratios": list(ratios)}
+        return {"type": kind, "layers": list(layers), "ratios": list(ratios[: len(layers) + 1])}
 
     def resolve_context_limit(self) -> tuple[int, str] | None:
         """Tokens that a sequence may have, and why; None where `tokenizer_model_max_length` is None."""

@@ -188,7 +188,7 @@ def test_switches_are_read_at_call_time_and_text_is_never_compressed(flash):
         ({"llm_compress_layer_list": [0, 2]}, "llm_compress_layer_list must be ascending"),
         ({"llm_compress_layer_list": [2, 6]}, "from 1 to 5"),
         ({"llm_compress_layer_list": []}, "llm_compress_layer_list must be ascending"),
-        ({"llm_compress_layer_list": [4]}, "llm_image_token_ratio_list must be 2 shares"),
+        ({"llm_compress_layer_list": [1, 2, 4]}, "llm_image_token_ratio_list must be 4 shares"),
         ({"llm_image_token_ratio_list": [1, 0.25, 0.5]}, "must be 3 shares from 1 down to 0"),
         ({"llm_image_token_ratio_list": [0.9, 0.5, 0.25]}, "must be 3 shares from 1 down to 0"),
         ({"llm_image_token_ratio_list": [1, 0.5, -0.1]}, "must be 3 shares from 1 down to 0"),
@@ -203,6 +203,17 @@ def test_settings_out_of_range(flash, changes, message):
         setattr(flash.config, name, value)
     with pytest.raises(ValueError, match=message):
         flash(ids[None], pixel_values_videos=videos)
+
+
+def test_shares_beyond_the_last_stage_count_for_nothing(flash):
+    """As in the published code, whose default list is long enough for three stages."""
+    ids, videos = prompt(flash, (2,))
+    found = []
+    for ratios in ([1, 0.5], [1.0, 0.5, 0.25, 0.125]):
+        switch(flash, "attention", [2], ratios)
+        with torch.no_grad():
+            found.append(flash(ids[None], pixel_values_videos=videos).logits)
+    assert torch.equal(*found)
 
 
 def test_calls_that_cannot_be_right_say_so(flash):
