@@ -40,7 +40,7 @@ def turn_items(visual) -> list[dict]:
         visual = [visual]
     if isinstance(visual, (list, tuple)) and visual and all(isinstance(part, (str, os.PathLike)) for part in visual):
         if len(visual) > 1:
-            raise ValueError("of several videos pass a list of items {'type': 'video', 'video': ...}, not of paths")
+            raise ValueError("several videos are a list of items {'type': 'video', 'video': path}, not of paths")
         visual = visual[0]
     if not (isinstance(visual, (list, tuple)) and len(visual) > 0 and isinstance(visual[0], dict)):
         kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
