@@ -14,7 +14,7 @@ import sys
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import logging
 
 from .conversation_videoxl import (
@@ -135,7 +135,7 @@ class VideoXLChatMixin:
             max_num_frames, sample_fps, max_sample_fps: Sampling, see `encode_video`.
             generation_config: A dict or `GenerationConfig`; None takes the checkpoint's own, else greedy decoding of
                 at most 1,024 new tokens. Entries that are None, unknown or without meaning for greedy decoding are
-                dropped; `until` is a stop string or a list of them.
+                dropped; `until` is a stop string or a list of them; `repetition_penalty` counts words of the answer.
             streamer: A transformers streamer.
             progress, timestamps, video_backend: See `encode_video`.
             dense_chunks: Bi-level decoding: the chunks that stay dense, 0-based, instead of the automatic choice; one
@@ -274,11 +274,18 @@ class VideoXLChatMixin:
         texts = torch.tensor([[padding] * (width - len(suffix)) + suffix for suffix in suffixes])
         rows = shared.expand(len(suffixes), -1)
         mask = torch.tensor([[0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes])
+        processors = LogitsProcessorList()
+        if settings.repetition_penalty not in (None, 1.0):
+            # The published code generates from embeddings: only words of the answer count as repeated.
+            penalty, settings.repetition_penalty = settings.repetition_penalty, None
+            ignored = len(shared) + width
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ignored))
         output = self.generate(
             input_ids=torch.cat([rows, texts], dim=1).to(self.device),
             attention_mask=torch.cat([torch.ones_like(rows), mask], dim=1).to(self.device),
             past_key_values=cache,
             generation_config=settings,
+            logits_processor=processors,
             streamer=streamer,
             tokenizer=tokenizer,
             **reload,

@@ -291,6 +291,30 @@ def test_several_videos_each_say_their_own(flash, flash_processor, tokenizer, cl
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
 
 
+def test_only_words_of_the_answer_count_as_repeated(flash, tokenizer, clips):
+    """As in the published code, which generates from embeddings. A penalty below 1 favours what counts: it shows."""
+    video = flash.encode_video(clips[0], tokenizer)
+    prompt = "What happens? What moves?"
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 0.5}
+    answer = flash.chat(video, tokenizer, prompt, return_history=False, generation_config=settings)
+    content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
+    processor = VideoXLProcessor.from_config(flash.config, tokenizer)
+    text = processor.render([{"role": "user", "content": content}])
+    ids, said = torch.tensor([processor.prompt_pieces(text, [video.shown])[1]]), []
+    cache = flash._question_cache(video)
+    with torch.no_grad():
+        for _ in range(6):
+            scores = flash(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+            scores[tokenizer.eos_token_id] = -torch.inf
+            for token in set(said):
+                scores[token] = scores[token] * 0.5 if scores[token] < 0 else scores[token] / 0.5
+            said.append(int(scores.argmax()))
+            ids = torch.tensor([said[-1:]])
+    assert answer == tokenizer.decode(said, skip_special_tokens=True).strip()
+    plain = settings | {"repetition_penalty": 1.0}
+    assert answer != flash.chat(video, tokenizer, prompt, return_history=False, generation_config=plain)
+
+
 def test_images_have_no_sentence(flash, tokenizer):
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 90, 3), dtype=np.uint8))
     answer, history = flash.chat(picture, tokenizer, "What is it?", **GREEDY)
