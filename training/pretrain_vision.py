@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
+from training import slots  # noqa: E402
 from training.muon import MuonWithAdamW, is_matrix  # noqa: E402
 from training.recipe import read_recipe  # noqa: E402
-from training.train import newest_checkpoint  # noqa: E402
+from training.train import load_part, newest_checkpoint  # noqa: E402
 from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
 from training.vision_facts import (  # noqa: E402
     DIRECTIONS,
@@ -60,6 +61,10 @@ DEFAULTS = {
     "init": None,
     "model": None,
     "output_dir": None,
+    "load": {},
+    "teach": "heads",  # or slots
+    "trunk": 0,  # layers of DTS that are frozen with the tower, and run once; with slots
+    "bank": 64_000,  # groups of frames that they are run for
     "data": {"split": "train", "size": 2_000_000, "first_seed": 0, "clip": {"seconds": 8}, "sample_fps": [1, 2, 4]},
     "mean_weight": 1.0,
     "asked_weight": 0.0,
@@ -88,10 +93,11 @@ class GroupDataset(Dataset):
         data: `split`, `size`, `first_seed`, `clip` (arguments of `make_clip`), `sample_fps` (one or several).
         processor: The model's, for the size of frames and groups and the normalisation.
         seed: Of rates and places in the clip.
+        teach: `heads` or `slots`.
     """
 
-    def __init__(self, data: dict, processor, seed: int):
-        self.data, self.processor, self.seed = data, processor, seed
+    def __init__(self, data: dict, processor, seed: int, teach: str = "heads"):
+        self.data, self.processor, self.seed, self.teach = data, processor, seed, teach
         rates = data.get("sample_fps", 1)
         self.rates = [float(rate) for rate in (rates if isinstance(rates, list) else [rates])]
 
@@ -99,7 +105,8 @@ class GroupDataset(Dataset):
         return int(self.data["size"])
 
     def __getitem__(self, index: int) -> dict:
-        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES], `course` (see `course_of`)."""
+        """`pixels` [T, 3, S, S], `facts` [T, NUM_FACTS], `places` [T, NUM_PLACES], `course` (see `course_of`); with
+        slots only `pixels` and `facts` [N, K] (see `slots.facts_of`)."""
         processor, rng = self.processor, random.Random(f"{self.seed}-{index}")
         seed = int(self.data.get("first_seed", 0)) + index
         clip = make_clip(
@@ -109,15 +116,46 @@ class GroupDataset(Dataset):
         last = max(int(clip.seconds * rate) - count, 0)
         first = rng.randint(0, last)
         times = [min(number, int(clip.seconds * rate) - 1) / rate for number in range(first, first + count)]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        frames = torch.from_numpy(clip.frames(times)).permute(0, 3, 1, 2).float() / 255
+        pixels = normalise(clip.frames(times), processor)
+        if self.teach == "slots":
+            return {"pixels": pixels, "facts": torch.from_numpy(slots.facts_of(clip, times))}
         facts, places = zip(*(facts_of(clip, time) for time in times), strict=True)
         return {
-            "pixels": (frames - mean) / std,
+            "pixels": pixels,
             "facts": torch.from_numpy(np.stack(facts)),
             "places": torch.from_numpy(np.stack(places)),
             "course": torch.from_numpy(course_of(clip, times)),
         }
+
+
+def normalise(frames: np.ndarray, processor) -> torch.Tensor:
+    """Frames as the tower takes them. uint8 [F, S, S, 3] -> float32 [F, 3, S, S]."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return (torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+class Bank(Dataset):
+    """What frozen layers put out for the first groups of a dataset.
+
+    Args:
+        dataset: Groups with `pixels` and `facts`.
+        pretraining: A `SlotPretraining`.
+        size: How many groups.
+    """
+
+    def __init__(self, dataset, pretraining, size: int, chunk: int = 64):
+        hidden, facts = [], []
+        for begin in range(0, size, chunk):
+            groups = [dataset[number] for number in range(begin, min(begin + chunk, size))]
+            hidden.append(pretraining.run_trunk(torch.stack([group["pixels"] for group in groups])).half())
+            facts.append(torch.stack([group["facts"] for group in groups]).bool())
+        self.hidden, self.facts = torch.cat(hidden), torch.cat(facts)
+
+    def __len__(self):
+        return len(self.hidden)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"hidden": self.hidden[index], "facts": self.facts[index]}
 
 
 class VisionPretraining(nn.Module):
@@ -206,7 +244,7 @@ class VisionTrainer(Trainer):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.journal = Journal(Path(self.args.output_dir) / "log.jsonl")
-        self.broken = _NoBroken()
+        self.broken = NothingBroken()
         self.add_callback(JournalCallback(self))
 
     # override: learning rates per module
@@ -229,6 +267,8 @@ class VisionTrainer(Trainer):
     # override: shares of frames that are named right
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
+        if self.recipe["teach"] == "slots":
+            return self._evaluate_slots(eval_dataset, metric_key_prefix)
         named, of_mean, facts, of_group, losses = [], [], [], [], []
         there, found = [], ([], [], [])
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -270,6 +310,22 @@ class VisionTrainer(Trainer):
         self.log(metrics)
         return metrics
 
+    def _evaluate_slots(self, eval_dataset, prefix):
+        told, facts, losses = [], [], []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                output = self.model(**batch)
+                told.append(output["told"])
+                facts.append(batch["facts"])
+                losses.append(float(output["loss"]))
+        self.model.train()
+        kinds = slots.told_right(torch.cat(told), torch.cat(facts))
+        metrics = {f"{prefix}_loss": sum(losses) / len(losses)}
+        metrics[f"{prefix}_accuracy"] = sum(kinds.values()) / len(kinds)
+        metrics |= {f"{prefix}_accuracy/{kind}": value for kind, value in kinds.items()}
+        self.log(metrics)
+        return metrics
+
     # override: the samples seen, as in the other stages' logs
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -277,7 +333,7 @@ class VisionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _NoBroken:
+class NothingBroken:
     """Clips of the world are never broken."""
 
     def resume(self, step, samples_per_step):
@@ -291,7 +347,32 @@ def load_recipe(path: Path, overrides: list[str]) -> dict:
         raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
     if bool(given.get("init")) == bool(given.get("model")):
         raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
-    return DEFAULTS | given
+    recipe = DEFAULTS | given
+    if recipe["teach"] not in ("heads", "slots") or (recipe["trunk"] and recipe["teach"] != "slots"):
+        raise ValueError("teach must be heads or slots, and trunk goes with slots")
+    return recipe
+
+
+def build_model(recipe: dict, attn_implementation: str) -> tuple[torch.nn.Module, str]:
+    """The model that a recipe of a small model's stage starts from, and the folder of its processor.
+
+    `init` may hold `text_config`: entries of the language model's config that differ from the folder's.
+    """
+    options = {"trust_remote_code": True, "attn_implementation": attn_implementation}
+    set_seed((recipe["init"] or {}).get("seed", recipe["seed"]))
+    if recipe["model"]:
+        source = recipe["model"]
+        model = AutoModel.from_pretrained(source, **options)
+    else:
+        source = recipe["init"]["config"]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+        text = config.text_config.to_dict() | recipe["init"].get("text_config", {})
+        text.pop("layer_types", None)  # one a layer
+        config.text_config = type(config.text_config)(**text)
+        model = AutoModel.from_config(config, **options)
+    for module, part in recipe["load"].items():
+        load_part(model, module, **({"path": part} if isinstance(part, str) else part))
+    return model, source
 
 
 def run(recipe: dict, resume: bool = False) -> None:
@@ -304,18 +385,15 @@ def run(recipe: dict, resume: bool = False) -> None:
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None and not resume:
         raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
-    options = {"trust_remote_code": True, "attn_implementation": "eager"}
-    if recipe["model"]:
-        set_seed(recipe["seed"])
-        source = recipe["model"]
-        model = AutoModel.from_pretrained(source, **options)
-    else:
-        set_seed(recipe["init"].get("seed", 0))
-        source = recipe["init"]["config"]
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=True), **options)
+    model, source = build_model(recipe, "eager")
+    kept_chunk = model.config.vision_chunk_frames
     model.config.vision_chunk_frames = 1024
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    pretraining = VisionPretraining(model, processor.frames_per_group, recipe["mean_weight"], recipe["asked_weight"])
+    if recipe["teach"] == "slots":
+        pretraining = slots.SlotPretraining(model, recipe["trunk"])
+    else:
+        weights = recipe["mean_weight"], recipe["asked_weight"]
+        pretraining = VisionPretraining(model, processor.frames_per_group, *weights)
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
     arguments = {
         "output_dir": str(output),
@@ -340,21 +418,27 @@ def run(recipe: dict, resume: bool = False) -> None:
         "use_cpu": not torch.cuda.is_available(),
     }
     held_out = recipe["data"] | {"split": "held_out", "size": recipe["eval_size"]}
+    train_dataset = GroupDataset(recipe["data"], processor, recipe["seed"], recipe["teach"])
+    eval_dataset = GroupDataset(held_out, processor, recipe["seed"], recipe["teach"])
+    if recipe["trunk"]:
+        train_dataset = Bank(train_dataset, pretraining, recipe["bank"])
+        eval_dataset = Bank(eval_dataset, pretraining, recipe["eval_size"])
     trainer = VisionTrainer(
         recipe=recipe,
         model=pretraining,
         args=TrainingArguments(**(arguments | recipe["trainer"])),
-        train_dataset=GroupDataset(recipe["data"], processor, recipe["seed"]),
-        eval_dataset=GroupDataset(held_out, processor, recipe["seed"]),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.config.vision_chunk_frames = AutoConfig.from_pretrained(source, trust_remote_code=True).vision_chunk_frames
+    model.config.vision_chunk_frames = kept_chunk
     model.save_pretrained(output)
     processor.save_pretrained(output)
     heads = {
         name: tensor for name, tensor in pretraining.state_dict().items() if name.partition(".")[0].endswith("head")
     }
-    save_file(heads, output / "heads.safetensors")
+    if heads:
+        save_file(heads, output / "heads.safetensors")
 
 
 def main() -> None:

@@ -1,0 +1,276 @@
+"""The next curriculum: facts by slots, the story, many questions behind one clip, and both of its programs."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+pytest.importorskip("accelerate")
+yaml = pytest.importorskip("yaml")
+SMALL = {
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(root):
+    sys.path.insert(0, str(root))
+    import training.pretrain_reading as read
+    import training.pretrain_vision as see
+    import training.slots as slots
+
+    yield slots, see, read
+    sys.path.remove(str(root))
+
+
+@pytest.fixture(scope="module")
+def processor(root):
+    return AutoProcessor.from_pretrained(root, trust_remote_code=True)
+
+
+def shown(slots, row, kind):
+    part = row[slots.STARTS[kind] : slots.STARTS[kind] + slots.KINDS[kind]]
+    return part.nonzero()[0].tolist()
+
+
+def test_facts_say_what_a_group_shows(workshop):
+    """Against the clip's own words, frame by frame."""
+    slots, _, _ = workshop
+    from video_world import make_clip
+
+    ways, changes, keys = set(), 0, 0
+    for seed in range(6):
+        clip = make_clip(seed, "held_out", seconds=32, cards=3, signs=2, shapes=6, num_questions=0)
+        for begin in np.arange(0, 29, 0.5):
+            times = [begin + 0.5 * number for number in range(4)]
+            facts = slots.facts_of(clip, times)
+            assert facts.shape == (9, slots.NUM_FACTS)
+            cards = [next((c for c in clip.cards if c.second <= t < c.second + c.seconds), None) for t in times]
+            card_frames = [number for number, card in enumerate(cards) if card]
+            for slot in slots.CARD:
+                assert shown(slots, facts[slot], "frames") == card_frames
+            for card in filter(None, cards):
+                assert slots.TEXTS.index(card.value) in shown(slots, facts[slots.CARD[0]], "text")
+                keys += isinstance(card.key, str)
+            for slot, shape in enumerate(slots.SHAPES):
+                item = next((item for item in clip.items if item.shape == shape), None)
+                frames = [n for n, t in enumerate(times) if item and item.span_at(t) and not cards[n]]
+                assert shown(slots, facts[slot], "frames") == frames
+                if not frames:
+                    assert facts[slot].sum() == 1, "only which slot it is"
+                    continue
+                looks = [item.change[1] if item.change and times[n] >= item.change[0] else item.color for n in frames]
+                assert shown(slots, facts[slot], "color") == [slots.COLOR_NAMES.index(looks[0])]
+                assert shown(slots, facts[slot], "last_color") == [slots.COLOR_NAMES.index(looks[-1])]
+                changes += looks[0] != looks[-1]
+                way = [slots.DIRECTIONS.index(item.direction)] if item.direction and len(frames) > 1 else []
+                assert shown(slots, facts[slot], "way") == way
+                ways |= set(way)
+    assert len(ways) == 4 and changes and keys
+
+
+def test_the_code_can_be_read_back(workshop):
+    slots, _, _ = workshop
+    code = slots.SlotCode(128)
+    facts = (torch.rand(5, 9, slots.NUM_FACTS) < 0.2).float()
+    assert torch.allclose(code.facts(code.tokens(facts)), facts, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit"):
+        slots.SlotCode(slots.NUM_FACTS - 1)
+
+
+def test_the_story_so_far(workshop):
+    """At one frame a second, against the clip's spans; what a card hides is not gone."""
+    slots, _, _ = workshop
+    from video_world import make_clip
+
+    seen = 0
+    for seed in range(12):
+        clip = make_clip(seed, "held_out", seconds=32, start=8.0, shapes=5, cards=2, num_questions=0)
+        times = 8.0 + np.arange(32.0).reshape(-1, 4)
+        story = slots.story_of(np.stack([slots.facts_of(clip, group) for group in times]), times)
+        assert (story["time"] == times[:, :1]).all()
+        busy = {card.second for card in clip.cards}
+        for item in clip.items:
+            edges = {edge + shift for span in item.spans for edge in span for shift in (-1, 0)}
+            if not item.shape or edges & busy:
+                continue
+            slot = slots.SHAPES.index(item.shape)
+            for group, end in enumerate(times[:, -1] - 8):
+                begun = [span for span in item.spans if span[0] <= end]
+                gone = [span[1] for span in begun if span[1] <= end]
+                none = slots.SECONDS
+                assert story["first"][group, slot] == (8 + begun[0][0] if begun else none)
+                assert story["begin"][group, slot] == (8 + begun[-1][0] if begun else none)
+                ended = begun and gone and begun[-1][1] <= end
+                assert story["gone"][group, slot] == (8 + begun[-1][1] if ended else none)
+                assert story["times"][group, slot] == (len(begun) if begun else slots.STORY["times"] - 1)
+                seen += bool(ended)
+    assert seen > 20
+
+
+def test_seeing_by_slots_behind_a_frozen_trunk(workshop, root, tmp_path):
+    _, see, _ = workshop
+    recipe = see.DEFAULTS | {
+        "init": {"config": str(root), "seed": 0, "text_config": SMALL},
+        "teach": "slots",
+        "trunk": 3,
+        "bank": 64,
+        "output_dir": str(tmp_path / "see"),
+        "data": {"split": "train", "size": 512, "clip": {"seconds": 4}},
+        "muon": True,
+        "learning_rate": 5e-3,
+        "batch_size": 16,
+        "max_steps": 24,
+        "warmup": 2,
+        "save_steps": 24,
+        "logging_steps": 8,
+        "eval_steps": 24,
+        "eval_size": 16,
+        "workers": 0,
+    }
+    see.run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "see" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert any("eval_accuracy/color" in line for line in lines)
+    model = AutoModel.from_pretrained(tmp_path / "see", trust_remote_code=True)
+    fresh, _ = see.build_model(recipe, "eager")
+    moved = {
+        ".".join(name.split(".")[1:4])
+        for (name, old), new in zip(fresh.named_parameters(), model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved == {f"compressor.encoder.{number}" for number in (3, 4, 5)} | {
+        f"multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
+    }
+
+
+def test_a_batch_is_what_the_processor_makes_of_it(workshop, processor):
+    """Ids of prompt and turn, drawn from seed and number alone."""
+    _, _, read = workshop
+    source = {"clips": 2, "questions": 6, "clip": {"seconds": 8, "choice_share": 0.5}, "time_offset_max": 5}
+    batches = read.ClipBatches([source], processor, 3, 10, frames=True)
+    batch, again = batches[4], batches[4]
+    assert torch.equal(batch["ids"], again["ids"]) and torch.equal(batch["pixels"], again["pixels"])
+    assert not torch.equal(batch["facts"], batches[5]["facts"])
+    frames = np.zeros((8, 48, 48, 3), np.uint8)
+    for part in batch["asked"]:
+        for row, ids, labels in zip(part["rows"], part["ids"].tolist(), part["labels"].tolist(), strict=True):
+            numbers = [int(processor.tokenizer.decode([token])) for token in batch["ids"][row].tolist()[15::13]]
+            start, length = numbers[0], max(place for place, label in enumerate(labels) if label != -100) + 1
+            turn = processor.tokenizer.decode(ids[:length])
+            question, answer = turn.strip("\n").split("<|im_end|>\n<|im_start|>assistant\n")
+            messages = [
+                {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer.removesuffix("<|im_end|>")},
+            ]
+            text = processor.render(messages, add_generation_prompt=False)
+            video = {"video": frames, "timestamps": [start + float(number) for number in range(8)]}
+            whole = processor([text], videos=[[video]])["input_ids"][0]
+            assert batch["ids"][row].tolist() + ids[:length] == whole[: len(batch["ids"][row]) + length]
+            assert processor.tokenizer.decode([label for label in labels if label != -100]) == answer
+
+
+def test_questions_behind_a_clip_see_what_they_would_see_alone(workshop, root, processor):
+    """Losses of many questions behind shared key-values equal those of whole sequences through the model."""
+    _, see, read = workshop
+    recipe = read.DEFAULTS | {"init": {"config": str(root), "seed": 0, "text_config": SMALL}, "source": "frames"}
+    model, _ = see.build_model(recipe, "sdpa")
+    reading = read.Reading(model, recipe).eval()
+    source = {"clips": 2, "questions": 3, "clip": {"seconds": 8, "choice_share": 0.5}, "stretch": 300}
+    batch = read.ClipBatches([source], processor, 1, 4, frames=True)[1]
+    with torch.no_grad():
+        found = reading(**{key: value for key, value in batch.items() if key != "story"})["loss"]
+        total, count = 0.0, 0
+        for part in batch["asked"]:
+            for row, ids, labels in zip(part["rows"], part["ids"], part["labels"], strict=True):
+                whole = torch.cat([batch["ids"][row], ids])
+                first = batch["positions"][row, -1] + 1
+                positions = torch.cat([batch["positions"][row], first + torch.arange(len(ids))])
+                logits = model(
+                    input_ids=whole[None],
+                    position_ids=positions[None],
+                    attention_mask=torch.ones_like(whole)[None],
+                    pixel_values_videos=[batch["pixels"][row]],
+                    use_cache=False,
+                ).logits[0, len(batch["ids"][row]) :]
+                wanted = labels[1:] != -100
+                losses = torch.nn.functional.cross_entropy(logits[:-1][wanted], labels[1:][wanted], reduction="sum")
+                total, count = total + losses, count + int(wanted.sum())
+    assert found == pytest.approx(float(total / count), rel=1e-4)
+
+
+def test_haystacks_ask_only_for_what_is_there_once(workshop, processor):
+    _, _, read = workshop
+    source = {"clips": 2, "questions": 8, "segments": 3, "clip": {"seconds": 16, "cards": 3}, "stretch": 4000}
+    batches = read.ClipBatches([source], processor, 0, 8, frames=False)
+    asked = 0
+    for number in range(4):
+        batch = batches[number]
+        assert batch["facts"].shape[1] == 12 and "story" not in batch
+        assert (batch["positions"].diff() > 0).all()
+        asked += sum(len(part["types"]) for part in batch["asked"])
+        assert {kind for part in batch["asked"] for kind in part["types"]} <= {"needle", "two_hop"}
+    assert asked > 20
+
+
+def test_reading_learns_and_keeps_the_vision_path(workshop, root, tmp_path):
+    _, see, read = workshop
+    recipe = read.DEFAULTS | {
+        "init": {"config": str(root), "seed": 0, "text_config": SMALL},
+        "embedding_scale": 5.0,
+        "output_dir": str(tmp_path / "read"),
+        "data": [{"clips": 2, "questions": 8, "clip": {"seconds": 8}}],
+        "held_out": [{"name": "s8", "clips": 2, "questions": 4, "clip": {"seconds": 8}}],
+        "learning_rate": 3e-3,
+        "story_layer": 1,
+        "max_steps": 24,
+        "warmup": 2,
+        "save_steps": 24,
+        "eval_steps": 24,
+        "eval_batches": 1,
+        "logging_steps": 8,
+    }
+    read.run(recipe)
+    with pytest.raises(ValueError, match="--resume"):
+        read.run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "read" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0] and "story/time" in lines[0] and "eval_accuracy/s8" in lines[-2]
+    model = AutoModel.from_pretrained(tmp_path / "read", trust_remote_code=True)
+    fresh, _ = see.build_model(recipe, "eager")
+    moved = {
+        name.split(".")[1]
+        for (name, old), new in zip(fresh.named_parameters(), model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved == {"language_model"}
+
+
+def test_numbers_begin_near_their_neighbours(workshop, root, processor):
+    _, see, read = workshop
+    recipe = read.DEFAULTS | {"init": {"config": str(root), "seed": 0}}
+    model, _ = see.build_model(recipe, "eager")
+    read.set_embeddings(model, processor.tokenizer, 5.0)
+    weight = model.get_input_embeddings().weight
+    rows = torch.stack([weight[processor.tokenizer.encode(f" {number}")[0]] for number in range(60)])
+    alike = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).fill_diagonal_(0)
+    near = torch.stack([alike[number, number + 1] for number in range(59)]).mean()
+    assert near > alike.mean() + 0.1 and alike.max() < 0.97
+
+
+def test_shipped_recipes(workshop, root):
+    _, see, read = workshop
+    for path in sorted((root / "training" / "recipes" / "slots").glob("*.yaml")):
+        program = see if yaml.safe_load(path.read_text())["stage"] == "see" else read
+        recipe = program.load_recipe(path, [])
+        assert recipe["output_dir"] == f"outputs/slots/{path.stem}"
+    with pytest.raises(ValueError, match="no colour"):
+        read.load_recipe(path, ["colour=1"])

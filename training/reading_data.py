@@ -1,0 +1,175 @@
+"""Batches of clips of the world with many questions each, for `pretrain_reading.py`; drawn from seed and number.
+
+B clips in a batch, R questions, P positions of a clip's prompt, L of the longest question, F frames, G groups,
+N visual tokens a group, K facts a token, S image side.
+"""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from training.data import IGNORE, stretch_positions
+from training.pretrain_vision import normalise
+from training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
+from video_world import make_clip, needle_questions
+
+
+class ClipBatches(Dataset):
+    """Batches of clips with questions; one item is a batch.
+
+    Args:
+        sources: Each a dict: `share` (of the batches), `clips` (B), `questions` (a clip), `clip` (arguments of
+            `make_clip`), `sample_fps` (one or several), `time_offset_max`, `stretch` (positions reach up to it in half
+            of the batches), `segments` (clips one after the other, whose cards are asked for).
+        processor: The model's.
+        seed: Of everything that is drawn.
+        size: Number of batches.
+        frames: Whether pictures are drawn.
+    """
+
+    def __init__(self, sources: list[dict], processor, seed: int, size: int, frames: bool, split: str = "train"):
+        self.sources, self.processor, self.seed, self.size = sources, processor, seed, size
+        self.frames, self.split = frames, split
+        self.tokenizer = processor.tokenizer
+        text = processor.render([{"role": "user", "content": [{"type": "video"}]}], add_generation_prompt=False)
+        self.head = self.tokenizer.encode(text.partition(processor.video_token)[0])
+        self._ids = {}
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        """A batch: `ids` and `positions` of the prompts [B, P], `facts` [B, G, N, K] or `pixels` [B, F, 3, S, S],
+        `story` (dict of [B, G, N]), and `asked`: per length class `rows` (of the batch) [R], `ids`, `labels` [R, L],
+        and `types`."""
+        rng = random.Random(f"{self.seed}-{index}")
+        source = rng.choices(self.sources, [item.get("share", 1.0) for item in self.sources])[0]
+        rates = source.get("sample_fps", 1)
+        rate = float(rng.choice(rates if isinstance(rates, list) else [rates]))
+        prompts, facts, stories, pixels, questions = [], [], [], [], []
+        for row in range(source["clips"]):
+            start = float(rng.randint(0, source.get("time_offset_max", 0)))
+            clips, asked = self._clips(source, start, rng)
+            times = [clip.start + number / rate for clip in clips for number in range(int(clip.seconds * rate))]
+            per_clip = len(times) // len(clips)
+            groups = np.array(times + times[-1:] * (-len(times) % FRAMES)).reshape(-1, FRAMES)
+            shown = np.stack([facts_of(clips[number * FRAMES // per_clip], g) for number, g in enumerate(groups)])
+            facts.append(shown)
+            if len(clips) == 1:
+                stories.append(story_of(shown, groups))
+            if self.frames:
+                drawn = np.concatenate([clip.frames(times[n * per_clip :][:per_clip]) for n, clip in enumerate(clips)])
+                pixels.append(normalise(drawn, self.processor))
+            prompts.append(self._prompt(groups[:, 0]))
+            questions += [(row, question) for question in asked]
+        ids = torch.tensor(prompts)
+        batch = {
+            "ids": ids,
+            "positions": self._positions(ids, source.get("stretch", 0), rng),
+            "facts": torch.from_numpy(np.stack(facts)),
+            "asked": self._ask(questions),
+        }
+        if stories:
+            batch["story"] = {kind: torch.from_numpy(np.stack([s[kind] for s in stories])) for kind in STORY}
+        if pixels:
+            batch["pixels"] = torch.stack(pixels)
+        return batch
+
+    def _clips(self, source, start, rng):
+        options, size = dict(source["clip"]), self.processor.image_size
+        seconds, segments = options.pop("seconds"), source.get("segments", 1)
+        if segments == 1:
+            seed = rng.randrange(2**40)
+            clip = make_clip(
+                seed, self.split, seconds, size=size, start=start, num_questions=source["questions"], **options
+            )
+            return [clip], list(clip.questions)
+        options.pop("kinds", None)
+        choice = options.pop("choice_share", 0.0)
+        clips = [
+            make_clip(
+                rng.randrange(2**40),
+                self.split,
+                seconds,
+                size=size,
+                start=start + n * seconds,
+                num_questions=0,
+                **options,
+            )
+            for n in range(segments)
+        ]
+        cards, taken = [], set()
+        for clip in clips:
+            for card in clip.cards:
+                second = int(clip.start - start) + card.second
+                cards.append(type(card)(second, card.key, card.value, card.seconds))
+                taken.add(card.key)
+        keys = [card.key for card in cards]
+        words = [card.value for card in cards]
+        alone = {card.key for card in cards if keys.count(card.key) == 1}
+        draw = np.random.default_rng(rng.randrange(2**40))
+        questions = []
+        for kind in source.get("kinds", ("single", "multi_hop")):
+            questions += needle_questions(cards, kind, draw, choice, start)
+        good = []
+        for question in questions:
+            named = [key for key in keys if _named(key, question.text)]
+            chain = question.type == "two_hop"
+            if all(key in alone for key in named) and (
+                not chain or words.count(question.answer.partition(",")[0]) == 1
+            ):
+                good.append(question)
+        draw.shuffle(good)
+        return clips, good[: source["questions"]]
+
+    def _prompt(self, begins) -> list[int]:
+        ids = list(self.head)
+        for begin in begins:
+            ids += self._encode(self.processor.time_format.format(seconds=float(begin)))
+            ids += [self.processor.video_token_id] * NUM_SLOTS
+        return ids
+
+    def _encode(self, text) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer.encode(text)
+        return self._ids[text]
+
+    def _positions(self, ids, limit, rng):
+        positions = torch.arange(ids.shape[1])
+        if limit and rng.random() < 0.5:
+            positions = stretch_positions(ids[0], self.processor, limit, np.random.default_rng(rng.randrange(2**40)))
+        return positions.expand(len(ids), -1)
+
+    def _ask(self, questions):
+        asked = []
+        for options in (False, True):
+            chosen = [(row, question) for row, question in questions if (question.choices is not None) == options]
+            if not chosen:
+                continue
+            rows = []
+            for row, question in chosen:
+                before = self.tokenizer.encode(f"\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
+                answer = self.tokenizer.encode(f"{question.answer}<|im_end|>")
+                rows.append((row, before, answer, question.type))
+            length = max(len(before) + len(answer) for _, before, answer, _ in rows)
+            ids, labels = torch.full((len(rows), length), 0), torch.full((len(rows), length), IGNORE)
+            for number, (_, before, answer, _) in enumerate(rows):
+                stop = len(before) + len(answer)
+                ids[number, :stop] = torch.tensor(before + answer)
+                labels[number, len(before) : stop] = torch.tensor(answer)
+            asked.append(
+                {
+                    "rows": torch.tensor([row for row, *_ in rows]),
+                    "ids": ids,
+                    "labels": labels,
+                    "types": [kind for *_, kind in rows],
+                    "options": options,
+                }
+            )
+        return asked
+
+
+def _named(key, text) -> bool:
+    return f"word {key}" in text if isinstance(key, str) else " ".join(key) in text

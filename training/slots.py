@@ -1,0 +1,280 @@
+"""What a group of frames of the world shows, told by slots: one visual token for each thing that can be seen.
+
+A group of four frames has nine visual tokens. The small model's vision path is taught to say something definite with
+each: tokens 0 to 5 tell of one shape each, token 6 of signs, tokens 7 and 8 of a card. What a token says is a sum of
+fixed directions of the language model's width, one for each fact: which slot it is, in which frames its thing stands,
+its first and last colour, size, way, text and key. So a language model can learn to read before the vision path
+has learnt to see (`SlotCode.tokens` of the facts of a clip), and read its tokens afterwards.
+
+`story_of` tells what can be known at the end of each group about what was seen up to then. A small language model is
+asked for it at the visual tokens while it learns to read (`pretrain_reading.py`).
+
+G groups, T frames a group, N slots = visual tokens a group, K facts a slot, C width of the language model.
+"""
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import nn
+
+from video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS
+
+COLOR_NAMES, SIZE_NAMES, TEXTS = tuple(COLORS), tuple(SIZES), WORDS + DIGITS
+DIRECTIONS = ("left", "right", "up", "down")
+FRAMES = 4
+SIGN, CARD, NUM_SLOTS = len(SHAPES), (len(SHAPES) + 1, len(SHAPES) + 2), len(SHAPES) + 3
+# Facts of a slot, by kind, in this order.
+KINDS = {
+    "slot": NUM_SLOTS,
+    "frames": FRAMES,
+    "color": len(COLOR_NAMES),
+    "last_color": len(COLOR_NAMES),
+    "size": len(SIZE_NAMES),
+    "way": len(DIRECTIONS),
+    "text": len(TEXTS),
+    "key_word": len(WORDS),
+    "key_color": len(COLOR_NAMES),
+    "key_shape": len(SHAPES),
+}
+STARTS = dict(zip(KINDS, np.cumsum([0, *KINDS.values()]).tolist(), strict=False))
+NUM_FACTS = sum(KINDS.values())
+# Of a fact of a slot that shows nothing, and of what tokens hold beside facts, in the loss.
+EMPTY_WEIGHT, BESIDE_WEIGHT = 0.1, 0.1
+# What a story tells, per slot: number of classes, the last of them "not yet" or "none".
+SECONDS = 128
+STORY = {
+    "time": SECONDS + 1,  # second of the group's first frame
+    "before": 3,  # whether the thing stood in the frame before the group
+    "first": SECONDS + 1,  # second of the thing's first appearance
+    "begin": SECONDS + 1,  # of its latest appearance
+    "gone": SECONDS + 1,  # when it was gone after it, if it is
+    "times": 5,
+    "length": 32,  # seconds visible up to now
+    "color": len(COLOR_NAMES) + 1,
+    "size": len(SIZE_NAMES) + 1,
+    "way": len(DIRECTIONS) + 1,
+    "text": len(TEXTS) + 1,
+}
+
+
+def _column(kind: str, value: int) -> int:
+    return STARTS[kind] + value
+
+
+def facts_of(clip, times) -> np.ndarray:
+    """What a group shows.
+
+    Args:
+        clip: A `video_world.Clip`.
+        times: Seconds of its T frames.
+
+    Returns:
+        [N, K] float32 of 0 and 1.
+    """
+    facts = np.zeros((NUM_SLOTS, NUM_FACTS), np.float32)
+    facts[np.arange(NUM_SLOTS), np.arange(NUM_SLOTS)] = 1
+    seen = {}
+    for frame, time in enumerate(times):
+        second = time - clip.start
+        card = _card_at(clip, second)
+        if card is not None:
+            for slot in CARD:
+                row = facts[slot]
+                row[_column("frames", frame)] = row[_column("text", TEXTS.index(card.value))] = 1
+                if isinstance(card.key, str):
+                    row[_column("key_word", WORDS.index(card.key))] = 1
+                else:
+                    row[_column("key_color", COLOR_NAMES.index(card.key[0]))] = 1
+                    row[_column("key_shape", SHAPES.index(card.key[1]))] = 1
+            continue
+        for item in clip.items:
+            if item.span_at(second) is None:
+                continue
+            row = facts[SHAPES.index(item.shape) if item.shape else SIGN]
+            row[_column("frames", frame)] = 1
+            if item.text:
+                row[_column("text", TEXTS.index(item.text))] = 1
+                continue
+            row[_column("size", SIZE_NAMES.index(item.size))] = 1
+            color = item.change[1] if item.change and second >= item.change[0] else item.color
+            seen.setdefault(item.shape, []).append((color, item.direction, item.span_at(second)))
+    for shape, looks in seen.items():
+        row = facts[SHAPES.index(shape)]
+        row[_column("color", COLOR_NAMES.index(looks[0][0]))] = 1
+        row[_column("last_color", COLOR_NAMES.index(looks[-1][0]))] = 1
+        if looks[0][1] and len(looks) > 1:
+            row[_column("way", DIRECTIONS.index(looks[0][1]))] = 1
+    return facts
+
+
+def _card_at(clip, second):
+    return next((card for card in clip.cards if card.second <= second < card.second + card.seconds), None)
+
+
+class SlotCode:
+    """Directions of the facts in the language model's width, the same for every model of that width.
+
+    Args:
+        hidden_size: C, at least K.
+        loudness: Length of each direction.
+    """
+
+    def __init__(self, hidden_size: int, loudness: float = 0.5):
+        if hidden_size < NUM_FACTS:
+            raise ValueError(f"{NUM_FACTS} facts do not fit into a width of {hidden_size}")
+        generator = torch.Generator().manual_seed(20250621)
+        basis, _ = torch.linalg.qr(torch.randn(hidden_size, hidden_size, generator=generator, dtype=torch.float64))
+        self.basis = basis.T[:NUM_FACTS].float().contiguous()  # [K, C], orthonormal
+        self.loudness = loudness
+
+    def tokens(self, facts: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., C]."""
+        return self.loudness * facts @ self.basis
+
+    def facts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What tokens say, near 0 or 1 where they are clear. [..., C] -> [..., K]."""
+        return tokens @ self.basis.T / self.loudness
+
+
+def story_of(facts: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
+    """What is known at the end of each group.
+
+    Args:
+        facts: Of all groups in order, [G, N, K].
+        times: Seconds of the frames, [G, T].
+
+    Returns:
+        For each kind of `STORY` the class, [G, N] int64.
+    """
+    groups = len(facts)
+    story = {kind: np.full((groups, NUM_SLOTS), classes - 1, np.int64) for kind, classes in STORY.items()}
+    start = STARTS["frames"]
+    standing = facts[:, :, start : start + FRAMES].transpose(1, 0, 2).reshape(NUM_SLOTS, -1) > 0  # [N, G * T]
+    flat = times.reshape(-1)
+    story["time"][:] = np.minimum(times[:, :1].astype(np.int64), SECONDS - 1)
+    story["before"][1:] = standing[:, FRAMES - 1 : -1 : FRAMES].T
+    # A card hides what stands behind it for its second, and what it hides is not gone.
+    hidden = standing[CARD[0]].copy()
+    step = float(flat[1] - flat[0]) if len(flat) > 1 else 1.0
+    for slot in range(NUM_SLOTS):
+        shows = standing[slot]
+        first = begin = gone = None
+        count, length, was, last = 0, 0.0, False, -1
+        known = {kind: STORY[kind] - 1 for kind in ("color", "size", "way", "text")}
+        for number, time in enumerate(flat):
+            group = number // FRAMES
+            if shows[number]:
+                # Longer out of sight than a card lasts: it came again.
+                if not was:
+                    begin, gone, count = time, None, count + 1
+                    first = time if first is None else first
+                length += step
+                was, last = True, number
+            elif was and not (hidden[number] and slot < SIGN + 1):
+                was, gone = False, flat[last] + step
+            if number % FRAMES == FRAMES - 1:
+                row = facts[group, slot]
+                for kind, source in (("color", "last_color"), ("size", "size"), ("way", "way"), ("text", "text")):
+                    part = row[STARTS[source] : STARTS[source] + KINDS[source]]
+                    if part.any():
+                        known[kind] = int(part.argmax())
+                values = {
+                    "first": first,
+                    "begin": begin,
+                    "gone": gone,
+                    "times": min(count, 3) if count else None,
+                    "length": min(length, STORY["length"] - 2) if count else None,
+                }
+                for kind, value in values.items():
+                    if value is not None:
+                        story[kind][group, slot] = min(int(value), STORY[kind] - 2)
+                for kind, value in known.items():
+                    story[kind][group, slot] = value
+    return story
+
+
+class SlotPretraining(nn.Module):
+    """A model's vision path, whose tokens should tell facts: the loss is their squared distance from what is so.
+
+    Args:
+        model: A Video-XL model with DTS; its language model is left alone.
+        trunk: So many layers of DTS, and the tower, are not run by `forward`, which takes what they put out.
+    """
+
+    def __init__(self, model, trunk: int = 0):
+        super().__init__()
+        self.config, self.trunk = model.config, trunk
+        self.vision_tower = model.model.vision_tower
+        self.compressor = model.model.compressor
+        self.multi_modal_projector = model.model.multi_modal_projector
+        self.encode = model.get_video_features
+        self.code = SlotCode(model.config.text_config.hidden_size)
+        if trunk:
+            self.vision_tower.requires_grad_(False)
+            self.compressor.temporal_encoding.requires_grad_(False)
+            self.compressor.encoder[:trunk].requires_grad_(False)
+
+    @torch.no_grad()
+    def run_trunk(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the frozen layers put out. [G, T, 3, S, S] -> [G, ...]."""
+        kept = []
+        hook = self.compressor.encoder[self.trunk].register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+        try:
+            self.encode(pixels)
+        finally:
+            hook.remove()
+        return torch.cat(kept)
+
+    def forward(self, facts, pixels=None, hidden=None) -> dict:
+        """The loss of G groups, and what their tokens tell [G, N, K].
+
+        Args:
+            facts: See `facts_of`, [G, N, K].
+            pixels: [G, T, 3, S, S]; or
+            hidden: what `run_trunk` gave.
+        """
+        if hidden is None:
+            tokens = torch.cat(self.encode(pixels).pooler_output).float()
+        else:
+            hidden = hidden.float()
+            for layer in self.compressor.encoder[self.trunk :]:
+                hidden = layer(hidden)
+            tokens = self.multi_modal_projector(rearrange(hidden, "g c 1 y x -> g (y x) c")).float()
+        facts = facts.float()
+        told = self.code.facts(tokens)
+        beside = (tokens - self.code.tokens(told)) / self.code.loudness
+        weight = torch.where(shows(facts)[..., None], 1.0, EMPTY_WEIGHT).expand_as(facts).clone()
+        weight[..., STARTS["frames"] : STARTS["frames"] + FRAMES] = 1.0
+        loss = (weight * (told - facts).square()).sum(dim=(1, 2)).mean()
+        return {"loss": loss + BESIDE_WEIGHT * beside.square().sum(dim=(1, 2)).mean(), "told": told}
+
+
+def shows(facts: torch.Tensor) -> torch.Tensor:
+    """Whether a slot's thing stands in any frame. [..., N, K] -> bool [..., N]."""
+    return facts[..., STARTS["frames"] : STARTS["frames"] + FRAMES].any(dim=-1)
+
+
+def told_right(told: torch.Tensor, facts: torch.Tensor) -> dict[str, float]:
+    """Per kind of fact the share of slots that tell it right, of those that have it; `frames` over all slots.
+
+    A kind that no slot has is left out.
+
+    Args:
+        told, facts: [G, N, K].
+    """
+    result = {}
+    for kind, size in KINDS.items():
+        part = slice(STARTS[kind], STARTS[kind] + size)
+        if kind == "frames":
+            right = ((told[..., part] > 0.5) == facts[..., part].bool()).all(dim=-1)
+            result["frames"] = right.float().mean().item()
+            if shows(facts).any():
+                result["frames of shown"] = right[shows(facts)].float().mean().item()
+        elif kind != "slot":
+            # With a word and a digit at once either counts.
+            has = facts[..., part].any(dim=-1)
+            if not has.any():
+                continue
+            right = facts[..., part].float().gather(-1, told[..., part].argmax(dim=-1, keepdim=True))[..., 0]
+            result[kind] = right[has].mean().item()
+    return result
