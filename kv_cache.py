@@ -158,6 +158,9 @@ class VideoXLCacheLayer(DynamicLayer):
         self.row_shift = torch.tensor([self.hidden]) if self.hidden else None
 
     def reset(self) -> None:
+        # override: 5.17 writes zeros into the views, behind which forks have their keys, too, and keeps their length
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         self.hidden, self.row_padding, self.row_shift = 0, None, None
         self._leave_room()
