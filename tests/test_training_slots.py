@@ -252,6 +252,11 @@ def test_reading_learns_and_keeps_the_vision_path(workshop, root, tmp_path):
         if not torch.equal(old, new)
     }
     assert moved == {"language_model"}
+    heads = str(tmp_path / "read" / "heads.safetensors")
+    again = {"init": None, "model": str(tmp_path / "read"), "heads": heads, "max_steps": 4, "logging_steps": 4}
+    read.run(recipe | again | {"output_dir": str(tmp_path / "on"), "learning_rate": 1e-4})
+    after = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
+    assert after["loss"] < losses[0], "it goes on where it stood"
 
 
 def test_numbers_begin_near_their_neighbours(workshop, root, processor):

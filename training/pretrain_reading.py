@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoProcessor, DynamicCache, Trainer, TrainingArguments
 
@@ -44,6 +45,7 @@ DEFAULTS = {
     "init": None,
     "model": None,
     "load": {},
+    "heads": None,  # heads.safetensors of an earlier stage; without them fresh ones disturb what was learnt
     "output_dir": None,
     "data": [],
     "held_out": [],
@@ -306,10 +308,12 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
         raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
     model, source = build_model(recipe, "sdpa")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    if recipe["init"]:
+    if recipe["init"] and "language_model" not in recipe["load"]:
         set_embeddings(model, processor.tokenizer, recipe["embedding_scale"])
     kept_chunk, model.config.vision_chunk_frames = model.config.vision_chunk_frames, 1024
     reading = Reading(model, recipe)
+    if recipe["heads"]:
+        reading.load_state_dict(load_file(recipe["heads"]), strict=False)
     arguments = {
         "output_dir": str(output),
         "learning_rate": recipe["learning_rate"],
@@ -349,6 +353,8 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     model.config.vision_chunk_frames = kept_chunk
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    heads = {name: tensor for name, tensor in reading.state_dict().items() if name.startswith("story_")}
+    save_file(heads, output / "heads.safetensors")
     return trainer
 
 
