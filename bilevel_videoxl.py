@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from .kv_cache import KeptSpan, mix_cache, rotate
+from .cache_layers_videoxl import rotate
+from .kv_cache import KeptSpan, mix_cache
 from .selection_videoxl import (
     DENSE,
     DROPPED,

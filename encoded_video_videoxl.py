@@ -14,9 +14,10 @@ import os
 
 import torch
 
+from .cache_layers_videoxl import VideoXLOffloadedLayer
 from .deferred_rows_videoxl import DeferredRows
 from .image_processing_videoxl import count_tiles
-from .kv_cache import VideoXLOffloadedLayer, fork_cache, move_cache, new_cache, rewind_cache
+from .kv_cache import fork_cache, move_cache, new_cache, rewind_cache
 from .sparse_attention import GroupSpan, VisualLayout
 from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .beacon_memory_videoxl import add_beacons
 from .bilevel_videoxl import pending_choice
+from .cache_layers_videoxl import VideoXLCacheLayer
 from .chat_videoxl import VideoXLChatMixin
 from .compressor_videoxl import (
     VideoXLDynamicTokenSynthesis,
@@ -30,7 +31,7 @@ from .compressor_videoxl import (
 )
 from .configuration_videoxl import VideoXLConfig
 from .generation_videoxl import VideoXLGenerationMixin
-from .kv_cache import VideoXLCacheLayer, new_cache, own_layers
+from .kv_cache import new_cache, own_layers
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention

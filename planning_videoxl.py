@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from .cache_layers_videoxl import MIN_SPARE_TOKENS
 from .frame_sampling_videoxl import FrameSampler
 from .image_processing_videoxl import is_image
-from .kv_cache import MIN_SPARE_TOKENS
 from .planning_dropping_videoxl import dropping_stages
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .beacon_memory_videoxl import plan_windows
 from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
+from .cache_layers_videoxl import VideoXLCacheLayer, VideoXLOffloadedLayer
 from .deferred_rows_videoxl import defer_rows
-from .kv_cache import VideoXLCacheLayer, VideoXLOffloadedLayer, fork_cache, new_cache, stack_caches
+from .kv_cache import fork_cache, new_cache, stack_caches
 from .sparse_attention import GroupSpan, VisualLayout, plan_prefill
 from .token_dropping_videoxl import VideoXLTokenDroppingMixin, drop_stages, dropping_of
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modeling import logits_of, pixels, prompt
 from videoxl.bilevel_videoxl import chunks_of, explicit_chunks, kept_spans
-from videoxl.kv_cache import KeptSpan, fork_cache, mix_cache, new_cache, rotate
+from videoxl.cache_layers_videoxl import rotate
+from videoxl.kv_cache import KeptSpan, fork_cache, mix_cache, new_cache
 from videoxl.selection_videoxl import Levels
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from goldens import assert_close, open_golden
 from videoxl.beacon_memory_videoxl import kept_tokens, plan_windows
-from videoxl.kv_cache import rotate
+from videoxl.cache_layers_videoxl import rotate
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
 
 # Absolute, as the golden's notes suggest.

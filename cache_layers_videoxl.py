@@ -1,0 +1,359 @@
+"""One layer of a cache: keys and values that grow in place, share room with followers, and may be fewer than tokens.
+
+What is surprising:
+* A layer appends into a buffer with spare room, so a long prefill does not copy the whole cache for every chunk, as
+  `torch.cat` does. `fork` shares the buffer with any number of followers. Whoever holds the most tokens of it may
+  append in place, so one question at a time copies nothing; any other copies at its first write.
+* A layer may hold fewer keys than tokens went by (pooled or dropped ones). `get_seq_length` is then the logical
+  length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
+* A layer may keep only some of the keys that were just appended (`keep_of_last`: beacon memory); the others count as
+  tokens that went by.
+* Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
+  angles are first rounded to float32, as the language model rounds them.
+
+B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
+group.
+"""
+
+import threading
+import weakref
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+# Spare room when a buffer has to grow: a share of what it holds, and at least this many tokens.
+GROWTH = 0.25
+MIN_SPARE_TOKENS = 256
+# Tokens that are rotated at once in float32: bounds the temporary copies.
+ROTATED_AT_ONCE = 65536
+
+
+class _Room:
+    """Buffers that a layer and its forks share. Whoever holds the most tokens may append in place; the others copy."""
+
+    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor]):
+        self.buffers = buffers
+        self.ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # living layer -> tokens it looks at
+        self._lock = threading.Lock()  # two questions may be asked from two threads
+
+    def claim(self, layer, length: int, end: int) -> bool:
+        """Whether nobody else looks at tokens from `length` on; if so, they are `layer`'s up to `end` now."""
+        with self._lock:
+            if any(tokens > length for other, tokens in self.ends.items() if other is not layer):
+                return False
+            self.ends[layer] = end
+            return True
+
+    def set_end(self, layer, end: int | None) -> None:
+        """Notes how many tokens a layer looks at; None if it left."""
+        with self._lock:
+            self.ends.pop(layer, None)
+            if end is not None:
+                self.ends[layer] = end
+
+    def __deepcopy__(self, memo):
+        return None  # a copied layer makes its own at its first write
+
+
+class VideoXLCacheLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values [B, K, M, D] are views of buffers with spare room.
+
+    Attributes:
+        hidden: Tokens that went by but have no key of their own here: logical length minus held keys.
+        row_padding: [B] keys at the start of each row that are padding, or None.
+        row_shift: [B] by how much the positions of what follows are smaller than counted, or None.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = 0
+        self.row_padding: torch.Tensor | None = None
+        self.row_shift: torch.Tensor | None = None
+        self._room: _Room | None = None
+        self._reserved = 0
+        self._pooled: dict = {}  # pool size -> pooled groups; shared by forks until either one's content changes
+
+    @property
+    def held(self) -> int:
+        """Keys in the layer."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the layer; one as long as it is empty."""
+        return self.keys.shape[0] if self.is_initialized and self.keys.numel() else 1
+
+    def get_seq_length(self) -> int:
+        return self.held + self.hidden
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.hidden
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # override: append in place instead of concatenating
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._leave_room()
+            self._pooled = {}
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, added = self.held, key_states.shape[-2]
+        if length and self.keys.device != key_states.device:
+            # The language model's layers may lie on several devices, and what was moved or loaded on one.
+            self.set_content(self.keys.to(key_states.device), self.values.to(key_states.device))
+        if not (self._has_room(length + added) and self._room.claim(self, length, length + added)):
+            self._grow(key_states, value_states, length, added)
+        for buffer, states in zip(self._room.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length : length + added] = states
+        self.keys, self.values = (buffer[:, :, : length + added] for buffer in self._room.buffers)
+        self._pooled = {}
+        return self.keys, self.values
+
+    def reserve(self, tokens: int) -> None:
+        """Makes the next growth leave room for `tokens` in all, so that a known length is allocated once."""
+        self._reserved = max(self._reserved, tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # override: 5.17 reads a positive number as the length to keep; and the buffer stays behind the shortened view
+        tokens = int(tokens_to_remove)
+        removed = self.get_seq_length() - tokens if tokens > 0 else -tokens
+        if removed > 0 and self.is_initialized:
+            keep = max(self.held - removed, 0)
+            self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
+            self._pooled = {}
+            if self._room is not None:
+                self._room.set_end(self, keep)
+
+    def keep_of_last(self, count: int, kept: torch.Tensor, tokens: int, inv_freq: torch.Tensor) -> None:
+        """Of the last `count` keys of a layer of one row, keeps some and moves them up behind the earlier ones.
+
+        Args:
+            count: Keys to choose from; they stand at the positions of their places.
+            kept: [b] which of them to keep, ascending.
+            tokens: Tokens that they stand for: from now on `tokens - b` more went by without a key of their own.
+            inv_freq: [D / 2] rotary frequencies.
+        """
+        before, kept = self.held - count, kept.to(self.keys.device)
+        places = torch.arange(before, before + len(kept), device=kept.device)
+        keys, values = (states[:, :, before:].index_select(2, kept) for states in (self.keys, self.values))
+        self.crop(-count)
+        self.update(rotate(keys, kept + before, places, inv_freq).to(keys.dtype), values)
+        self.pass_by(tokens - len(kept))
+
+    def pass_by(self, tokens: int) -> None:
+        """Counts tokens that have no key here, and that take no positions either."""
+        if tokens:
+            self.hidden += tokens
+            self.row_shift = torch.tensor([tokens]) if self.row_shift is None else self.row_shift + tokens
+
+    def rewind(self, length: int, held: int) -> None:
+        """Goes back to a length at which `held` keys, or all of fewer, were here (one row without padding)."""
+        held = min(held, self.held)
+        if self.held > held:
+            self.crop(held - self.held)
+        self.hidden = length - held
+        self.row_shift = torch.tensor([self.hidden]) if self.hidden else None
+
+    def reset(self) -> None:
+        # override: 5.17 writes zeros into the views, behind which forks have their keys, too, and keeps their length
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+        self.hidden, self.row_padding, self.row_shift = 0, None, None
+        self._leave_room()
+        self._pooled = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _map_rows(self, function) -> None:
+        self.row_padding = None if self.row_padding is None else function(self.row_padding)
+        self.row_shift = None if self.row_shift is None else function(self.row_shift)
+
+    def fork(self, make_room=False) -> "VideoXLCacheLayer":
+        """A layer with the same content that may be extended without changing this one.
+
+        Args:
+            make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
+        """
+        if make_room and self.held and not self._has_room(self.held + MIN_SPARE_TOKENS):
+            self._grow(self.keys, self.values, self.held, 0)
+            self.keys, self.values = (buffer[:, :, : self.held] for buffer in self._room.buffers)
+        other = VideoXLCacheLayer()
+        other.set_content(self.keys, self.values)
+        if self._room is not None and self._has_room(self.held):
+            other._room = self._room
+            self._room.set_end(other, self.held)
+        other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
+        other._pooled = self._pooled
+        return other
+
+    def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Takes over keys and values [B, K, L, D] as they are."""
+        self._leave_room()
+        self.keys, self.values = keys, values
+        self.is_initialized = keys is not None
+        if self.is_initialized:
+            self.dtype, self.device = keys.dtype, keys.device
+
+    def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video.
+
+        Args:
+            groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
+                token.
+            pool_size: Kernel and stride of the pooling; a remainder of N is dropped.
+            inv_freq: [D / 2] rotary frequencies.
+
+        Returns:
+            Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
+        """
+        if pool_size not in self._pooled:
+            pooled = ([], [])
+            size = groups[0][1] - groups[0][0]
+            used = size // pool_size * pool_size
+            at_once = max(ROTATED_AT_ONCE // size, 1)
+            for first in range(0, len(groups), at_once):
+                starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
+                positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
+                taken = (states.index_select(2, positions).to(inv_freq.device) for states in (self.keys, self.values))
+                keys, values = taken
+                for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
+                    target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
+            keys, values = (torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
+            self._pooled[pool_size] = (keys, values)
+        return self._pooled[pool_size]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def _has_room(self, tokens: int) -> bool:
+        # Any method of the base class that replaces `keys` (reordering, repeating, moving) leaves the buffer behind.
+        if self._room is None or self._room.buffers[0].shape[2] < tokens:
+            return False
+        first = self._room.buffers[0]
+        same = self.keys.data_ptr() == first.data_ptr() and self.keys.shape[0] == first.shape[0]
+        return same or self.held == 0
+
+    def _grow(self, key_states, value_states, length, added) -> None:
+        spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
+        capacity = max(length + added + spare, self._reserved)
+        buffers = []
+        # Buffers must stay writable outside inference mode, where a later question may be asked.
+        with torch.inference_mode(False), torch.no_grad():
+            for states, previous in ((key_states, self.keys), (value_states, self.values)):
+                shape = (states.shape[0], states.shape[1], capacity, states.shape[3])
+                buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
+                if length:
+                    buffer[:, :, :length] = previous
+                buffers.append(buffer)
+        self._leave_room()
+        self._room = _Room(tuple(buffers))
+        self._room.set_end(self, length + added)
+
+    def _leave_room(self) -> None:
+        if self._room is not None:
+            self._room.set_end(self, None)
+        self._room = None
+
+
+class VideoXLOffloadedLayer(VideoXLCacheLayer):
+    """A layer of one row whose content lives in host memory; the device holds what the next chunks see.
+
+    `keys` and `values` are the whole content on the host, so saving, pooling and forking go on as ever. On the device
+    are the positions from `near_start` on, and copies of text and timestamps before it. A step of attention that
+    wants more gets the
+    whole layer for a moment: text after a video, and timestamps in `mask` mode.
+    """
+
+    def __init__(self, device, **kwargs):
+        super().__init__(**kwargs)
+        self.near_start = 0
+        self._home = torch.device(device)
+        self._near: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # override: append on the host; what is returned covers the positions from `near_start` on
+        super().update(key_states.cpu(), value_states.cpu())
+        states = (key_states, value_states)
+        if self._near is not None:
+            states = tuple(torch.cat(pair, dim=2) for pair in zip(self._near, states, strict=True))
+        self._near = states
+        return states
+
+    def retire(self, non_visual: torch.Tensor, keep_from: int) -> None:
+        """Takes positions before `keep_from` off the device, except text and timestamps.
+
+        Args:
+            non_visual: Positions of text and timestamps in the whole sequence, ascending.
+            keep_from: First position that later steps see in full.
+        """
+        keep_from = min(max(keep_from, self.near_start), self.held)
+        if self._near is not None:
+            gone = keep_from - self.near_start
+            self._near = tuple(states[:, :, gone:].clone() for states in self._near)
+        self.near_start = keep_from
+        known = 0 if self._text is None else self._text[0].shape[2]
+        wanted = non_visual[known : int(torch.searchsorted(non_visual, keep_from))].to(self.keys.device)
+        fresh = tuple(states.index_select(2, wanted).to(self._home) for states in (self.keys, self.values))
+        if self._text is not None:
+            fresh = tuple(torch.cat(pair, dim=2) for pair in zip(self._text, fresh, strict=True))
+        self._text = fresh
+
+    def visible(self, step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values on the device that the queries of an `AttentionStep` see."""
+        gathered = 0 if step.gathered is None else len(step.gathered)
+        known = 0 if self._text is None else self._text[0].shape[2]
+        if step.window_start >= self.near_start and gathered <= known:
+            window = slice(step.window_start - self.near_start, step.stop - self.near_start)
+            parts = [states[:, :, window] for states in self._near]
+            if gathered:
+                parts = [torch.cat([t[:, :, :gathered], w], dim=2) for t, w in zip(self._text, parts, strict=True)]
+            return tuple(parts)
+        whole = self.whole(step.stop)
+        if gathered == 0:
+            return tuple(states[:, :, step.window_start :] for states in whole)
+        index = torch.cat([step.gathered, torch.arange(step.window_start, step.stop)]).to(self._home)
+        return tuple(states.index_select(2, index) for states in whole)
+
+    def whole(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of the positions before `stop`, on the device for the moment."""
+        return tuple(states[:, :, :stop].to(self._home) for states in (self.keys, self.values))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        # The next `retire` and `update` start from the host's content.
+        self.near_start, self._near, self._text = self.held, None, None
+
+
+def rotate(keys, old, new, inv_freq) -> torch.Tensor:
+    """Moves rotated keys from positions `old` to `new`; None stands for not rotated.
+
+    Args:
+        keys: [B, K, L, D].
+        old, new: [L] positions, any number type.
+        inv_freq: [D / 2].
+
+    Returns:
+        [B, K, L, D] in float32.
+    """
+    inv_freq = inv_freq.to(keys.device, torch.float32)
+    angle = 0.0
+    for positions, sign in ((new, 1.0), (old, -1.0)):
+        if positions is not None:
+            angle = angle + sign * (positions.to(keys.device, torch.float32)[:, None] * inv_freq).double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    first, second = keys.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
