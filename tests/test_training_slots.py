@@ -81,6 +81,8 @@ def test_the_code_can_be_read_back(workshop):
     code = slots.SlotCode(128)
     facts = (torch.rand(5, 9, slots.NUM_FACTS) < 0.2).float()
     assert torch.allclose(code.facts(code.tokens(facts)), facts, atol=1e-5)
+    elsewhere = facts.to("meta")  # as on a GPU, where the facts of a batch are
+    assert code.facts(code.tokens(elsewhere)).device == elsewhere.device
     with pytest.raises(ValueError, match="do not fit"):
         slots.SlotCode(slots.NUM_FACTS - 1)
 

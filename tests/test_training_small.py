@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
@@ -103,7 +103,7 @@ def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, ro
     assert losses[-1] < 0.7 * losses[0]
     assert any("eval_accuracy/card_value" in line for line in lines)
     model = AutoModel.from_pretrained(tmp_path / "see", trust_remote_code=True)
-    see.set_seed(0)
+    set_seed(0)
     fresh = AutoModel.from_config(model.config, trust_remote_code=True)
     moved = {
         name.split(".")[1]

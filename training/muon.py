@@ -90,6 +90,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+def make_optimizer(trainer, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer of a trainer's arguments; with groups that say `muon`, Muon beside AdamW with its settings."""
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    if "muon" in groups[0]:
+        return MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
+    return optimizer_class(groups, **options)
+
+
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon updates a parameter: weights of linear layers and convolutions, not embeddings or output heads."""
     return parameter.ndim >= 2 and not any(part in name for part in ("embed", "encoding", "lm_head"))

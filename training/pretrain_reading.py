@@ -16,7 +16,6 @@ B clips in a batch, R questions, P positions of a clip's prompt, L of the longes
 group, K facts a token, C width.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,19 +24,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoProcessor, DynamicCache, Trainer, TrainingArguments
+from transformers import AutoProcessor, DynamicCache, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
 from training.data import IGNORE  # noqa: E402
-from training.muon import MuonWithAdamW, is_matrix  # noqa: E402
-from training.pretrain_vision import NothingBroken, build_model  # noqa: E402
+from training.muon import is_matrix, make_optimizer  # noqa: E402
 from training.reading_data import ClipBatches  # noqa: E402
-from training.recipe import read_recipe  # noqa: E402
 from training.slots import NUM_SLOTS, STORY, SlotCode  # noqa: E402
-from training.train import newest_checkpoint  # noqa: E402
+from training.small_stages import (  # noqa: E402
+    NothingBroken,
+    build_model,
+    checkpoint_of,
+    main_of,
+    read_stage,
+    stage_arguments,
+)
 from training.trainer import Journal, JournalCallback  # noqa: E402
 
 DEFAULTS = {
@@ -235,11 +239,7 @@ class ReadingTrainer(Trainer):
                     group["muon"] = is_matrix(name, parameter) and "head" not in name
                     group["lr"] *= 1.0 if group["muon"] else 0.5
                 groups.append(group)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if self.recipe["muon"]:
-                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
-            else:
-                self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = make_optimizer(self, groups)
         return self.optimizer
 
     # override: the story's accuracy goes into the log
@@ -259,10 +259,11 @@ class ReadingTrainer(Trainer):
             for name, dataset in self.eval_dataset.items():
                 hits = defaultdict(list)
                 for index in range(len(dataset)):
-                    for kind, found in self.model(**dataset[index])["hits"].items():
+                    batch = self._prepare_inputs(dataset[index])
+                    for kind, found in self.model(**batch)["hits"].items():
                         hits[kind] += found
                 every = [hit for found in hits.values() for hit in found]
-                prefix = f"{metric_key_prefix}_accuracy" + (f"/{name}" if name else "")
+                prefix = f"{metric_key_prefix}_accuracy/{name}"
                 metrics[prefix] = sum(every) / len(every)
                 metrics |= {f"{prefix}/{kind}": round(sum(f) / len(f), 3) for kind, f in sorted(hits.items())}
         self.model.train()
@@ -283,12 +284,7 @@ class ReadingTrainer(Trainer):
 
 def load_recipe(path: Path, overrides: list[str]) -> dict:
     """Reads a recipe; ValueError on an unknown key."""
-    given = read_recipe(path, overrides)
-    if unknown := sorted(set(given) - set(DEFAULTS)):
-        raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
-    if bool(given.get("init")) == bool(given.get("model")):
-        raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
-    return DEFAULTS | given
+    return read_stage(path, overrides, DEFAULTS)
 
 
 def first_of(items):
@@ -302,10 +298,7 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     Raises:
         ValueError: If the output folder holds checkpoints and `resume` is not set.
     """
-    output = Path(recipe["output_dir"])
-    checkpoint = newest_checkpoint(output)
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
+    output, checkpoint = Path(recipe["output_dir"]), checkpoint_of(recipe, resume)
     model, source = build_model(recipe, "sdpa")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
     if recipe["init"] and "language_model" not in recipe["load"]:
@@ -314,25 +307,12 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     reading = Reading(model, recipe)
     if recipe["heads"]:
         reading.load_state_dict(load_file(recipe["heads"]), strict=False)
-    arguments = {
-        "output_dir": str(output),
-        "learning_rate": recipe["learning_rate"],
-        "weight_decay": recipe["weight_decay"],
-        "warmup_steps": recipe["warmup"],
-        "lr_scheduler_type": recipe["scheduler"],
-        "per_device_train_batch_size": 1,
-        "max_steps": recipe["max_steps"],
-        "save_steps": recipe["save_steps"],
-        "save_total_limit": 2,
-        "logging_steps": recipe["logging_steps"],
-        "eval_strategy": "steps" if recipe["held_out"] else "no",
-        "eval_steps": recipe["eval_steps"],
-        "seed": recipe["seed"],
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-    }
+    arguments = stage_arguments(
+        recipe,
+        lr_scheduler_type=recipe["scheduler"],
+        per_device_train_batch_size=1,
+        eval_strategy="steps" if recipe["held_out"] else "no",
+    )
     frames = recipe["source"] == "frames"
     size = recipe["max_steps"] + 1
     held_out = {
@@ -344,12 +324,12 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     trainer = ReadingTrainer(
         recipe=recipe,
         model=reading,
-        args=TrainingArguments(**(arguments | recipe["trainer"])),
+        args=arguments,
         data_collator=first_of,
         train_dataset=ClipBatches(recipe["data"], processor, recipe["seed"], size, frames),
         eval_dataset=held_out,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.config.vision_chunk_frames = kept_chunk
     model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -358,14 +338,5 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     return trainer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    arguments = parser.parse_args()
-    run(load_recipe(arguments.recipe, arguments.set), arguments.resume)
-
-
 if __name__ == "__main__":
-    main()
+    main_of(__doc__, load_recipe, run)

@@ -16,7 +16,6 @@ one to the language model (`hand_over.py`).
 G groups in a batch, T frames a group, N visual tokens a group.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -27,16 +26,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import AutoProcessor, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
 from training import slots  # noqa: E402
-from training.muon import MuonWithAdamW, is_matrix  # noqa: E402
-from training.recipe import read_recipe  # noqa: E402
-from training.train import load_part, newest_checkpoint  # noqa: E402
+from training.muon import is_matrix, make_optimizer  # noqa: E402
+from training.small_stages import (  # noqa: E402
+    NothingBroken,
+    build_model,
+    checkpoint_of,
+    main_of,
+    read_stage,
+    stage_arguments,
+)
 from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
 from training.vision_facts import (  # noqa: E402
     DIRECTIONS,
@@ -257,11 +262,7 @@ class VisionTrainer(Trainer):
                 groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
                 if self.recipe["muon"]:
                     groups[-1]["muon"] = is_matrix(name, parameter) and "head" not in name
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if self.recipe["muon"]:
-                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
-            else:
-                self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = make_optimizer(self, groups)
         return self.optimizer
 
     # override: shares of frames that are named right
@@ -333,46 +334,12 @@ class VisionTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class NothingBroken:
-    """Clips of the world are never broken."""
-
-    def resume(self, step, samples_per_step):
-        """Nothing to go back to."""
-
-
 def load_recipe(path: Path, overrides: list[str]) -> dict:
-    """Reads a recipe; ValueError on an unknown key."""
-    given = read_recipe(path, overrides)
-    if unknown := sorted(set(given) - set(DEFAULTS)):
-        raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
-    if bool(given.get("init")) == bool(given.get("model")):
-        raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
-    recipe = DEFAULTS | given
+    """Reads a recipe; ValueError on an unknown key or value."""
+    recipe = read_stage(path, overrides, DEFAULTS)
     if recipe["teach"] not in ("heads", "slots") or (recipe["trunk"] and recipe["teach"] != "slots"):
         raise ValueError("teach must be heads or slots, and trunk goes with slots")
     return recipe
-
-
-def build_model(recipe: dict, attn_implementation: str) -> tuple[torch.nn.Module, str]:
-    """The model that a recipe of a small model's stage starts from, and the folder of its processor.
-
-    `init` may hold `text_config`: entries of the language model's config that differ from the folder's.
-    """
-    options = {"trust_remote_code": True, "attn_implementation": attn_implementation}
-    set_seed((recipe["init"] or {}).get("seed", recipe["seed"]))
-    if recipe["model"]:
-        source = recipe["model"]
-        model = AutoModel.from_pretrained(source, **options)
-    else:
-        source = recipe["init"]["config"]
-        config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-        text = config.text_config.to_dict() | recipe["init"].get("text_config", {})
-        text.pop("layer_types", None)  # one a layer
-        config.text_config = type(config.text_config)(**text)
-        model = AutoModel.from_config(config, **options)
-    for module, part in recipe["load"].items():
-        load_part(model, module, **({"path": part} if isinstance(part, str) else part))
-    return model, source
 
 
 def run(recipe: dict, resume: bool = False) -> None:
@@ -381,10 +348,7 @@ def run(recipe: dict, resume: bool = False) -> None:
     Raises:
         ValueError: If the output folder holds checkpoints and `resume` is not set.
     """
-    output = Path(recipe["output_dir"])
-    checkpoint = newest_checkpoint(output)
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{output} holds {checkpoint.name}; pass --resume to continue, or take another output_dir")
+    output, checkpoint = Path(recipe["output_dir"]), checkpoint_of(recipe, resume)
     model, source = build_model(recipe, "eager")
     kept_chunk = model.config.vision_chunk_frames
     model.config.vision_chunk_frames = 1024
@@ -395,28 +359,15 @@ def run(recipe: dict, resume: bool = False) -> None:
         weights = recipe["mean_weight"], recipe["asked_weight"]
         pretraining = VisionPretraining(model, processor.frames_per_group, *weights)
     pretraining.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
-    arguments = {
-        "output_dir": str(output),
-        "learning_rate": recipe["learning_rate"],
-        "weight_decay": recipe["weight_decay"],
-        "warmup_steps": recipe["warmup"],
-        "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": recipe["batch_size"],
-        "per_device_eval_batch_size": recipe["batch_size"],
-        "max_steps": recipe["max_steps"],
-        "save_steps": recipe["save_steps"],
-        "save_total_limit": 2,
-        "logging_steps": recipe["logging_steps"],
-        "eval_strategy": "steps",
-        "eval_steps": recipe["eval_steps"],
-        "seed": recipe["seed"],
-        "bf16": recipe["bf16"],
-        "dataloader_num_workers": recipe["workers"],
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-    }
+    arguments = stage_arguments(
+        recipe,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=recipe["batch_size"],
+        per_device_eval_batch_size=recipe["batch_size"],
+        eval_strategy="steps",
+        bf16=recipe["bf16"],
+        dataloader_num_workers=recipe["workers"],
+    )
     held_out = recipe["data"] | {"split": "held_out", "size": recipe["eval_size"]}
     train_dataset = GroupDataset(recipe["data"], processor, recipe["seed"], recipe["teach"])
     eval_dataset = GroupDataset(held_out, processor, recipe["seed"], recipe["teach"])
@@ -426,11 +377,11 @@ def run(recipe: dict, resume: bool = False) -> None:
     trainer = VisionTrainer(
         recipe=recipe,
         model=pretraining,
-        args=TrainingArguments(**(arguments | recipe["trainer"])),
+        args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.config.vision_chunk_frames = kept_chunk
     model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -441,14 +392,5 @@ def run(recipe: dict, resume: bool = False) -> None:
         save_file(heads, output / "heads.safetensors")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    arguments = parser.parse_args()
-    run(load_recipe(arguments.recipe, arguments.set), arguments.resume)
-
-
 if __name__ == "__main__":
-    main()
+    main_of(__doc__, load_recipe, run)

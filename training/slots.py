@@ -129,11 +129,11 @@ class SlotCode:
 
     def tokens(self, facts: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., C]."""
-        return self.loudness * facts @ self.basis
+        return self.loudness * facts @ self.basis.to(facts.device)
 
     def facts(self, tokens: torch.Tensor) -> torch.Tensor:
         """What tokens say, near 0 or 1 where they are clear. [..., C] -> [..., K]."""
-        return tokens @ self.basis.T / self.loudness
+        return tokens @ self.basis.to(tokens.device).T / self.loudness
 
 
 def story_of(facts: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 
 from training.batches import EpochSampler, videos_of
 from training.data import IGNORE
-from training.muon import MuonWithAdamW, is_matrix
+from training.muon import is_matrix, make_optimizer
 from training.recipe import MODULES, learning_rates, plans
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
@@ -71,16 +71,12 @@ class VideoXLTrainer(Trainer):
                     groups[rate, self.args.weight_decay if name in decay else 0.0, muon].append(parameter)
             if not groups:
                 raise ValueError("every module is frozen, there is nothing to train; see 'modules' in the recipe")
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             groups = [
                 {"params": parameters, "lr": rate, "weight_decay": weight_decay}
                 | ({"muon": muon} if self.recipe["muon"] else {})
                 for (rate, weight_decay, muon), parameters in groups.items()
             ]
-            if self.recipe["muon"]:
-                self.optimizer = MuonWithAdamW(groups, betas=options["betas"], eps=options["eps"])
-            else:
-                self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = make_optimizer(self, groups)
         return self.optimizer
 
     # override: logits only where labels are
