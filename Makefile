@@ -40,7 +40,6 @@ demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, i
 	@$(BIN)/python cli.py assets/demo.mp4 $(DEMO_QUESTIONS) --max-new-tokens 16 --stats --prefill streaming --decode bilevel
 	@echo
 	@echo "To be seen in the clip:" $(DEMO_ANSWERS)
-	@echo "(The checkpoint's training is not finished; wrong answers are its own.)"
 
 test: style ## style, then the tests that take seconds
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -77,7 +76,9 @@ train-small: $(VENV)/.installed ## train the bundled checkpoint from nothing (ho
 	$(BIN)/python training/train_small.py --install
 
 evaluate: $(VENV)/.installed ## the bundled checkpoint's results: questions by type and mode, needles in haystacks
-	$(BIN)/python evaluation/report.py --clips 60 --seconds 64 --out evaluation/results/report.json
+	$(BIN)/python evaluation/report.py --clips 24 --seconds 64 --out evaluation/results/report_64s.json
+	$(BIN)/python evaluation/report.py --clips 40 --seconds 8 --modes full mask streaming pooled \
+		--out evaluation/results/report_8s.json
 	$(BIN)/python evaluation/niah.py --kinds single multi_hop ordering counting --out evaluation/results/niah.json
 
 style: $(VENV)/.installed ## ruff: rules and format

@@ -233,6 +233,7 @@ def _probe(model, cache, pooled_cache, spans, chunks, visual, pool_size, policy,
         policy.method,
         unrotate=lambda query: rotate(query, positions, None, inv_freq),
         mean_keys=means,
+        reduce=policy.reduce,
     )
 
 

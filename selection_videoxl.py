@@ -15,6 +15,7 @@ H query heads, K key-value heads (H a multiple of K), n question tokens, L keys,
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -24,6 +25,7 @@ DENSE, POOLED, DROPPED = "dense", "pooled", "dropped"
 RELOAD_METHODS = ("probe", "mean_key", "none", "all")
 RELOAD_POSITIONS = ("compact", "true")
 RELOAD_TIMESTAMPS = ("all", "kept")
+RELOAD_REDUCE = ("sum", "max")
 LIMITS = ("count", "share", "mass")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
@@ -56,6 +58,7 @@ class ReloadPolicy:
     timestamps: str = "all"  # whose stay within the budget: all chunks' first, or ("kept") those of what is kept
     positions: str = "compact"  # of the kept keys: 0, 1, 2, ... or "true"
     layers: tuple[float, float] = (1 / 3, 2 / 3)  # which of the layers the scorer reads, as shares of their number
+    reduce: str = "sum"  # of the attention of all heads and words of the question, or the one that gives most ("max")
 
     def __post_init__(self):
         scored = self.method not in ("none", "all")
@@ -70,6 +73,8 @@ class ReloadPolicy:
             ("max_bytes", self._fits("max_bytes", Integral, 1), whole.format(1)),
             ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
             ("timestamps", self.timestamps in RELOAD_TIMESTAMPS, f"one of {RELOAD_TIMESTAMPS}"),
+            ("reduce", self.reduce in RELOAD_REDUCE, f"one of {RELOAD_REDUCE}"),
+            ("reduce", self.reduce == "sum" or self.method == "probe", "'sum' with every method but 'probe'"),
             ("layers", layers and len(self.layers) == 2 and self.layers[0] < self.layers[1], "two ascending shares"),
             *((name, scored or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
@@ -332,22 +337,26 @@ class AttentionProbe:
     """Scores chunks while the language model runs the question over the pooled KV.
 
     `"probe"` adds up the attention of the question's tokens to the keys of each chunk (as FlexSelect does in a middle
-    layer, here over `layers`); `"mean_key"` collects what `mean_key_scores` needs.
+    layer, here over `layers`), or takes the largest that one head gives from one token (`reduce`): a model whose heads
+    each look for something of their own says more by its best head than by their sum. `"mean_key"` collects what
+    `mean_key_scores` needs.
 
     Args:
         key_chunk: [keys] the chunk of each key of the pooled KV, -1 for text and timestamps.
         num_chunks: Chunks in all.
         layers: Layers to read; the others are ignored.
         method: `"probe"` or `"mean_key"`.
+        reduce: For `"probe"`: `"sum"` or `"max"`.
         unrotate: For `"mean_key"`: turns rotated queries [1, H, n, D] into un-rotated ones.
         mean_keys: For `"mean_key"`: indexed by layer, un-rotated mean keys [C, K, D].
     """
 
-    def __init__(self, key_chunk, num_chunks, layers, method="probe", unrotate=None, mean_keys=None):
+    def __init__(self, key_chunk, num_chunks, layers, method="probe", unrotate=None, mean_keys=None, reduce="sum"):
         assert method in ("probe", "mean_key"), f"method {method!r} scores nothing"
         self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
         self._key_chunk, self._num_chunks = key_chunk, num_chunks
-        self._mass = torch.zeros(len(key_chunk), dtype=torch.float32)
+        self._reduce = reduce
+        self._mass = torch.zeros(len(key_chunk) if reduce == "sum" else num_chunks, dtype=torch.float32)
         self._queries = {}
 
     @torch.no_grad()
@@ -366,8 +375,15 @@ class AttentionProbe:
             # A sum serves as the mean does: scores are standardised per layer.
             self._queries[layer_idx] = self._queries.get(layer_idx, 0) + self._unrotate(query)[0].float().sum(dim=1)
             return
-        mass = attention_mass(query, key, scaling)[: len(self._key_chunk)]
-        self._mass = self._mass.to(mass.device) + mass
+        self._mass = self._mass.to(query.device)
+        if self._reduce == "sum":
+            self._mass += attention_mass(query, key, scaling)[: len(self._key_chunk)]
+            return
+        slot = self._key_chunk.to(query.device) + 1
+        for weights in attention_rows(query, key, scaling):
+            chunks = weights.new_zeros(len(weights), self._num_chunks + 1)
+            chunks.index_add_(1, slot, weights[:, : len(slot)])
+            self._mass = torch.maximum(self._mass, chunks[:, 1:].amax(dim=0))
 
     def scores(self) -> list[float]:
         """Per chunk: for `"probe"` the mean attention per key, scaled to sum 1; else see `mean_key_scores`."""
@@ -376,13 +392,28 @@ class AttentionProbe:
         # On the CPU and in float64: a GPU's unordered additions could change a rank. Entry 0 is text and timestamps.
         mass, slot, count = self._mass.cpu().double(), self._key_chunk.cpu() + 1, self._num_chunks + 1
         keys = torch.bincount(slot, minlength=count)[1:].clamp(min=1)
-        per_key = torch.bincount(slot, mass, minlength=count)[1:] / keys
+        per_key = (torch.bincount(slot, mass, minlength=count)[1:] if self._reduce == "sum" else mass) / keys
         return (per_key / (per_key.sum() or 1)).tolist()
 
 
 @torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
-    """Attention weights of the last n positions, causal, summed over heads and queries: exact softmax in float32.
+    """Attention weights of the last n positions, causal, summed over heads and queries.
+
+    Args:
+        query, key, scaling: See `attention_rows`.
+
+    Returns:
+        [L] float32, whose sum is H * n.
+    """
+    total = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
+    for weights in attention_rows(query, key, scaling):
+        total += weights.sum(dim=0)
+    return total
+
+
+def attention_rows(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> Iterator[torch.Tensor]:
+    """Attention weights of the last n positions, causal: exact softmax in float32.
 
     Some queries of one key-value head at a time over all keys, so memory stays bounded (`MAX_WEIGHTS`).
 
@@ -390,15 +421,14 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None
         query: [1, H, n, D].
         key: [1, K, L, D], the last n of them the queries' own.
 
-    Returns:
-        [L] float32, whose sum is H * n.
+    Yields:
+        [rows, L] float32, valid until the next.
     """
     (heads, queries, size), (kv_heads, length) = query.shape[1:], key.shape[1:3]
-    total = torch.zeros(length, dtype=torch.float32, device=key.device)
     own = torch.arange(queries, device=key.device)
     position = own.repeat(heads // kv_heads)
     rows, columns = max(MAX_WEIGHTS // length, 1), max(MAX_KEY_ELEMENTS // size, 1)
-    buffer = total.new_empty(min(rows, len(position)), length)
+    buffer = torch.empty(min(rows, len(position)), length, dtype=torch.float32, device=key.device)
     for head, head_queries in enumerate(query[0].reshape(kv_heads, -1, size)):
         for row in range(0, len(head_queries), rows):
             block = head_queries[row : row + rows].float() * (size**-0.5 if scaling is None else scaling)
@@ -408,8 +438,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None
                 torch.mm(block, keys.T, out=weights[:, column : column + columns])
             weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)
             weights.sub_(weights.amax(dim=1, keepdim=True)).exp_()
-            total += weights.div_(weights.sum(dim=1, keepdim=True)).sum(dim=0)
-    return total
+            yield weights.div_(weights.sum(dim=1, keepdim=True))
 
 
 def mean_key_scores(question_query, chunk_mean_keys) -> list[float]:

@@ -120,6 +120,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--reload-max-tokens", type=int, help="budget of the whole kept KV, in tokens")
     sparse.add_argument("--reload-timestamps", choices=("all", "kept"), help="whose timestamps stay within the budget")
     sparse.add_argument("--reload-positions", choices=("compact", "true"), help="positions of kept keys")
+    sparse.add_argument("--reload-reduce", choices=("sum", "max"), help="attention of all heads, or of the best one")
     sparse.add_argument(
         "--reload-layers", type=float, nargs=2, metavar="SHARE", help="layers that are read, as shares"
     )
@@ -131,7 +132,7 @@ def sparse_settings(args: argparse.Namespace, model) -> dict:
     settings = {"offload": own.offload}
     for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
         settings[name] = getattr(own, name) if getattr(args, name) is None else getattr(args, name)
-    fields = ("method", "count", "share", "mass", "max_tokens", "timestamps", "positions", "layers")
+    fields = ("method", "count", "share", "mass", "max_tokens", "timestamps", "positions", "layers", "reduce")
     reload = {name: value for name in fields if (value := getattr(args, f"reload_{name}")) is not None}
     base = {"method": own.reload} if isinstance(own.reload, str) else dict(own.reload)
     if {"count", "share", "mass"} & set(reload):

@@ -51,7 +51,7 @@ def bundle(root):
 
 @pytest.fixture(scope="session")
 def random_model(root, bundle):
-    """The bundled architecture with random weights of high variance, the same in every run.
+    """The bundled architecture at a size of its own, with random weights of high variance, the same in every run.
 
     Its answers hang on every frame and word, so two ways that must agree and do not are told apart; and they stay what
     they are when the bundled checkpoint is trained anew.
@@ -61,6 +61,12 @@ def random_model(root, bundle):
 
     config = AutoConfig.from_pretrained(root, trust_remote_code=True)
     config.text_config.initializer_range = 0.2
+    text = config.text_config.to_dict()
+    text.pop("layer_types")
+    # Fewer key-value heads than heads, as in the published models.
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    text |= sizes | {"num_attention_heads": 6, "num_key_value_heads": 2}
+    config.text_config = type(config.text_config)(**text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModel.from_config(config, trust_remote_code=True).eval()

@@ -430,6 +430,28 @@ def test_attention_mass_survives_large_logits_and_half_precision():
         torch.testing.assert_close(attention_mass(half_query, half_key).double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("blocks", [(2**23, 2**22), (64, 24)])
+def test_the_best_head_and_word_count(monkeypatch, blocks):
+    """With `max` a chunk scores what one head gives it from one word, per key, over layers and pieces."""
+    monkeypatch.setattr(selection_videoxl, "MAX_WEIGHTS", blocks[0])
+    torch.manual_seed(0)
+    key_chunk = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, -1])
+    probe, best = AttentionProbe(key_chunk, 4, range(1, 3), reduce="max"), torch.zeros(4, dtype=torch.float64)
+    for layer in range(4):
+        query, key = torch.randn(1, 4, 3, 8) * 2, torch.randn(1, 2, 12, 8) * 2
+        probe.record(layer, query, key, 8**-0.5)
+        if layer in (1, 2):
+            weights = naive_weights(query, key, 8**-0.5)[0].flatten(0, 1)
+            for chunk in range(4):
+                share = weights[:, :9][:, key_chunk == chunk].sum(dim=1).max() / max(
+                    int((key_chunk == chunk).sum()), 1
+                )
+                best[chunk] = max(best[chunk], share)
+    assert probe.scores() == pytest.approx((best / best.sum()).tolist(), rel=1e-5)
+    with pytest.raises(ValueError, match="reduce must be 'sum'"):
+        ReloadPolicy.parse({"method": "mean_key", "reduce": "max"})
+
+
 def test_probe_scores_are_the_mean_attention_per_key():
     torch.manual_seed(0)
     # Two chunks of four keys, a short one, and one that pooling left without keys; text and timestamps between.

@@ -1,4 +1,4 @@
-"""The next curriculum: facts by slots, the story, many questions behind one clip, and both of its programs."""
+"""The small model's curriculum: facts by slots, the story, where to look, many questions behind one clip."""
 
 import json
 import sys
@@ -117,16 +117,12 @@ def test_the_story_so_far(workshop):
     assert seen > 20
 
 
-def test_seeing_by_slots_behind_a_frozen_trunk(workshop, root, tmp_path):
+def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, root, tmp_path):
     _, see, _ = workshop
     recipe = see.DEFAULTS | {
         "init": {"config": str(root), "seed": 0, "text_config": SMALL},
-        "teach": "slots",
-        "trunk": 3,
-        "bank": 64,
         "output_dir": str(tmp_path / "see"),
-        "data": {"split": "train", "size": 512, "clip": {"seconds": 4}},
-        "muon": True,
+        "data": {"split": "train", "size": 512, "clip": [{"seconds": 4}, {"seconds": 8, "cards": 2}]},
         "learning_rate": 5e-3,
         "batch_size": 16,
         "max_steps": 24,
@@ -135,23 +131,108 @@ def test_seeing_by_slots_behind_a_frozen_trunk(workshop, root, tmp_path):
         "logging_steps": 8,
         "eval_steps": 24,
         "eval_size": 16,
-        "workers": 0,
     }
     see.run(recipe)
+    with pytest.raises(ValueError, match="--resume"):
+        see.run(recipe)
+    see.run(recipe | {"max_steps": 26}, resume=True)
     lines = [json.loads(line) for line in (tmp_path / "see" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert any("eval_accuracy/color" in line for line in lines)
     model = AutoModel.from_pretrained(tmp_path / "see", trust_remote_code=True)
     fresh, _ = see.build_model(recipe, "eager")
     moved = {
-        ".".join(name.split(".")[1:4])
+        name.split(".")[1]
         for (name, old), new in zip(fresh.named_parameters(), model.parameters(), strict=True)
         if not torch.equal(old, new)
     }
-    assert moved == {f"compressor.encoder.{number}" for number in (3, 4, 5)} | {
-        f"multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
-    }
+    assert moved == {"vision_tower", "compressor", "multi_modal_projector"}
+    assert AutoProcessor.from_pretrained(tmp_path / "see", trust_remote_code=True).tokens_per_group
+
+
+def test_what_looks_alike_costs(workshop):
+    """Where there is a fact of a kind, cross-entropy: low if it is told, high if another one is."""
+    slots, _, _ = workshop
+    facts = torch.zeros(1, 9, slots.NUM_FACTS)
+    assert slots.confused(torch.rand_like(facts), facts) == 0
+    facts[0, 7, slots.STARTS["text"] + 3] = 1
+    right, wrong = facts.clone(), facts.roll(1, dims=-1)
+    expected = torch.nn.functional.cross_entropy(
+        slots.SHARPNESS * right[0, 7, slots.STARTS["text"] :][:26], torch.tensor(3)
+    )
+    assert slots.confused(right, facts) == pytest.approx(float(expected), rel=1e-5)
+    assert slots.confused(wrong, facts) > 100 * slots.confused(right, facts)
+
+
+def test_looks_go_where_the_answer_is_to_be_seen(workshop, processor):
+    """Against the clips themselves: a card's two slots, a shape's slot, from the name or the question's end."""
+    slots, _, _ = workshop
+    from training.looks import LOOKS, looks_of, option_lines
+    from video_world import make_clip
+    from video_world.questions import name_of
+
+    seen = dict.fromkeys(LOOKS, 0)
+    groups = np.arange(64.0).reshape(-1, 4)
+    visual = np.tile([False] + [True] * slots.NUM_SLOTS, 16)
+    for seed in range(12):
+        clip = make_clip(seed, "held_out", seconds=64, cards=4, chains=1)
+        for question in clip.questions:
+            looks = looks_of(question, groups, visual)
+            for kind, text, places in looks:
+                group, slot = np.unravel_index(places.nonzero()[0], (16, 1 + slots.NUM_SLOTS))
+                assert len(group), "somewhere"
+                seen[kind] += 1
+                if kind == "card" or question.type == "card_first":
+                    assert set(slot - 1) == set(slots.CARD) and len(set(group)) == 1
+                    assert any(card.second // 4 == group[0] for card in clip.cards)
+                    assert question.text.startswith(text) or text in ("answer", "article")
+                elif question.type in ("sign_word", "sign_digit"):
+                    assert set(slot - 1) == {slots.SIGN}
+                else:
+                    assert len(set(slot)) == 1
+                    shape = slots.SHAPES[slot[0] - 1]
+                    answer = question.answer if question.choices is None else " ".join(question.choices)
+                    assert shape in question.text or shape in answer
+                    if question.type in ("first", "longer"):
+                        assert text in ("", "article") and shape in answer
+            if question.choices is not None:
+                for number, (letter, start, stop) in enumerate(option_lines(question)):
+                    assert letter.endswith("\n" + "ABCD"[number]) and start == letter + "."
+                    assert question.text[len(start) : len(stop)].strip() == question.choices[number]
+                    seen["choice"] += 1
+                    seen["letter"] += 1
+            if question.type == "card_first":
+                assert all(any(text.endswith(name_of(card.key)) for card in clip.cards) for _, text, _ in looks[:2])
+                assert (looks[2][2] == looks[0][2]).all() or (looks[2][2] == looks[1][2]).all()
+    assert all(seen.values()), seen
+
+
+def test_the_share_of_attention_is_the_heads_own(workshop, root, processor):
+    """Against the weights that eager attention returns for whole sequences."""
+    _, see, read = workshop
+    recipe = read.DEFAULTS | {"init": {"config": str(root), "seed": 0, "text_config": SMALL}, "noise": 0}
+    model, _ = see.build_model(recipe, "eager")
+    reading = read.Reading(model, recipe | {"look": {"card": [1, 2], "choice": [2, 0], "letter": [0, 1]}}).eval()
+    clip = {"seconds": 16, "choice_share": 0.5, "cards": 3, "kinds": ["needle"]}
+    batch = read.ClipBatches([{"clips": 2, "questions": 4, "clip": clip}], processor, 1, 4, frames=False)[0]
+    shares = {"card": [], "choice": [], "letter": []}
+    with torch.no_grad():
+        told = reading(**batch)["told"]
+        tokens = reading.code.tokens(batch["facts"])
+        for part in batch["asked"]:
+            for kind, looks in part["looks"].items():
+                for row, place, look in zip(looks["rows"], looks["place"], looks["look"], strict=True):
+                    clip = part["rows"][row]
+                    whole = torch.cat([batch["ids"][clip], part["ids"][row]])
+                    embeds = model.get_input_embeddings()(whole)
+                    embeds[whole == model.config.video_token_id] = tokens[clip].flatten(0, 1)
+                    out = model.model.language_model(inputs_embeds=embeds[None], output_attentions=True)
+                    layer, head = reading.recipe["look"][kind]
+                    weights = out.attentions[layer][0, head, len(batch["ids"][clip]) + place]
+                    shares[kind].append(float(weights[look].sum()))
+    for kind, values in shares.items():
+        assert values and told[f"look/{kind}"] == pytest.approx(np.mean(values), rel=1e-3)
 
 
 def test_a_batch_is_what_the_processor_makes_of_it(workshop, processor):
@@ -271,13 +352,3 @@ def test_numbers_begin_near_their_neighbours(workshop, root, processor):
     alike = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1).fill_diagonal_(0)
     near = torch.stack([alike[number, number + 1] for number in range(59)]).mean()
     assert near > alike.mean() + 0.1 and alike.max() < 0.97
-
-
-def test_shipped_recipes(workshop, root):
-    _, see, read = workshop
-    for path in sorted((root / "training" / "recipes" / "slots").glob("*.yaml")):
-        program = see if yaml.safe_load(path.read_text())["stage"] == "see" else read
-        recipe = program.load_recipe(path, [])
-        assert recipe["output_dir"] == f"outputs/slots/{path.stem}"
-    with pytest.raises(ValueError, match="no colour"):
-        read.load_recipe(path, ["colour=1"])

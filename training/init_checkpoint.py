@@ -56,11 +56,11 @@ def small_config(tokenizer) -> dict:
         "text_config": {
             "model_type": "qwen2",
             "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "max_position_embeddings": 131072,
             # Above the usual 1e6: with heads of 32 channels, half of them then hardly turn within 60,000 positions.
             "rope_parameters": {"rope_type": "default", "rope_theta": 100000000.0},
@@ -70,7 +70,15 @@ def small_config(tokenizer) -> dict:
             "tie_word_embeddings": True,
             "initializer_range": 0.02,
         },
-        "sparse_attention": {"model_type": "videoxl_sparse_attention", "prefill": "full", "decode": "full"},
+        "sparse_attention": {
+            "model_type": "videoxl_sparse_attention",
+            "prefill": "full",
+            "decode": "full",
+            "decode_chunk_groups": 1,
+            "pool_size": 9,
+            # One head of the third and one of the fourth layer look for what is asked (see training/looks.py).
+            "reload": {"method": "auto", "count": 3, "layers": [0.4, 0.8], "reduce": "max"},
+        },
         "video_token_id": tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
         "time_start_token_id": time_ids[0],
         "time_end_token_id": time_ids[-1],

@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
 
 from training.data import IGNORE  # noqa: E402
+from training.looks import LOOKS, Queries  # noqa: E402
 from training.muon import is_matrix, make_optimizer  # noqa: E402
 from training.reading_data import ClipBatches  # noqa: E402
 from training.slots import NUM_SLOTS, STORY, SlotCode  # noqa: E402
@@ -58,6 +59,8 @@ DEFAULTS = {
     "lost": 0.02,  # share of the facts that are not told
     "story_layer": 2,
     "story_weight": 0.3,
+    "look": {},  # [layer, head] for each kind of `looks.LOOKS`: it should look where an answer is best read
+    "look_weight": 0.5,
     "embedding_scale": 1.0,  # of a new model's embeddings
     "learning_rate": 1e-3,
     "muon": True,
@@ -174,8 +177,14 @@ class Reading(nn.Module):
                 there = target != STORY[kind] - 1
                 right = logits.argmax(dim=-1) == target
                 if there.any():
-                    told[kind] = right[there].float().mean().item()
-        hits, total, count = defaultdict(list), embeds.new_zeros(()), 0
+                    told[f"story/{kind}"] = right[there].float().mean().item()
+        hits, seen, said, total, count = (
+            defaultdict(list),
+            defaultdict(list),
+            defaultdict(list),
+            embeds.new_zeros(()),
+            0,
+        )
         for part in asked:
             rows, labels = part["rows"], part["labels"]
             behind = DynamicCache()
@@ -183,10 +192,23 @@ class Reading(nn.Module):
                 behind.update(kept_layer.keys[rows], kept_layer.values[rows], number)
             length = part["ids"].shape[1]
             places = positions[rows, -1:] + 1 + torch.arange(length, device=rows.device)
-            hidden = self.language_model(
-                input_ids=part["ids"], position_ids=places, past_key_values=behind, use_cache=True
-            ).last_hidden_state
+            with Queries(self.language_model, self.recipe["look"]) as queries:
+                hidden = self.language_model(
+                    input_ids=part["ids"], position_ids=places, past_key_values=behind, use_cache=True
+                ).last_hidden_state
             wanted = labels[:, 1:] != IGNORE
+            for kind in self.recipe["look"].keys() & part["looks"].keys():
+                looks = part["looks"][kind]
+                where = looks["rows"], looks["place"], looks["look"]
+                shares = queries.shares(kind, places, behind, visual[rows], *where)
+                for name, share in zip((kind, f"pooled {kind}"), shares, strict=False):
+                    seen[name].append(share)
+                if "word" in looks:
+                    # An option has to know its letter, and the question's end what it looks for, before it is chosen.
+                    logits, among = queries.said(looks["rows"], looks["place"]), looks.get("among")
+                    if among is not None:
+                        logits = torch.full_like(logits, -torch.inf).index_copy(1, among, logits[:, among])
+                    said[kind].append((logits, looks["word"]))
             logits = hidden[:, :-1][wanted] @ self.language_model.embed_tokens.weight.T
             targets = labels[:, 1:][wanted]
             total = total + F.cross_entropy(logits, targets, reduction="sum")
@@ -196,6 +218,14 @@ class Reading(nn.Module):
             for kind, hit in zip(part["types"], right.all(dim=1).tolist(), strict=True):
                 hits[kind + "+" * part["options"]].append(hit)
         loss = loss + total / max(count, 1)
+        for kind, shares in seen.items():
+            shares = torch.cat(shares)
+            loss = loss - self.recipe["look_weight"] * shares.clamp(min=1e-6).log().mean()
+            told[f"look/{kind}"] = shares.mean().item()
+        for kind, parts in said.items():
+            logits, words = (torch.cat(part) for part in zip(*parts, strict=True))
+            loss = loss + self.recipe["look_weight"] * F.cross_entropy(logits, words)
+            told[f"said/{kind}"] = (logits.argmax(dim=-1) == words).float().mean().item()
         return {"loss": loss, "hits": dict(hits), "told": told}
 
     def tokens(self, facts):
@@ -246,7 +276,7 @@ class ReadingTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)
         for kind, value in output["told"].items():
-            self.told[f"story/{kind}"].append(value)
+            self.told[kind].append(value)
         for kind, hits in output["hits"].items():
             self.told["right" + "+" * kind.endswith("+")] += hits
         return (output["loss"], None) if return_outputs else output["loss"]
@@ -283,8 +313,11 @@ class ReadingTrainer(Trainer):
 
 
 def load_recipe(path: Path, overrides: list[str]) -> dict:
-    """Reads a recipe; ValueError on an unknown key."""
-    return read_stage(path, overrides, DEFAULTS)
+    """Reads a recipe; ValueError on an unknown key or kind of look."""
+    recipe = read_stage(path, overrides, DEFAULTS)
+    if unknown := sorted(set(recipe["look"]) - set(LOOKS)):
+        raise ValueError(f"look has no {', '.join(unknown)}; it takes {', '.join(LOOKS)}")
+    return recipe
 
 
 def first_of(items):
@@ -331,10 +364,11 @@ def run(recipe: dict, resume: bool = False) -> ReadingTrainer:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     model.config.vision_chunk_frames = kept_chunk
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    heads = {name: tensor for name, tensor in reading.state_dict().items() if name.startswith("story_")}
-    save_file(heads, output / "heads.safetensors")
+    if arguments.process_index == 0:
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        heads = {name: tensor for name, tensor in reading.state_dict().items() if name.startswith("story_")}
+        save_file(heads, output / "heads.safetensors")
     return trainer
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from training.data import IGNORE, stretch_positions
+from training.looks import LOOKS, looks_of, option_lines
 from training.pretrain_vision import normalise
 from training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
 from video_world import make_clip, needle_questions
@@ -36,6 +37,8 @@ class ClipBatches(Dataset):
         text = processor.render([{"role": "user", "content": [{"type": "video"}]}], add_generation_prompt=False)
         self.head = self.tokenizer.encode(text.partition(processor.video_token)[0])
         self._ids = {}
+        self.seconds = self.tokenizer.encode("2 seconds")[-1]
+        self.letters = torch.tensor([self.tokenizer.encode(letter)[0] for letter in "ABCD"])
 
     def __len__(self):
         return self.size
@@ -43,7 +46,8 @@ class ClipBatches(Dataset):
     def __getitem__(self, index: int) -> dict:
         """A batch: `ids` and `positions` of the prompts [B, P], `facts` [B, G, N, K] or `pixels` [B, F, 3, S, S],
         `story` (dict of [B, G, N]), and `asked`: per length class `rows` (of the batch) [R], `ids`, `labels` [R, L],
-        and `types`."""
+        `types` and `looks` (per kind of `LOOKS` rows [M], places in the question from where to look [M] and positions
+        of prompt and question to look at [M, P + L])."""
         rng = random.Random(f"{self.seed}-{index}")
         source = rng.choices(self.sources, [item.get("share", 1.0) for item in self.sources])[0]
         rates = source.get("sample_fps", 1)
@@ -63,13 +67,14 @@ class ClipBatches(Dataset):
                 drawn = np.concatenate([clip.frames(times[n * per_clip :][:per_clip]) for n, clip in enumerate(clips)])
                 pixels.append(normalise(drawn, self.processor))
             prompts.append(self._prompt(groups[:, 0]))
-            questions += [(row, question) for question in asked]
+            visual = np.equal(prompts[-1], self.processor.video_token_id)
+            questions += [(row, question, looks_of(question, groups, visual)) for question in asked]
         ids = torch.tensor(prompts)
         batch = {
             "ids": ids,
             "positions": self._positions(ids, source.get("stretch", 0), rng),
             "facts": torch.from_numpy(np.stack(facts)),
-            "asked": self._ask(questions),
+            "asked": self._ask(questions, ids.shape[1]),
         }
         if stories:
             batch["story"] = {kind: torch.from_numpy(np.stack([s[kind] for s in stories])) for kind in STORY}
@@ -142,33 +147,77 @@ class ClipBatches(Dataset):
             positions = stretch_positions(ids[0], self.processor, limit, np.random.default_rng(rng.randrange(2**40)))
         return positions.expand(len(ids), -1)
 
-    def _ask(self, questions):
+    def _ask(self, questions, prompt):
         asked = []
         for options in (False, True):
-            chosen = [(row, question) for row, question in questions if (question.choices is not None) == options]
+            chosen = [entry for entry in questions if (entry[1].choices is not None) == options]
             if not chosen:
                 continue
             rows = []
-            for row, question in chosen:
+            for row, question, look in chosen:
                 before = self.tokenizer.encode(f"\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
                 answer = self.tokenizer.encode(f"{question.answer}<|im_end|>")
-                rows.append((row, before, answer, question.type))
-            length = max(len(before) + len(answer) for _, before, answer, _ in rows)
-            ids, labels = torch.full((len(rows), length), 0), torch.full((len(rows), length), IGNORE)
-            for number, (_, before, answer, _) in enumerate(rows):
-                stop = len(before) + len(answer)
-                ids[number, :stop] = torch.tensor(before + answer)
-                labels[number, len(before) : stop] = torch.tensor(answer)
-            asked.append(
-                {
-                    "rows": torch.tensor([row for row, *_ in rows]),
-                    "ids": ids,
-                    "labels": labels,
-                    "types": [kind for *_, kind in rows],
-                    "options": options,
-                }
-            )
+                ends = {"": len(before) - 1, "article": len(before), "answer": len(before) + len(answer) - 3}
+                looks = [
+                    (kind, ends[text] if text in ends else self._length(text) - 1, places.nonzero()[0])
+                    for kind, text, places in look
+                ]
+                if options:
+                    for number, line in enumerate(option_lines(question)):
+                        letter, start, stop = (self._length(text) for text in line)
+                        # An option's last word and the end of its line should know its letter.
+                        looks += [("letter", place, np.array([prompt + letter - 1])) for place in (stop - 1, stop)]
+                        if question.answer == "ABCD"[number]:
+                            looks.append(("choice", ends[""], prompt + np.arange(start, stop + 1)))
+                rows.append((row, before, answer, question.type, looks))
+            # Short questions are not padded to the length of long ones.
+            rows.sort(key=lambda row: len(row[1]) + len(row[2]))
+            size = -(-len(rows) // (3 if len(rows) > 30 else 1))
+            asked += [self._pad(rows[begin : begin + size], options, prompt) for begin in range(0, len(rows), size)]
         return asked
+
+    def _pad(self, rows, options, prompt):
+        length = max(len(before) + len(answer) for _, before, answer, *_ in rows)
+        ids, labels = torch.full((len(rows), length), 0), torch.full((len(rows), length), IGNORE)
+        for number, (_, before, answer, *_) in enumerate(rows):
+            stop = len(before) + len(answer)
+            ids[number, :stop] = torch.tensor(before + answer)
+            labels[number, len(before) : stop] = torch.tensor(answer)
+        looks = {}
+        for kind in LOOKS:
+            found = [(number, *look) for number, row in enumerate(rows) for look in row[-1] if look[0] == kind]
+            if found:
+                places = torch.zeros(len(found), prompt + length, dtype=torch.bool)
+                for look, (*_, where) in zip(places, found, strict=True):
+                    look[where] = True
+                looks[kind] = {
+                    "rows": torch.tensor([number for number, *_ in found]),
+                    "place": torch.tensor([place for _, _, place, _ in found]),
+                    "look": places,
+                }
+                if kind == "letter":
+                    ids_there = [rows[number][1][where[0] - prompt] for number, *_, where in found]
+                    looks[kind] |= {"word": torch.tensor(ids_there), "among": self.letters}
+                if kind == "choice":
+                    looks[kind]["word"] = torch.tensor(
+                        [self._word(rows[number][1], where - prompt) for number, *_, where in found]
+                    )
+        return {
+            "rows": torch.tensor([row for row, *_ in rows]),
+            "ids": ids,
+            "labels": labels,
+            "types": [kind for *_, kind, _ in rows],
+            "options": options,
+            "looks": looks,
+        }
+
+    def _word(self, ids, where) -> int:
+        """The token that tells an option from others, of those in a question: its last word, or its number."""
+        text = [ids[place] for place in where[:-1]]
+        return text[-2] if text[-1] == self.seconds else text[-1]
+
+    def _length(self, text) -> int:
+        return len(self.tokenizer.encode(f"\n{text}"))
 
 
 def _named(key, text) -> bool:

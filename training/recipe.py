@@ -27,7 +27,6 @@ DEFAULTS = {
     "model": None,
     "init": None,
     "load": {},
-    "hand_over": None,  # heads, and where reading, clock, looking go: [layer, key-value head]; see hand_over.py
     "data": None,
     "output_dir": None,
     "modules": {},
@@ -65,7 +64,6 @@ DEFAULTS = {
 
 _NESTED_KEYS = {
     "init": {"config", "seed"},
-    "hand_over": {"heads", "reading", "clock", "looking"},
     "lora": {"target", "r", "alpha", "dropout", "train_also"},
     "eval": {"data", "steps", "batch_size", "sparse_attention"},
     "dts": {"mask_ratio", "candidate_share", "visible_weight", "decoder_layers", "decoder_heads", "sgm_temperature"},
@@ -111,6 +109,16 @@ def read_recipe(path: str | Path, overrides: list[str] = ()) -> dict:
     return given
 
 
+def read_numbers(recipe: dict, defaults: dict) -> None:
+    """Reads text as a number where the default is one, in place: YAML takes 1e-4 for text and wants 1.0e-4."""
+    for name, value in defaults.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and isinstance(recipe[name], str):
+            try:
+                recipe[name] = type(value)(float(recipe[name]))
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {recipe[name]!r}") from None
+
+
 def check_recipe(given: dict) -> dict:
     """Fills in the defaults; see `load_recipe` for the errors."""
     if unknown := sorted(set(given) - set(DEFAULTS)):
@@ -119,11 +127,7 @@ def check_recipe(given: dict) -> dict:
     for name, known in _NESTED_KEYS.items():
         if recipe[name] and (unknown := sorted(set(recipe[name]) - known)):
             raise ValueError(f"{name} has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
-    for name, kind in {
-        name: type(value) for name, value in DEFAULTS.items() if isinstance(value, (int, float))
-    }.items():
-        if kind is not bool and isinstance(recipe[name], str):  # YAML reads 1e-4 as text: it wants 1.0e-4
-            recipe[name] = kind(float(recipe[name]))
+    read_numbers(recipe, DEFAULTS)
     if (recipe["model"] is None) == (recipe["init"] is None):
         raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
     for name in ("data", "output_dir"):

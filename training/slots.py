@@ -14,8 +14,6 @@ G groups, T frames a group, N slots = visual tokens a group, K facts a slot, C w
 
 import numpy as np
 import torch
-from einops import rearrange
-from torch import nn
 
 from video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS
 
@@ -38,8 +36,7 @@ KINDS = {
 }
 STARTS = dict(zip(KINDS, np.cumsum([0, *KINDS.values()]).tolist(), strict=False))
 NUM_FACTS = sum(KINDS.values())
-# Of a fact of a slot that shows nothing, and of what tokens hold beside facts, in the loss.
-EMPTY_WEIGHT, BESIDE_WEIGHT = 0.1, 0.1
+SHARPNESS = 8.0  # of what tokens tell, where it is taken for logits
 # What a story tells, per slot: number of classes, the last of them "not yet" or "none".
 SECONDS = 128
 STORY = {
@@ -193,60 +190,23 @@ def story_of(facts: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
     return story
 
 
-class SlotPretraining(nn.Module):
-    """A model's vision path, whose tokens should tell facts: the loss is their squared distance from what is so.
+def confused(told: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """The sum of cross-entropies between the facts of each kind, over the slots that have one.
 
     Args:
-        model: A Video-XL model with DTS; its language model is left alone.
-        trunk: So many layers of DTS, and the tower, are not run by `forward`, which takes what they put out.
+        told, facts: [G, N, K].
     """
-
-    def __init__(self, model, trunk: int = 0):
-        super().__init__()
-        self.config, self.trunk = model.config, trunk
-        self.vision_tower = model.model.vision_tower
-        self.compressor = model.model.compressor
-        self.multi_modal_projector = model.model.multi_modal_projector
-        self.encode = model.get_video_features
-        self.code = SlotCode(model.config.text_config.hidden_size)
-        if trunk:
-            self.vision_tower.requires_grad_(False)
-            self.compressor.temporal_encoding.requires_grad_(False)
-            self.compressor.encoder[:trunk].requires_grad_(False)
-
-    @torch.no_grad()
-    def run_trunk(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the frozen layers put out. [G, T, 3, S, S] -> [G, ...]."""
-        kept = []
-        hook = self.compressor.encoder[self.trunk].register_forward_pre_hook(lambda _, given: kept.append(given[0]))
-        try:
-            self.encode(pixels)
-        finally:
-            hook.remove()
-        return torch.cat(kept)
-
-    def forward(self, facts, pixels=None, hidden=None) -> dict:
-        """The loss of G groups, and what their tokens tell [G, N, K].
-
-        Args:
-            facts: See `facts_of`, [G, N, K].
-            pixels: [G, T, 3, S, S]; or
-            hidden: what `run_trunk` gave.
-        """
-        if hidden is None:
-            tokens = torch.cat(self.encode(pixels).pooler_output).float()
-        else:
-            hidden = hidden.float()
-            for layer in self.compressor.encoder[self.trunk :]:
-                hidden = layer(hidden)
-            tokens = self.multi_modal_projector(rearrange(hidden, "g c 1 y x -> g (y x) c")).float()
-        facts = facts.float()
-        told = self.code.facts(tokens)
-        beside = (tokens - self.code.tokens(told)) / self.code.loudness
-        weight = torch.where(shows(facts)[..., None], 1.0, EMPTY_WEIGHT).expand_as(facts).clone()
-        weight[..., STARTS["frames"] : STARTS["frames"] + FRAMES] = 1.0
-        loss = (weight * (told - facts).square()).sum(dim=(1, 2)).mean()
-        return {"loss": loss + BESIDE_WEIGHT * beside.square().sum(dim=(1, 2)).mean(), "told": told}
+    total = told.new_zeros(())
+    for kind, size in KINDS.items():
+        if kind in ("slot", "frames"):
+            continue
+        part = slice(STARTS[kind], STARTS[kind] + size)
+        right = facts[..., part]
+        has = right.any(dim=-1)
+        # With a word and a digit at once each is half of what is right.
+        share = right[has] / right[has].sum(dim=-1, keepdim=True)
+        total = total - (share * (SHARPNESS * told[..., part][has]).log_softmax(dim=-1)).sum()
+    return total
 
 
 def shows(facts: torch.Tensor) -> torch.Tensor:

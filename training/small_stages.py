@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, TrainingArguments, set_seed
 
-from training.recipe import read_recipe
-from training.train import load_part, newest_checkpoint
+from training.recipe import read_numbers, read_recipe
+from training.train import end_process_group, load_part, newest_checkpoint
 
 
 def read_stage(path: Path, overrides: list[str], defaults: dict) -> dict:
@@ -20,7 +20,9 @@ def read_stage(path: Path, overrides: list[str], defaults: dict) -> dict:
         raise ValueError(f"a recipe of this stage has no {', '.join(unknown)}; it has {', '.join(defaults)}")
     if bool(given.get("init")) == bool(given.get("model")):
         raise ValueError("a recipe has exactly one of model (a folder to start from) and init ({config, seed})")
-    return defaults | given
+    recipe = defaults | given
+    read_numbers(recipe, defaults)
+    return recipe
 
 
 def checkpoint_of(recipe: dict, resume: bool) -> str | None:
@@ -90,4 +92,9 @@ def main_of(description: str, load_recipe, run) -> None:
         recipe = load_recipe(arguments.recipe, arguments.set)
     except (FileNotFoundError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    run(recipe, arguments.resume)
+    try:
+        trainer = run(recipe, arguments.resume)
+        trainer.accelerator.wait_for_everyone()
+        del trainer
+    finally:
+        end_process_group()

@@ -30,7 +30,6 @@ if str(ROOT) not in sys.path:
 from training.batches import Collator  # noqa: E402
 from training.data import MixtureDataset  # noqa: E402
 from training.dts import DTSPretraining, DTSTrainer  # noqa: E402
-from training.hand_over import hand_over  # noqa: E402
 from training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
 from training.trainer import VideoXLTrainer, module_of  # noqa: E402
 
@@ -195,16 +194,6 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return next(filter(complete, folders), None)
 
 
-def first_batches(dataset: MixtureDataset, collator: Collator, size: int = 6) -> list[dict]:
-    """Two batches from the beginning of each source."""
-    return [
-        collator([dataset[index] for index in indices[first : first + size]])
-        for indices in dataset.ranges
-        for first in (0, size)
-        if first < len(indices)
-    ]
-
-
 def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     """Trains, and writes the result.
 
@@ -238,8 +227,6 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     options["answers"] = not pretraining
     dataset = MixtureDataset(recipe["data"], processor, position_stretch=recipe["position_stretch"], **options)
     evaluation = MixtureDataset(recipe["eval"]["data"], processor, **options) if recipe["eval"] else None
-    if recipe["hand_over"] and checkpoint is None:
-        hand_over(model, processor, first_batches(dataset, Collator(processor)), **recipe["hand_over"])
     needs_video = pretraining or arguments.world_size > 1
     trainer = (DTSTrainer if pretraining else VideoXLTrainer)(
         recipe=recipe,

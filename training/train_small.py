@@ -3,7 +3,7 @@
     python training/train_small.py [--output outputs/small] [--from STAGE] [--install]
 
 A stage that is finished is skipped and one that was interrupted goes on where its last checkpoint stands, so the same
-command resumes. `--from 6_long` starts at that stage from the repository's committed weights instead of the stage
+command resumes. `--from 4_settle` starts at that stage from the repository's committed weights instead of the stage
 before it. `--install` copies the result into the repository's root, the logs into training/logs/small and draws the
 curves.
 """
@@ -20,11 +20,18 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "training" / "recipes" / "small"
 LOGS = ROOT / "training" / "logs" / "small"
+HEADS = LOGS / "heads.safetensors"  # of the last reading stage; they go along from stage to stage
+PROGRAMS = {"see": "pretrain_vision.py", "read": "pretrain_reading.py"}
 
 
 def stages() -> list[str]:
     """Names of the stages, in order."""
     return sorted((path.stem for path in RECIPES.glob("*.yaml")), key=number_of)
+
+
+def within(output: Path, path: str) -> Path:
+    """Where a file or folder of a recipe's `outputs/small` lies when the stages' folders are in `output`."""
+    return output / Path(path).relative_to("outputs/small")
 
 
 def number_of(stage: str) -> int:
@@ -60,17 +67,15 @@ def train(output: Path, first: str | None) -> Path:
         settings = {"output_dir": folder}
         if name == first:
             # What the stage would take from earlier ones is in the committed weights.
-            settings |= {"init": "null", "model": ROOT} | ({"load": "{}"} if "load" in given else {})
-            settings |= {"hand_over": "null"} if "hand_over" in given else {}
-        elif "model" in given:
-            settings["model"] = output / Path(given["model"]).name
+            settings |= {"init": "null", "model": ROOT, "load": "{}"}
+            settings |= {"heads": HEADS} if "heads" in given else {}
+        else:
+            for key in ("model", "heads"):
+                if given.get(key):
+                    settings[key] = within(output, given[key])
             for module, part in given.get("load", {}).items():
-                settings[f"load.{module}.path"] = output / Path(part["path"]).name
-            if "hand_over" in given:
-                heads = Path(given["hand_over"]["heads"])
-                settings["hand_over.heads"] = output / heads.parent.name / heads.name
-        program = "pretrain_vision" if given.get("stage") == "see" else "train"
-        command = [sys.executable, str(ROOT / "training" / f"{program}.py"), str(recipe), "--resume"]
+                settings[f"load.{module}.path"] = within(output, part["path"])
+        command = [sys.executable, str(ROOT / "training" / PROGRAMS[given["stage"]]), str(recipe), "--resume"]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -86,7 +91,7 @@ def read_logs(folder: Path) -> list[tuple[str, list[dict]]]:
 
 
 def draw_curves(logs: list[tuple[str, list[dict]]], path: Path) -> None:
-    """Draws loss and held-out accuracy over the samples of all stages, as PNG.
+    """Draws loss and held-out accuracy over the steps of each stage, as PNG.
 
     Args:
         logs: See `read_logs`.
@@ -97,31 +102,31 @@ def draw_curves(logs: list[tuple[str, list[dict]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True, constrained_layout=True)
-    begin = 0.0
-    for number, (name, lines) in enumerate(logs):
+    size = {"figsize": (4 * len(logs), 6), "constrained_layout": True, "squeeze": False}
+    figure, axes = pyplot.subplots(2, len(logs), sharex="col", **size)
+    for (name, lines), (top, bottom) in zip(logs, axes.T, strict=True):
         steps = [line for line in lines if "loss" in line]
-        batch = steps[-1]["samples"] / steps[-1]["step"]
-        color = f"C{number}"
-        top.plot([begin + line["step"] * batch for line in steps], [line["loss"] for line in steps], color=color)
+        top.plot([line["step"] for line in steps], [line["loss"] for line in steps])
+        top.set(title=name, yscale="log")
         evaluated = [line for line in lines if "eval_accuracy" in line]
-        places = [begin + line["step"] * batch for line in evaluated]
-        bottom.plot(places, [line["eval_accuracy"] for line in evaluated], "o-", color=color, label=name)
-        for axes in (top, bottom):
-            axes.axvline(begin, color="0.8", linewidth=0.8)
-        begin += steps[-1]["samples"]
-    top.set(ylabel="training loss", yscale="log")
-    bottom.set(
-        ylabel="held-out answers right\n(teacher forced, each stage's own clips)", xlabel="clips seen", ylim=(0, 1)
-    )
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=100)
+        for kind in ("", *sorted({key[13:] for line in evaluated for key in line if key.count("/") == 1})):
+            # What a reading stage asks of each kind of clips; a seeing stage has a kind for each fact.
+            known = [line for line in evaluated if f"eval_accuracy{kind}" in line]
+            places, values = [line["step"] for line in known], [line[f"eval_accuracy{kind}"] for line in known]
+            bottom.plot(places, values, "o-", label=kind.strip("/") or "all", markersize=3)
+        bottom.set(xlabel="steps", ylim=(0, 1))
+        bottom.legend(fontsize=7)
+    axes[0, 0].set(ylabel="training loss")
+    axes[1, 0].set(ylabel="right, held out")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def install(folder: Path, output: Path) -> None:
     """Copies weights and logs into the repository and draws the curves."""
     shutil.copyfile(folder / "model.safetensors", ROOT / "model.safetensors")
     LOGS.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "heads.safetensors", HEADS)
     for name in stages():
         if (output / name / "log.jsonl").is_file():
             shutil.copy(output / name / "log.jsonl", LOGS / f"{name}.jsonl")
