@@ -353,8 +353,8 @@ def test_make_demo_prints_the_right_answers(root, demo_clip):
         for name in ("QUESTIONS", "ANSWERS")
     )
     # The clip words a question in one of two ways.
-    types = ("color", "direction", "when", "needle", "first")
-    names = ("star", "ring", "triangle", "purple ring", "the triangle or the star")
+    types = ("color", "direction", "size", "needle", "when_card")
+    names = ("star", "ring", "triangle", "purple ring", "purple ring")
     expected = [
         question.answer
         for kind, name in zip(types, names, strict=True)
