@@ -122,8 +122,8 @@ def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, ro
     recipe = see.DEFAULTS | {
         "init": {"config": str(root), "seed": 0, "text_config": SMALL},
         "output_dir": str(tmp_path / "see"),
-        "data": {"split": "train", "size": 512, "clip": [{"seconds": 4}, {"seconds": 8, "cards": 2}]},
-        "learning_rate": 5e-3,
+        "data": {"split": "train", "size": 32, "clip": [{"seconds": 4}, {"seconds": 8, "cards": 2}]},
+        "learning_rate": 3e-3,
         "batch_size": 16,
         "max_steps": 24,
         "warmup": 2,
@@ -138,7 +138,7 @@ def test_seeing_lowers_its_loss_and_leaves_the_language_model_alone(workshop, ro
     see.run(recipe | {"max_steps": 26}, resume=True)
     lines = [json.loads(line) for line in (tmp_path / "see" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.5 * losses[0], "32 groups can be learnt by heart"
     assert any("eval_accuracy/color" in line for line in lines)
     model = AutoModel.from_pretrained(tmp_path / "see", trust_remote_code=True)
     fresh, _ = see.build_model(recipe, "eager")

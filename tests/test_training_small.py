@@ -51,6 +51,13 @@ def test_commands_point_into_the_output_folder(workshop, tmp_path, monkeypatch):
     commands.clear()
     small.train(tmp_path, names[-1])
     assert len(commands) == 1 and f"model={small.ROOT}" in commands[0]
+    # Every reading stage goes on with the committed story heads, whatever its recipe starts from.
+    first = next(
+        name for name in names if yaml.safe_load((small.RECIPES / f"{name}.yaml").read_text())["stage"] == "read"
+    )
+    commands.clear()
+    small.train(tmp_path, first)
+    assert f"heads={small.HEADS}" in commands[0] and small.HEADS.is_file()
 
 
 def test_an_unknown_stage_and_an_unknown_key_are_named(workshop, tmp_path):

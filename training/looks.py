@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from training.slots import CARD, NUM_SLOTS, SIGN
 from video_world import SHAPES
+from video_world.questions import LETTERS
 
 # Questions by where their answer is to be seen: on a card, in a shape's slot where it stands or once it was seen.
 ONE_CARD, TWO_CARDS, SHAPE_SEEN = ("needle", "two_hop", "when_card"), ("card_first",), ("shape", "between")
@@ -88,13 +89,13 @@ def looks_of(question, groups, visual) -> list[tuple[str, str, np.ndarray]]:
 
 def option_of(question) -> str:
     """The right one of a question's options."""
-    return question.choices["ABCD".index(question.answer)]
+    return question.choices[LETTERS.index(question.answer)]
 
 
 def option_lines(question) -> list[tuple[str, str, str]]:
     """Of each option of a question the text up to its letter, up to its words, and to their end."""
     lines, begin = [], 0
-    for letter in "ABCD"[: len(question.choices)]:
+    for letter in LETTERS[: len(question.choices)]:
         begin = question.text.index(f"\n{letter}. ", begin) + 2
         stop = question.text.index("\n", begin)
         lines.append((question.text[:begin], question.text[: begin + 1], question.text[:stop]))
@@ -170,11 +171,12 @@ class Queries:
             shares.append((pooled[:, : wanted.shape[1]] * wanted).sum(dim=-1))
         return shares
 
-    def said(self, rows, place) -> torch.Tensor:
-        """What a question's tokens would say if there were no layers from the choice on: logits [M, vocabulary].
+    def said(self, rows, place, tokens=slice(None)) -> torch.Tensor:
+        """What a question's tokens would say if there were no layers from the choice on: logits [M, tokens].
 
         Args:
             rows, place: See `shares`.
+            tokens: Those to choose from; the whole vocabulary by default.
         """
         hidden = self.model.norm(self.before_choice[rows, place])
-        return hidden @ self.model.embed_tokens.weight.T
+        return hidden @ self.model.embed_tokens.weight[tokens].T

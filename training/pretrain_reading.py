@@ -39,10 +39,10 @@ from training.small_stages import (  # noqa: E402
     NothingBroken,
     build_model,
     checkpoint_of,
-    main_of,
     read_stage,
     stage_arguments,
 )
+from training.train import main_of  # noqa: E402
 from training.trainer import Journal, JournalCallback  # noqa: E402
 
 DEFAULTS = {
@@ -205,9 +205,7 @@ class Reading(nn.Module):
                     seen[name].append(share)
                 if "word" in looks:
                     # An option has to know its letter, and the question's end what it looks for, before it is chosen.
-                    logits, among = queries.said(looks["rows"], looks["place"]), looks.get("among")
-                    if among is not None:
-                        logits = torch.full_like(logits, -torch.inf).index_copy(1, among, logits[:, among])
+                    logits = queries.said(looks["rows"], looks["place"], looks.get("among", slice(None)))
                     said[kind].append((logits, looks["word"]))
             logits = hidden[:, :-1][wanted] @ self.language_model.embed_tokens.weight.T
             targets = labels[:, 1:][wanted]

@@ -30,10 +30,10 @@ from training.small_stages import (  # noqa: E402
     NothingBroken,
     build_model,
     checkpoint_of,
-    main_of,
     read_stage,
     stage_arguments,
 )
+from training.train import main_of  # noqa: E402
 from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
 from video_world import make_clip  # noqa: E402
 

@@ -15,6 +15,7 @@ from training.looks import LOOKS, looks_of, option_lines
 from training.pretrain_vision import normalise
 from training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
 from video_world import make_clip, needle_questions
+from video_world.questions import LETTERS
 
 
 class ClipBatches(Dataset):
@@ -38,7 +39,7 @@ class ClipBatches(Dataset):
         self.head = self.tokenizer.encode(text.partition(processor.video_token)[0])
         self._ids = {}
         self.seconds = self.tokenizer.encode("2 seconds")[-1]
-        self.letters = torch.tensor([self.tokenizer.encode(letter)[0] for letter in "ABCD"])
+        self.letters = [self.tokenizer.encode(letter)[0] for letter in LETTERS]
 
     def __len__(self):
         return self.size
@@ -47,7 +48,8 @@ class ClipBatches(Dataset):
         """A batch: `ids` and `positions` of the prompts [B, P], `facts` [B, G, N, K] or `pixels` [B, F, 3, S, S],
         `story` (dict of [B, G, N]), and `asked`: per length class `rows` (of the batch) [R], `ids`, `labels` [R, L],
         `types` and `looks` (per kind of `LOOKS` rows [M], places in the question from where to look [M] and positions
-        of prompt and question to look at [M, P + L])."""
+        of prompt and question to look at [M, P + L]; of options also which `word`, of the tokens `among` which it is,
+        should be known there)."""
         rng = random.Random(f"{self.seed}-{index}")
         source = rng.choices(self.sources, [item.get("share", 1.0) for item in self.sources])[0]
         rates = source.get("sample_fps", 1)
@@ -167,7 +169,7 @@ class ClipBatches(Dataset):
                         letter, start, stop = (self._length(text) for text in line)
                         # An option's last word and the end of its line should know its letter.
                         looks += [("letter", place, np.array([prompt + letter - 1])) for place in (stop - 1, stop)]
-                        if question.answer == "ABCD"[number]:
+                        if question.answer == LETTERS[number]:
                             looks.append(("choice", ends[""], prompt + np.arange(start, stop + 1)))
                 rows.append((row, before, answer, question.type, looks))
             # Short questions are not padded to the length of long ones.
@@ -196,8 +198,8 @@ class ClipBatches(Dataset):
                     "look": places,
                 }
                 if kind == "letter":
-                    ids_there = [rows[number][1][where[0] - prompt] for number, *_, where in found]
-                    looks[kind] |= {"word": torch.tensor(ids_there), "among": self.letters}
+                    letters = [self.letters.index(rows[number][1][where[0] - prompt]) for number, *_, where in found]
+                    looks[kind] |= {"word": torch.tensor(letters), "among": torch.tensor(self.letters)}
                 if kind == "choice":
                     looks[kind]["word"] = torch.tensor(
                         [self._word(rows[number][1], where - prompt) for number, *_, where in found]

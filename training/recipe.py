@@ -30,7 +30,6 @@ DEFAULTS = {
     "data": None,
     "output_dir": None,
     "modules": {},
-    "freeze": [],  # regular expressions: parameters whose names they match stay as they are
     "sparse_attention": {"prefill": "full"},
     "learning_rate": 1e-5,
     "muon": False,  # Muon for the matrices, AdamW for the rest; see muon.py

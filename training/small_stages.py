@@ -3,14 +3,13 @@
 `pretrain_vision.py` and `pretrain_reading.py` are such programs. `train.py` is not: its stages are the published ones.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, TrainingArguments, set_seed
 
 from training.recipe import read_numbers, read_recipe
-from training.train import end_process_group, load_part, newest_checkpoint
+from training.train import load_part, newest_checkpoint
 
 
 def read_stage(path: Path, overrides: list[str], defaults: dict) -> dict:
@@ -79,22 +78,3 @@ class NothingBroken:
 
     def resume(self, step, samples_per_step):
         """Nothing to go back to."""
-
-
-def main_of(description: str, load_recipe, run) -> None:
-    """The command line of a stage: a recipe, other values, `--resume`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    arguments = parser.parse_args()
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.set)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
-    try:
-        trainer = run(recipe, arguments.resume)
-        trainer.accelerator.wait_for_everyone()
-        del trainer
-    finally:
-        end_process_group()

@@ -12,7 +12,6 @@ continues from the newest complete checkpoint, and starts from the beginning if 
 import argparse
 import gc
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -112,9 +111,7 @@ def freeze(model, recipe: dict) -> None:
     """Freezes what the recipe does not train."""
     rates = learning_rates(recipe)
     for name, parameter in model.named_parameters():
-        trained = rates[module_of(name)] is not None and not name.startswith(_UNUSED)
-        trained = trained and not any(re.search(pattern, name) for pattern in recipe["freeze"])
-        parameter.requires_grad_(trained)
+        parameter.requires_grad_(rates[module_of(name)] is not None and not name.startswith(_UNUSED))
 
 
 def add_lora(model, lora: dict):
@@ -273,8 +270,15 @@ def end_process_group() -> None:
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main_of(description: str, load_recipe, run) -> None:
+    """The command line of a stage's program: a recipe, other values, `--resume`.
+
+    Args:
+        description: Help.
+        load_recipe: (path, overrides) -> recipe.
+        run: (recipe, resume) -> trainer.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
@@ -294,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main_of(__doc__, load_recipe, run)

@@ -68,7 +68,7 @@ def train(output: Path, first: str | None) -> Path:
         if name == first:
             # What the stage would take from earlier ones is in the committed weights.
             settings |= {"init": "null", "model": ROOT, "load": "{}"}
-            settings |= {"heads": HEADS} if "heads" in given else {}
+            settings |= {"heads": HEADS} if given["stage"] == "read" else {}
         else:
             for key in ("model", "heads"):
                 if given.get(key):
