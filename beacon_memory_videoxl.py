@@ -22,8 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
+
+from .kv_cache import CACHE_NAME
+from .sparse_attention import follow_plan
 
 
 class BeaconWindow(NamedTuple):
@@ -102,13 +104,13 @@ class VideoXLBeaconAttention(Qwen2Attention):
             ordinary = getattr(self, name)
             setattr(self, f"beacon_{name}", nn.Linear(ordinary.in_features, ordinary.out_features, bias=True))
 
-    def forward(
-        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, beacon_places=None, **kwargs
-    ):
-        """As the host's; `beacon_places` [b] are the rows of `hidden_states` [1, n + b, H] that are beacons."""
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, attention_plan=None, **kwargs):
+        """As the host's; the plan says which rows of `hidden_states` [1, n + b, H] are beacons."""
         # override: the host has no place at which rows of one call could be projected differently
+        beacon_places = None if attention_plan is None else attention_plan.beacon_places
         if beacon_places is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            kwargs["attention_plan"] = attention_plan
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         beacons = hidden_states.index_select(1, beacon_places)
 
         def project(ordinary, own):
@@ -119,13 +121,10 @@ class VideoXLBeaconAttention(Qwen2Attention):
             project(self.q_proj, self.beacon_q_proj), project(self.k_proj, self.beacon_k_proj), *position_embeddings
         )
         value = project(self.v_proj, self.beacon_v_proj)
-        key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        key, value = kwargs[CACHE_NAME].update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.flatten(2)), weights
+        output = follow_plan(self, query, key, value, attention_plan, dropout, self.scaling)
+        return self.o_proj(output.flatten(2)), None
 
 
 def add_beacons(language_model) -> None:

@@ -283,11 +283,11 @@ class VideoXLChatMixin:
         output = self.generate(
             input_ids=torch.cat([rows, texts], dim=1).to(self.device),
             attention_mask=torch.cat([torch.ones_like(rows), mask], dim=1).to(self.device),
-            past_key_values=cache,
             generation_config=settings,
             logits_processor=processors,
             streamer=streamer,
             tokenizer=tokenizer,
+            past_key_values=cache,
             **reload,
         )
         returned = settings.num_return_sequences or 1

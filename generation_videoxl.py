@@ -8,9 +8,8 @@ What is surprising:
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 
-from .kv_cache import new_cache, offload_cache
+from .kv_cache import CACHE_NAME, CACHE_NAMES, given_cache, new_cache, offload_cache
 from .sparse_attention import GroupSpan, VisualLayout
 
 
@@ -81,9 +80,14 @@ class VideoXLGenerationMixin(GenerationMixin):
             from_config = getattr(generation_config or self.generation_config, name, None)
             return kwargs[name] if kwargs.get(name) is not None else from_config
 
-        past = kwargs.get("past_key_values")
-        prefilled = isinstance(past, Cache) and past.get_seq_length() > 0
+        past = given_cache(*(kwargs.pop(name, None) for name in reversed(CACHE_NAMES)))
+        if past is not None:
+            kwargs[CACHE_NAME] = past
+        prefilled = past is not None and past.get_seq_length() > 0
         videos = kwargs.get("pixel_values_videos") is not None
+        if videos:
+            # A list: should a release expand inputs otherwise than below, it can repeat no video as if it were a row.
+            kwargs["pixel_values_videos"] = list(kwargs["pixel_values_videos"])
         if (videos or prefilled) and setting("prefill_chunk_size") is not None:
             raise ValueError(
                 "prefill_chunk_size cannot be used with a video: its prefill runs in bounded segments already"

@@ -3,17 +3,62 @@ moved, offloaded, stacked, or mixed from dense and pooled keys and values.
 
 What is surprising:
 * Pooling needs un-rotated keys: the mean of rotated ones is no key at all.
+* transformers 5.24 renamed `past_key_values` to `cache`. `CACHE_NAME` is what the installed release calls it, in its
+  models' arguments, in outputs and in `generate`.
 
 B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
 group.
 """
 
+from inspect import signature
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import Qwen2Model
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache_layers_videoxl import ROTATED_AT_ONCE, VideoXLCacheLayer, VideoXLOffloadedLayer, rotate
+
+CACHE_NAMES = ("cache", "past_key_values")
+# The first that the library's own models know; a release that knows neither is not supported, and says so at import.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(Qwen2Model.forward).parameters)
+
+# What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
+WITHOUT_EFFECT = ("tokenizer",)
+
+
+def given_cache(past_key_values, cache):
+    """The cache of a call, under whichever of its two names it came.
+
+    Raises:
+        ValueError: If both came, or something that is no `Cache`.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, Cache):
+        raise ValueError(
+            f"past_key_values (or cache) must be a transformers Cache, got {type(given).__name__}: pass on what an "
+            "earlier call returned"
+        )
+    return given
+
+
+def refuse_unknown(where: str, arguments: dict) -> None:
+    """Raises ValueError if any argument that `where` does not name holds something; None counts as absent."""
+    for name, value in arguments.items():
+        if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
+            held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
+            raise ValueError(
+                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
+                "transformers itself passed it, use a release this code was tested with (see the README)"
+            )
+
+
+def _holds_cache(value) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
 
 
 def rewind_cache(cache: DynamicCache, length: int, held: int) -> None:

@@ -31,7 +31,7 @@ from .compressor_videoxl import (
 )
 from .configuration_videoxl import VideoXLConfig
 from .generation_videoxl import VideoXLGenerationMixin
-from .kv_cache import new_cache, own_layers
+from .kv_cache import CACHE_NAME, CACHE_NAMES, given_cache, new_cache, own_layers, refuse_unknown
 from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
@@ -50,7 +50,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
         *("Qwen2DecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer", "VideoXLDynamicTokenSynthesis"),
         *("VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"),
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -134,19 +134,35 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         keep_hidden=0,
         dense_chunks=None,
         required_chunks=(),
-        **kwargs,
+        cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **unknown,
     ) -> BaseModelOutputWithPast:
         """See `VideoXLForConditionalGeneration.forward`; with `keep_hidden` a prefill returns its last positions."""
+        refuse_unknown("forward", unknown)
+        past_key_values = given_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None and input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length], got {tuple(input_ids.shape)}")
+        use_cache = use_cache if use_cache is not None else self.config.text_config.use_cache
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        new_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length)
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        kwargs = {name: value for name, value in wanted.items() if value is not None}
+        has_videos = pixel_values_videos is not None and len(pixel_values_videos) > 0
+        if not has_videos and prompt_length is not None and 0 < prompt_length <= past_length:
+            # A step of `generate` behind its whole prompt: whatever the settings say was done with it.
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            return self._continue_plain(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
+            )
         settings = self.config.resolve_sparse_attention()
         if dense_chunks is not None and settings.decode != "bilevel":
             raise ValueError("dense_chunks needs bi-level decoding: set config.sparse_attention with decode='bilevel'")
-        use_cache = use_cache if use_cache is not None else self.config.text_config.use_cache
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if pixel_values_videos is not None and len(pixel_values_videos) > 0:
+        if has_videos:
             if input_ids is None:
                 raise ValueError(
                     "pixel_values_videos needs input_ids: their placeholders say where the visual tokens go"
@@ -155,7 +171,6 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
                 prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
             )  # fmt: skip
-        new_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
         if new_tokens > 1 and (prompt_length is None or past_length < prompt_length):
             if attention_mask is not None and attention_mask.ndim == 2:
                 self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
@@ -208,8 +223,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -270,8 +285,8 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=_positions(attention_mask)[:, past_length:] if position_ids is None else position_ids,
-            past_key_values=cache,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -332,6 +347,8 @@ class VideoXLForConditionalGeneration(
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # For `Trainer`: the loss is divided by `num_items_in_batch` where that comes.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: VideoXLConfig):
         super().__init__(config)
@@ -383,7 +400,11 @@ class VideoXLForConditionalGeneration(
         dense_chunks=None,
         required_chunks=(),
         return_dict=None,
-        **kwargs,
+        cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        num_items_in_batch=None,
+        **unknown,
     ) -> CausalLMOutputWithPast:
         """Language-model outputs of prompts that may hold videos.
 
@@ -392,12 +413,15 @@ class VideoXLForConditionalGeneration(
                 `config.video_token_id`.
             attention_mask: [B, past + L], 0 on padding.
             position_ids: [B, L]; by default counted over the attention mask. Prompts with videos are always counted.
-            past_key_values: A cache; prompts with videos fill it in place.
+            past_key_values: A cache; prompts with videos fill it in place. `cache` is its other name.
             inputs_embeds: [B, L, hidden] instead of input_ids, for text.
             pixel_values_videos: [V, F, 3, H, W] or a list in order of appearance: [F_i, 3, H, W] for a video,
                 [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp (with an overview
                 [1 + rows, columns, 3, H, W], see `get_video_features`).
             labels: [B, L], -100 where there is no loss; visual positions never have any.
+            num_items_in_batch: What the loss is divided by, where it is accumulated over several batches; by default
+                the labels of this one.
+            output_attentions, output_hidden_states: As in transformers, for whole sequences and decode steps.
             use_cache: False returns no cache and runs the sequence at once.
             logits_to_keep: Number of last positions to compute logits for (0: all), or a tensor of positions.
             prompt_length: Positions from here on are generated tokens; set by `generate`.
@@ -414,26 +438,14 @@ class VideoXLForConditionalGeneration(
             selector or `mm_llm_compress` those of the tokens after the last video, and a loss over these.
 
         Raises:
-            ValueError: If the number of placeholders differs from the number of visual tokens.
+            ValueError: If the number of placeholders differs from the number of visual tokens, or on an argument that
+                is unknown: nothing is ignored.
         """
-        settings = self.config.resolve_sparse_attention()
-        bilevel = settings.decode == "bilevel"
-        partial = self.model.leaves_only_text(settings)
-        if partial and pixel_values_videos is not None and not isinstance(logits_to_keep, int):
-            raise ValueError(
-                "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the "
-                "last video only: give logits_to_keep a number"
-            )
+        refuse_unknown("forward", unknown)
+        partial = False
+        if labels is not None or pixel_values_videos is not None:
+            partial = self._leaves_only_text(labels is not None, logits_to_keep)
         if labels is not None:
-            if bilevel:
-                raise ValueError(
-                    "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
-                )
-            if settings.dropping is not None:
-                raise ValueError(
-                    "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt "
-                    "ends: set it to False for training, as the published weights were trained"
-                )
             use_cache = False if use_cache is None else use_cache
         keep_hidden = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         outputs = self.model(
@@ -449,7 +461,9 @@ class VideoXLForConditionalGeneration(
             keep_hidden=keep_hidden,
             dense_chunks=dense_chunks,
             required_chunks=required_chunks,
-            **kwargs,
+            cache=cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -461,15 +475,54 @@ class VideoXLForConditionalGeneration(
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
                 labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            sizes = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **sizes)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _leaves_only_text(self, trains, logits_to_keep) -> bool:
+        """Whether only text behind the last video has logits; refuses what does not go with that, or with labels."""
+        settings = self.config.resolve_sparse_attention()
+        partial = self.model.leaves_only_text(settings)
+        if partial and not isinstance(logits_to_keep, int):
+            raise ValueError(
+                "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the "
+                "last video only: give logits_to_keep a number"
+            )
+        if not trains:
+            return partial
+        if not isinstance(logits_to_keep, int):
+            raise ValueError("labels are for all positions: leave logits_to_keep out")
+        if settings.decode == "bilevel":
+            raise ValueError(
+                "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
+            )
+        if settings.dropping is not None:
+            raise ValueError(
+                "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt "
+                "ends: set it to False for training, as the published weights were trained"
+            )
+        return partial
+
+
+def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
+    """Raises ValueError if a call speaks of other tokens than its cache holds and it brings."""
+    known = past_length + new_tokens
+    told = known if attention_mask is None or attention_mask.ndim != 2 else attention_mask.shape[1]
+    if prompt_length is not None and known < prompt_length and position_ids is not None:
+        told = max(told, int(position_ids.max()) + 1)
+    if told != known:
+        raise ValueError(
+            f"attention_mask (or position_ids) speaks of {told} tokens, but the cache holds {past_length} and "
+            f"{new_tokens} came with this call: pass the cache of the earlier tokens as past_key_values or cache, and "
+            "a mask of [batch, cached and new tokens]"
+        )
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

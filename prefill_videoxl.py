@@ -20,8 +20,8 @@ from .beacon_memory_videoxl import plan_windows
 from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
 from .cache_layers_videoxl import VideoXLCacheLayer, VideoXLOffloadedLayer
 from .deferred_rows_videoxl import defer_rows
-from .kv_cache import fork_cache, new_cache, stack_caches
-from .sparse_attention import GroupSpan, VisualLayout, plan_prefill
+from .kv_cache import CACHE_NAME, fork_cache, new_cache, stack_caches
+from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
 from .token_dropping_videoxl import VideoXLTokenDroppingMixin, drop_stages, dropping_of
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
@@ -171,22 +171,22 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
                 count += 1
             segment, steps = steps[:count], steps[count:]
             start, stop = segment[0].start, segment[-1].stop
-            options = {"beacon_places": beacon_places} if beacon_places is not None else {}
-            if options and (start > begin or stop < end):  # a window larger than a segment
-                inside = (beacon_places >= start - begin) & (beacon_places < stop - begin)
-                options["beacon_places"] = beacon_places[inside] - (start - begin)
+            places = beacon_places
+            if places is not None and (start > begin or stop < end):  # a window larger than a segment
+                inside = (places >= start - begin) & (places < stop - begin)
+                places = places[inside] - (start - begin)
+            layers = cache.layers if offloaded else None
+            plan = AttentionPlan(segment, attention_probe, layers, cache is not None and unread, places)
             hidden = self.language_model(
                 inputs_embeds=inputs_embeds[:, start - begin : stop - begin],
                 position_ids=positions[:, start - begin : stop - begin],
+                # As the library hands masks to itself: none is to be made.
                 attention_mask={"full_attention": None},
-                past_key_values=cache,
                 use_cache=cache is not None,
-                attention_steps=segment,
-                attention_probe=attention_probe,
-                attention_cache=cache if offloaded else None,
-                attention_unread=cache is not None and unread,
-                **options,
+                attention_plan=plan,
+                **{CACHE_NAME: cache},
             ).last_hidden_state
+            plan.require_followed(range(self.language_model.config.num_hidden_layers))
             if offloaded:
                 for layer in cache.layers:
                     layer.retire(cache.layout.non_visual, (steps or segment[-1:])[0].window_start)
@@ -240,7 +240,7 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
         if num_expanded > 1:
             cache.batch_repeat_interleave(num_expanded)
             hidden = hidden.repeat_interleave(num_expanded, dim=0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
 
     @staticmethod
     def _stack(cache, rows, length):
@@ -331,7 +331,7 @@ class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
             hidden = hidden.repeat_interleave(repeats, dim=0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
 
     def _run_rows_without_cache(self, embeds, rows, settings):
         """Sparse prefill of whole prompts at once, without a cache: differentiable, for training."""

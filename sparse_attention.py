@@ -30,17 +30,18 @@ B batch (1 on the sparse path), H query heads, K key-value heads, L sequence, n 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
+from transformers import __version__ as transformers_version
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
 # Queries per attention call where a mask has to be built: bounds the mask to this many rows of keys.
 MAX_STEP_QUERIES = 1024
@@ -134,10 +135,6 @@ class VisualLayout:
             videos.append(tuple(groups))
         return cls(tuple(videos), len(ids) + offset)
 
-    def then(self, other: "VisualLayout") -> "VisualLayout":
-        """This layout followed by another one whose positions continue it."""
-        return VisualLayout(self.videos + other.videos, other.length)
-
     def until(self, length: int) -> "VisualLayout":
         """This layout without what lies behind its first `length` positions, which end with a whole group."""
         videos = (tuple(group for group in video if group.end <= length) for video in self.videos)
@@ -180,6 +177,36 @@ class AttentionStep:
     window_start: int = 0
     gathered: torch.Tensor | None = None
     wide: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What one run through layers of the language model follows. It travels as one argument to every layer.
+
+    Args:
+        steps: `AttentionStep`s that cover the run's rows without gaps.
+        probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
+        layers: The cache's layers, where keys and values are not all on the device: see `planned_attention`.
+        unread: Whether nobody reads what the model's last layer makes of these rows.
+        beacon_places: [b] rows that are beacons, see `beacon_memory_videoxl`.
+        followed: Numbers of the layers that followed it so far.
+    """
+
+    steps: list[AttentionStep]
+    probe: Any = None
+    layers: Any = None
+    unread: bool = False
+    beacon_places: torch.Tensor | None = None
+    followed: set = field(default_factory=set)
+
+    def require_followed(self, layers: range) -> None:
+        """Raises RuntimeError unless these layers have all followed the plan: an answer without it would be wrong."""
+        if not self.followed.issuperset(layers):
+            raise RuntimeError(
+                f"transformers {transformers_version} did not hand the attention plan to layers "
+                f"{sorted(set(layers) - self.followed)} of the language model; use a release this code was tested "
+                "with (see the README)"
+            )
 
 
 def plan_prefill(
@@ -277,21 +304,13 @@ def register_attention(base: str) -> str:
     name = base if base.startswith("videoxl_") else f"videoxl_{base}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def forward(
-            module, query, key, value, attention_mask,
-            attention_steps=None, attention_probe=None, attention_cache=None, attention_unread=False, **kwargs,
-        ):  # fmt: skip
-            if attention_probe is not None:
-                attention_probe.record(module.layer_idx, query, key, kwargs.get("scaling"))
-            if attention_steps is None:
+        def forward(module, query, key, value, attention_mask, attention_plan=None, **kwargs):
+            if attention_plan is None:
                 caller = module if base in ("eager", "sdpa") else _NamedCaller(module, base)
-                return _base_attention(base, module)(caller, query, key, value, attention_mask, **kwargs)
-            if attention_unread and module.layer_idx == module.config.num_hidden_layers - 1:
-                # Its keys and values are cached by now, and nobody reads what the last layer makes of them.
-                return torch.zeros_like(query).transpose(1, 2), None
-            dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
-            layer = None if attention_cache is None else attention_cache.layers[module.layer_idx]
-            return planned_attention(query, key, value, attention_steps, dropout, scaling, layer), None
+                # The library keeps no global eager function: each model file has its own.
+                attend = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+                return attend(caller, query, key, value, attention_mask, **kwargs)
+            return follow_plan(module, query, key, value, attention_plan, **kwargs), None
 
         AttentionInterface.register(name, forward)
         if base in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
@@ -311,11 +330,16 @@ class _NamedCaller:
         return getattr(self._module, name)
 
 
-def _base_attention(base: str, module):
-    if base == "eager":
-        # The library keeps no global eager function: each model file has its own.
-        return import_module(type(module).__module__).eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[base]
+def follow_plan(module, query, key, value, plan: AttentionPlan, dropout=0.0, scaling=None, **_) -> torch.Tensor:
+    """One layer's attention by a plan; see `planned_attention` for the shapes."""
+    if plan.probe is not None:
+        plan.probe.record(module.layer_idx, query, key, scaling)
+    plan.followed.add(module.layer_idx)
+    if plan.unread and module.layer_idx == module.config.num_hidden_layers - 1:
+        # Its keys and values are cached by now, and nobody reads what the last layer makes of them.
+        return torch.zeros_like(query).transpose(1, 2)
+    layer = None if plan.layers is None else plan.layers[module.layer_idx]
+    return planned_attention(query, key, value, plan.steps, dropout, scaling, layer)
 
 
 def planned_attention(query, key, value, steps, dropout=0.0, scaling=None, layer=None) -> torch.Tensor:
@@ -333,6 +357,7 @@ def planned_attention(query, key, value, steps, dropout=0.0, scaling=None, layer
     """
     first = steps[0].start
     assert query.shape[2] == steps[-1].stop - first, "the plan must cover exactly the queries at hand"
+    assert layer is not None or key.shape[2] == steps[-1].stop, "the keys must be those of all positions so far"
     outputs = []
     for step in steps:
         step_query = query[:, :, step.start - first : step.stop - first]

@@ -31,9 +31,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from .deferred_rows_videoxl import DeferredRows
-from .kv_cache import fork_cache, move_cache
+from .kv_cache import CACHE_NAME, fork_cache, move_cache
 from .selection_videoxl import attention_mass
-from .sparse_attention import AttentionStep, VisualLayout, plan_prefill
+from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, plan_prefill
 
 # How many of the first stages are uniform, by the published names of `llm_compress_type`.
 UNIFORM_STAGES = {"attention": 0, "uniform0_attention": 1, "uniform1_attention": 2, "uniform": None}
@@ -264,7 +264,7 @@ class VideoXLTokenDroppingMixin:
             layer, mask, options = cache.layers[span.start], None, {}
             positions = torch.arange(layer.held, layer.held + count, device=embeds.device).expand(len(embeds), -1)
             if layer.row_padding is None:
-                options["attention_steps"] = [AttentionStep(layer.held, layer.held + count)]
+                options["plan"] = AttentionPlan([AttentionStep(layer.held, layer.held + count)])
             else:
                 padding = layer.row_padding.to(embeds.device)[:, None]
                 positions = positions - padding
@@ -276,10 +276,10 @@ class VideoXLTokenDroppingMixin:
                     config=model.config,
                     inputs_embeds=hidden,
                     attention_mask=(columns >= layer.hidden + padding).long(),
-                    past_key_values=view,
+                    **{CACHE_NAME: view},
                 )
             hidden = _run_span(model, hidden, positions, cache, span, attention_mask=mask, **options)
-        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), **{CACHE_NAME: cache})
 
     def _run_layers(self, rows, cache, span: range, unread=0) -> torch.Tensor:
         """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
@@ -298,9 +298,9 @@ class VideoXLTokenDroppingMixin:
         edges = sorted({*range(0, count, self.segment_tokens), unread, count})
         for begin, stop in zip(edges, edges[1:], strict=False):
             positions = torch.arange(held + begin, held + stop, device=rows.device)[None]
-            options = {"attention_unread": stop <= unread}
-            options["attention_steps"] = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
-            hidden = _run_span(self.language_model, rows[:, begin:stop], positions, cache, span, None, **options)
+            steps = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
+            plan = AttentionPlan(steps, unread=stop <= unread)
+            hidden = _run_span(self.language_model, rows[:, begin:stop], positions, cache, span, plan=plan)
             if begin >= unread:
                 kept.append(hidden)
         if not kept:
@@ -330,7 +330,7 @@ class VideoXLTokenDroppingMixin:
         return mass[held : held + len(waiting)].cpu()
 
 
-def _run_span(model, hidden, positions, cache, span, attention_mask, **options) -> torch.Tensor:
+def _run_span(model, hidden, positions, cache, span, plan=None, attention_mask=None) -> torch.Tensor:
     """Some of the host's layers, called as the host calls them."""
     rotary = model.rotary_emb(hidden, positions)
     for index in span:
@@ -339,10 +339,12 @@ def _run_span(model, hidden, positions, cache, span, attention_mask, **options) 
             attention_mask=attention_mask,
             position_embeddings=rotary,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
-            **options,
+            attention_plan=plan,
+            **{CACHE_NAME: cache},
         )
+    if plan is not None:
+        plan.require_followed(span)
     return hidden
 
 
