@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -53,7 +54,8 @@ LICENSES = ("LICENSE", "LICENSE-CODE")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",
             "merges.txt", *LICENSES, "CITATION.cff")  # fmt: skip
-# What the card shows or links to.
+# What the card shows or links to: pages in this folder, and pictures, clips and notebooks anywhere.
+PAGES = "docs/"
 MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm", ".ipynb")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 # What clients of the Hub leave in a folder, and what is never sent.
@@ -123,18 +125,21 @@ def assemble(
         raise FileNotFoundError(f"{folder} has no licence: neither {' nor '.join(LICENSES)}")
     tensors = read_source(folder)
     shards = sorted({tensor.file.name for tensor in tensors.values()})
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    pages = _pages(folder)
+    card = pages["README.md"]
     names = [
         *REQUIRED,
         *(name for name in OPTIONAL if (folder / name).is_file()),
         *_code(folder),
-        *_media(folder, card),
+        *sorted(pages.keys() - {"README.md"}),
+        *_media(folder, pages),
     ]
     if folder != ROOT:
         _refuse_others(folder, {*names, *shards, INDEX})
     check_card(card, needs_base_model=folder != ROOT)
-    if dead := sorted({link for link in LINKS.findall(card) if link not in names}):
-        raise ValueError(f"README.md links to {', '.join(dead)}, which a model repository has not")
+    for page, text in pages.items():
+        if dead := sorted(_links(page, text) - set(names)):
+            raise ValueError(f"{page} links to {', '.join(dead)}, which a model repository has not")
 
     output.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -194,9 +199,26 @@ def _code(folder):
     return sorted(entries | reached)
 
 
-def _media(folder, card):
-    """Pictures, clips and notebooks of the folder that the card names."""
-    named = set(re.findall(r"(?<![\w/.:])(?:[\w-]+/)*[\w.-]+\.\w+", card))
+def _links(page, text):
+    """The files that a page links to, as names in the repository."""
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in LINKS.findall(text)}
+
+
+def _pages(folder):
+    """The card, and the pages in docs/ that it leads to, link by link: texts by name."""
+    pages, waiting = {}, ["README.md"]
+    while waiting:
+        page = waiting.pop()
+        pages[page] = (folder / page).read_text(encoding="utf-8")
+        linked = {link for link in _links(page, pages[page]) if link.startswith(PAGES) and link.endswith(".md")}
+        waiting += sorted(link for link in linked - pages.keys() - set(waiting) if (folder / link).is_file())
+    return pages
+
+
+def _media(folder, pages):
+    """Pictures, clips and notebooks of the folder that the card names, or that its pages link to."""
+    named = set(re.findall(r"(?<![\w/.:])(?:[\w-]+/)*[\w.-]+\.\w+", pages["README.md"]))
+    named = named.union(*(_links(page, text) for page, text in pages.items()))
     return sorted(name for name in named if name.endswith(MEDIA) and (folder / name).is_file())
 
 

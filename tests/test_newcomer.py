@@ -1,7 +1,8 @@
-"""The newcomer's path, as printed in the README: from an empty directory to an answer, and to a push that is not done.
+"""The newcomer's path, as printed: from an empty directory to an answer, and to a push that is not done.
 
-Every line of the blocks marked `newcomer` runs, in order. Stood in for are the three that need the world: cloning (a
-copy), downloading (a checkpoint in the published layout at tiny size) and logging in. `make` finds its packages here.
+Every line of the blocks marked `newcomer` in README.md and docs/checkpoints.md runs, in order. Stood in for are the
+three that need the world: cloning (a copy), downloading (a checkpoint in the published layout at tiny size) and
+logging in. `make` finds its packages here.
 """
 
 import os
@@ -26,7 +27,8 @@ esac
 
 @pytest.mark.slow
 def test_the_path_as_printed(root, published, tmp_path):  # noqa: F811
-    text = (root / "README.md").read_text(encoding="utf-8")
+    pages = ("README.md", "docs/checkpoints.md")
+    text = "\n".join((root / page).read_text(encoding="utf-8") for page in pages)
     lines = [
         line
         for block in re.findall(r"^```bash newcomer\n(.*?)^```$", text, re.M | re.S)

@@ -1,55 +1,101 @@
-"""The README as users meet it: its Python runs, its metadata is valid, its links lead somewhere.
+"""The README and the pages of docs/ as users meet them: their Python runs, links lead somewhere, commands exist.
 
-Blocks fenced as `python` run in order, in one subprocess, in the root: they share names and use the bundled checkpoint
-and clip. Only the length of their answers is cut. A block fenced as `python norun` (it needs a GPU, say) is just
-compiled; renderers highlight both alike.
+Blocks fenced as `python` run in order, each page's in a namespace of its own, in the root: they share names and use
+the bundled checkpoint and clip. All pages run in one subprocess, so that torch is imported once. Only the length of
+the quick start's answers is cut. A block fenced as `python norun` (it needs a GPU, say) is just compiled; renderers
+highlight both alike.
 """
 
+import json
+import posixpath
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+# The README is a model card that people read to the end, in lines.
+README_LINES = 250
 # The published length of an answer, and one that a test can wait for, in tokens.
 PUBLISHED_LENGTH, TEST_LENGTH = '"max_new_tokens": 256', '"max_new_tokens": 8'
-FENCE = re.compile(r"^```python(?P<mark>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = r"^```{language}(?P<mark>[^\n]*)\n(?P<code>.*?)^```$"
+# A command line with one of our programs, up to a comment.
+PROGRAM = re.compile(r"(?<![\w./])(?P<program>[\w/]+\.py)(?P<arguments>[^#\n]*)")
+# Runs the blocks of a file by page, and writes what went wrong after each page.
+RUN_PAGES = """
+import json, sys, traceback
+jobs, errors = json.load(open(sys.argv[1], encoding="utf-8")), {}
+for page, codes in jobs.items():
+    try:
+        names, errors[page] = {"__name__": "__main__"}, ""
+        for code in codes:
+            exec(compile(code, page, "exec"), names)
+    except Exception:
+        errors[page] = traceback.format_exc()[-3000:]
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(errors, file)
+"""
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[tuple[int, str, str]]:
+    """(line of the code, mark after the language, code) of every block of a page."""
+    fence = re.compile(FENCE.format(language=language), re.MULTILINE | re.DOTALL)
+    found = fence.finditer(text)
+    return [(text.count("\n", 0, each.start("code")) + 1, each["mark"].strip(), each["code"]) for each in found]
 
 
 @pytest.fixture(scope="module")
-def readme(root) -> str:
-    return (root / "README.md").read_text(encoding="utf-8")
+def readme() -> str:
+    return read("README.md")
 
 
-def python_blocks(text: str) -> list[tuple[int, str, str]]:
-    """(line of the code, mark after `python`, code) of every block; blank lines in front keep the README's numbers."""
-    blocks = []
-    for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start("code"))
-        blocks.append((line + 1, match["mark"].strip(), "\n" * line + match["code"]))
-    return blocks
+@pytest.fixture(scope="module")
+def errors(root, tmp_path_factory) -> dict[str, str]:
+    """By page, the traceback of what went wrong, empty if nothing did; pages behind one that crashed are missing."""
+    folder, jobs = tmp_path_factory.mktemp("pages"), {}
+    for page in PAGES:
+        found = [(line, code) for line, mark, code in blocks(read(page), "python") if not mark]
+        # Blank lines in front: errors name the page's lines.
+        jobs[page] = ["\n" * (line - 1) + code.replace(PUBLISHED_LENGTH, TEST_LENGTH) for line, code in found]
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-c", RUN_PAGES, folder / "jobs.json", folder / "errors.json"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert (folder / "errors.json").exists(), done.stderr[-3000:]
+    return json.loads((folder / "errors.json").read_text(encoding="utf-8"))
 
 
-def test_python_blocks_run(readme, root, tmp_path):
-    blocks = python_blocks(readme)
-    assert len(blocks) >= 5, "the README lost its examples"
-    script = ["names = {'__name__': '__main__'}"]
-    for line, mark, code in blocks:
-        assert mark in ("", "norun"), f"README.md, line {line}: unknown mark {mark!r}"
-        compile(code, "README.md", "exec")
-        if not mark:
-            code = code.replace(PUBLISHED_LENGTH, TEST_LENGTH)
-            script.append(f"exec(compile({code!r}, 'README.md', 'exec'), names)")
-    file = tmp_path / "readme_blocks.py"
-    file.write_text("\n".join(script), encoding="utf-8")
-    done = subprocess.run([sys.executable, file], cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, errors):
+    for line, mark, code in blocks(read(page), "python"):
+        assert mark in ("", "norun"), f"{page}, line {line}: unknown mark {mark!r}"
+        compile(code, page, "exec")
+    assert errors.get(page, "did not finish") == "", errors.get(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_data_blocks_can_be_read(page):
+    for _, _, text in blocks(read(page), "yaml"):
+        assert yaml.safe_load(text)
+    for _, _, text in blocks(read(page), "json"):
+        assert json.loads(text)
+
+
+def test_the_readme_is_short_and_has_examples(readme):
+    assert len(readme.splitlines()) <= README_LINES
+    assert len(blocks(readme, "python")) >= 5, "the README lost its examples"
 
 
 def test_quick_start_is_the_published_call(readme):
-    code = "".join(python_blocks(readme)[0][2].split())
+    code = "".join(blocks(readme, "python")[0][2].split())
     published = """model.chat(
         video_path, tokenizer, question1, chat_history=None, return_history=False, max_num_frames=100, sample_fps=1,
         max_sample_fps=4, generation_config=gen_kwargs,
@@ -71,32 +117,71 @@ def test_metadata(readme):
     assert "toy world" in card.text[:500], "the card must say at the top what the bundled weights are"
 
 
-def test_links_and_files_exist(readme, root):
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", readme, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", readme):
-        if target.startswith("#"):
-            assert target[1:] in anchors, f"no section {target}"
-        elif not target.startswith("https://"):
-            assert (root / target).exists(), f"no file {target}"
-    for name in re.findall(r"(?:`|python )([\w./]+\.(?:py|txt|cff))\b", readme):
-        assert (root / name).exists(), f"no file {name}"
+def anchors(page: str) -> set[str]:
+    """What a page's headings are linked by."""
+    text = re.sub(FENCE.format(language=r"\w+"), "", read(page), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page, root):
+    text = read(page)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = posixpath.normpath(posixpath.join(posixpath.dirname(page), file)) if file else page
+        assert (root / linked).is_file(), f"no file {target}"
+        assert not anchor or anchor in anchors(linked), f"no section {target}"
+    for name in re.findall(r"(?:`|python )([\w./]+\.(?:py|txt|cff))\b", text):
+        known = [root / name, *root.glob(f"evaluation/{name}"), *root.glob(f"training/**/{name}")]
+        assert any(file.is_file() for file in known), f"no file {name}"
+
+
+def test_every_page_is_linked_from_the_readme(readme):
+    for page in PAGES[1:]:
+        assert f"]({page})" in readme
 
 
 def test_make_commands_exist(readme, root):
     makefile = (root / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"(?:^|`)make ([a-z-]+)", readme, re.MULTILINE)
-    assert {"demo", "test"} <= set(targets)
-    for target in targets:
+    targets = {page: re.findall(r"(?:^|`)make ([a-z-]+)", read(page), re.MULTILINE) for page in PAGES}
+    assert {"demo", "page"} <= set(targets["README.md"])
+    for target in {target for found in targets.values() for target in found}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no make target {target}"
 
 
-def test_citation_file(root):
+def command_lines() -> dict[str, set[str]]:
+    """By program (`cli.py`, or `cli.py batch`), the options that the pages use."""
+    options = {}
+    for page in PAGES:
+        text = read(page)
+        spans = [code for _, _, code in blocks(text, "bash")] + re.findall(r"`([^`\n]+)`", text)
+        for span in spans:
+            for found in PROGRAM.finditer(span.replace("\\\n", " ")):
+                program, arguments = found["program"], found["arguments"]
+                program += " batch" if arguments.startswith(" batch") else ""
+                options.setdefault(program, set()).update(re.findall(r"(?<!\S)--[a-z][\w-]*", arguments))
+    return {program: found for program, found in options.items() if found - {"--help"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", command_lines())
+def test_options_on_the_pages_exist(program, root):
+    if program.endswith("lmms_eval_videoxl.py"):
+        pytest.skip("lmms-eval's own command line")
+    done = subprocess.run(
+        [sys.executable, *program.split(), "--help"], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for option in command_lines()[program]:
+        assert re.search(rf"{option}\b", done.stdout), f"{program} has no {option}"
+
+
+def test_citation_file(root, readme):
     citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["license"] == "Apache-2.0"
     urls = [reference["url"] for reference in citation["references"]]
-    readme = (root / "README.md").read_text(encoding="utf-8")
     assert urls and all(url in readme for url in urls)

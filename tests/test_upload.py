@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import posixpath
 import re
 import shutil
 import subprocess
@@ -74,13 +75,16 @@ def test_the_bundled_checkpoint_is_gathered_without_the_workshop(bundled, root):
     assert {name for name in files if name.endswith(".py")} == set(remote_code_files())
     assert {"config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
             "model.safetensors", "README.md", "LICENSE", "assets/demo.mp4"} <= files  # fmt: skip
-    # Of the workshop only pictures that the card shows.
+    # Of the workshop only pages that the card leads to, and what they show.
     rest = {name for name in files if not name.endswith(".png")}
     assert not [name for name in rest if name.startswith(("tests", "evaluation", ".")) or name == "cli.py"]
+    assert {f"docs/{path.name}" for path in (root / "docs").glob("*.md")} <= files
     assert bundled.size == sum((bundled.folder / name).stat().st_size for name in files)
     card = (bundled.folder / "README.md").read_text()
-    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", card)
-    assert linked and set(linked) <= files
+    for page in ("README.md", *(name for name in files if name.startswith("docs/"))):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (bundled.folder / page).read_text())
+        linked = {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links}
+        assert linked and linked <= files, page
     assert card.split("---\n", 2)[2].strip() == (root / "README.md").read_text().split("---\n", 2)[2].strip()
 
 
@@ -180,6 +184,21 @@ REFUSED = {
     "dead link": (
         edit("README.md", "## Results", "[See](training/README.md)\n## Results"),
         "links to training/README",
+    ),
+    "dead link of a page": (
+        lambda folder: [
+            edit("README.md", "## Results", "[See](docs/more.md)\n## Results")(folder),
+            write("docs/more.md", "[back](../README.md), [on](gone.md#here)")(folder),
+        ],
+        "docs/more.md links to docs/gone.md",
+    ),
+    "page that nothing links to": (write("docs/other.md", "x"), "docs/other.md is not part"),
+    "path in a page": (
+        lambda folder: [
+            edit("README.md", "## Results", "[See](docs/more.md)\n## Results")(folder),
+            write("docs/more.md", "See /home/someone/run.")(folder),
+        ],
+        "docs/more.md has a path of this",
     ),
     "no chat tag": (edit("README.md", "- conversational\n", ""), "tags lack conversational"),
     "results by hand": (edit("README.md", "tags:", "model-index:\n- name: x\n  results: []\ntags:"), "result files"),
