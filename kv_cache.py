@@ -1,23 +1,40 @@
-"""What is kept: whole caches of layers that grow in place (`cache_layers_videoxl.py`), shared between questions,
-moved, offloaded, stacked, or mixed from dense and pooled keys and values.
+"""What is kept of a sequence: one cache class with typed state, its layers, and how they fork, move, mix and grow.
 
 What is surprising:
-* Pooling needs un-rotated keys: the mean of rotated ones is no key at all.
+* A layer appends into a buffer with spare room, so a long prefill does not copy the whole cache for every chunk, as
+  `torch.cat` does. `fork` shares the buffer with any number of followers. Whoever holds the most tokens of it may
+  append in place, so one question at a time copies nothing; any other copies at its first write.
+* A layer may hold fewer keys than tokens went by (pooled, compressed or dropped ones). `get_seq_length` is then the
+  logical length that `generate` counts with, and `get_mask_sizes` puts the keys that are left at the end of it.
+* Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
+  angles are first rounded to float32, as the language model rounds them. Pooling needs un-rotated keys: the mean of
+  rotated ones is no key at all.
+* Rows that wait for a question have no keys yet, and layers count them as tokens that went by. So for `generate`, for
+  histories and for files such a cache is as long as its sequence, like any other.
 * transformers 5.24 renamed `past_key_values` to `cache`. `CACHE_NAME` is what the installed release calls it, in its
   models' arguments, in outputs and in `generate`.
 
 B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
-group.
+group, n rows of the language model's width.
 """
 
+import copy
+import threading
+import weakref
+from bisect import bisect_right
 from inspect import signature
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Qwen2Model
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .cache_layers_videoxl import ROTATED_AT_ONCE, VideoXLCacheLayer, VideoXLOffloadedLayer, rotate
+# Spare room when a buffer has to grow: a share of what it holds, and at least this many tokens.
+GROWTH = 0.25
+MIN_SPARE_TOKENS = 256
+# Tokens that are rotated at once in float32: bounds the temporary copies.
+ROTATED_AT_ONCE = 65536
 
 CACHE_NAMES = ("cache", "past_key_values")
 # The first that the library's own models know; a release that knows neither is not supported, and says so at import.
@@ -61,12 +78,529 @@ def _holds_cache(value) -> bool:
     return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
 
 
-def rewind_cache(cache: DynamicCache, length: int, held: int) -> None:
-    """Takes a cache of one row back to a length at which its layers held `held` keys, in place."""
-    if getattr(cache, "deferred", None) is not None:
-        cache.deferred = cache.deferred.until(length)
-    for layer in cache.layers:
-        layer.rewind(length, held)
+class VideoXLCache(DynamicCache):
+    """The key-values of one sequence, or of several padded on the left, and what else is known of it.
+
+    A value like any other: whoever holds it may fork it, and the model keeps none.
+
+    Args:
+        num_layers: Layers of the language model.
+
+    Attributes:
+        layout: Where the videos of the sequence are (`VisualLayout`); None before the first token, and of several.
+        policy: How its tokens are run (`SequencePolicy`); None before the first one.
+        waiting: `WaitingRows` that run once the question is known, or None.
+        progress: What the policy notes about a sequence that is under way, or None.
+        choices: What became of each chunk for the question behind it (of several rows, of each); None without one.
+    """
+
+    def __init__(self, num_layers: int):
+        # The base class's own would make layers on demand; `Cache` takes ready ones.
+        Cache.__init__(self, layers=[VideoXLCacheLayer() for _ in range(num_layers)])
+        self.layout: Any = None
+        self.policy: Any = None
+        self.waiting: WaitingRows | None = None
+        self.progress: Any = None
+        self.choices: list | None = None
+
+    @classmethod
+    def adopt(cls, cache: Cache, num_layers: int) -> bool:
+        """Makes a dynamic cache one of ours, in place: `generate` and callers hold it by names of their own.
+
+        Returns:
+            False, with nothing changed, if it is of a kind whose layers are its own (static, quantised, offloaded).
+        """
+        if isinstance(cache, cls):
+            return True
+        if (
+            type(cache) is not DynamicCache
+            or cache.offloading
+            or any(type(x) is not DynamicLayer for x in cache.layers)
+        ):
+            return False
+        filled = cache.layers
+        cache.__class__ = cls
+        cls.__init__(cache, num_layers)
+        for layer, old in zip(cache.layers, filled, strict=False):
+            if old.get_seq_length():
+                layer.set_content(old.keys, old.values)
+        return True
+
+    @property
+    def held(self) -> int:
+        """Keys in the first layer."""
+        return self.layers[0].held
+
+    @property
+    def rows(self) -> int:
+        """Sequences; one as long as it is empty."""
+        return self.layers[0].rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key-values and of the rows that wait."""
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.waiting is None else self.waiting.nbytes)
+
+    def fork(self, make_room=False) -> "VideoXLCache":
+        """A cache with the same content that may be extended without changing this one (see the layers' `fork`)."""
+        other = copy.copy(self)
+        other.layers = [layer.fork(make_room) for layer in self.layers]
+        return other
+
+    def wait(self, rows: torch.Tensor) -> None:
+        """Appends rows [n, hidden] to those that wait for the question."""
+        self.waiting = (self.waiting or WaitingRows()).then(rows)
+        for layer in self.layers:
+            layer.pass_by(len(rows))
+
+    def rewind(self, length: int, held: int) -> None:
+        """Goes back to a length at which the layers of a cache of one row held `held` keys."""
+        if self.waiting is not None:
+            self.waiting = self.waiting.until(length)
+        for layer in self.layers:
+            layer.rewind(length, held)
+
+    def move(self, device) -> None:
+        """Moves all that it holds to a device and ends offloading; a no-op where it is there already.
+
+        Pooled groups are dropped unless they lie there.
+        """
+        if self.waiting is not None:
+            self.waiting = self.waiting.to(device)
+        for index, layer in enumerate(self.layers):
+            moved = layer.keys.to(device) if layer.held else layer.keys
+            if layer.is_offloaded or moved is not layer.keys:
+                self.layers[index] = layer.fork()
+                if moved is not layer.keys:
+                    self.layers[index].set_content(moved, layer.values.to(device))
+            if layer.held:
+                self.layers[index].forget_pooled(moved.device)
+
+    def offload(self, device) -> None:
+        """Gets layers that keep their content on the host and compute on `device` (one row)."""
+        for index, layer in enumerate(self.layers):
+            if not layer.is_offloaded:
+                self.layers[index] = VideoXLOffloadedLayer.over(layer, device)
+
+    def stack(self, rows: "list[VideoXLCache]", length: int) -> None:
+        """Becomes the caches of several single rows, padded on the left with zeros; `length` counts all padding."""
+        self.layers[:] = [_stacked(layers, length) for layers in zip(*(row.layers for row in rows), strict=True)]
+        self.layout, self.waiting = None, None
+        self.policy = rows[0].policy
+        self.progress = next((row.progress for row in rows if row.progress is not None), None)
+        self.choices = [row.choices for row in rows]
+
+
+def _stacked(layers, length: int) -> "VideoXLCacheLayer":
+    held = [layer.held for layer in layers]
+    stacked, pair = VideoXLCacheLayer(), []
+    for name in ("keys", "values"):
+        states = [getattr(layer, name) for layer in layers]
+        batch = states[0].new_zeros((len(layers), states[0].shape[1], max(held), states[0].shape[3]))
+        for row, content in enumerate(states):
+            batch[row, :, max(held) - content.shape[2] :] = content[0]
+        pair.append(batch)
+    stacked.set_content(*pair)
+    stacked.hidden = length - max(held)
+    device = pair[0].device
+    stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
+    shifts = [torch.zeros(1, dtype=torch.long) if layer.row_shift is None else layer.row_shift for layer in layers]
+    stacked.row_shift = torch.cat([shift.to(device) for shift in shifts])
+    return stacked
+
+
+class WaitingRows:
+    """Rows of a sequence that will run through the language model once the question is known.
+
+    A value: `then` and `until` give another one. `rows[start:stop]` gives [n, hidden].
+
+    Attributes:
+        begin: Position of the first row in its sequence.
+    """
+
+    def __init__(self, parts: tuple[torch.Tensor, ...] = (), begin: int = 0):
+        self.parts, self.begin = parts, begin
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, wanted: slice) -> torch.Tensor:
+        start, stop, step = wanted.indices(len(self))
+        assert step == 1 and start < stop, "rows are read as non-empty runs"
+        found = []
+        for number in range(bisect_right(self.ends, start), len(self.parts)):
+            begin = self.ends[number] - len(self.parts[number])
+            if begin >= stop:
+                break
+            found.append(self.parts[number][max(start - begin, 0) : stop - begin])
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def then(self, rows: torch.Tensor) -> "WaitingRows":
+        """These rows followed by [n, hidden] others."""
+        return WaitingRows((*self.parts, rows), self.begin)
+
+    def until(self, length: int) -> "WaitingRows":
+        """These rows up to the position `length` of their sequence."""
+        length -= self.begin
+        begins = (end - len(part) for end, part in zip(self.ends, self.parts, strict=True))
+        kept = [part[: length - begin] for begin, part in zip(begins, self.parts, strict=True) if begin < length]
+        return WaitingRows(tuple(kept), self.begin)
+
+    def since(self, start: int) -> "WaitingRows":
+        """The rows from `start` on."""
+        begins = [end - len(part) for end, part in zip(self.ends, self.parts, strict=True)]
+        parts = zip(self.ends, begins, self.parts, strict=True)
+        return WaitingRows(tuple(part[max(start - begin, 0) :] for end, begin, part in parts if end > start))
+
+    def select(self, places: torch.Tensor) -> "WaitingRows":
+        """The rows at some places, ascending."""
+        bounds = torch.searchsorted(places, torch.tensor([0, *self.ends])).tolist()
+        pieces = zip(self.ends, self.parts, bounds, bounds[1:], strict=False)
+        chosen = [
+            part.index_select(0, (places[first:last] - end + len(part)).to(part.device))
+            for end, part, first, last in pieces
+        ]
+        return WaitingRows(tuple(chosen), self.begin)
+
+    def to(self, device) -> "WaitingRows":
+        """The rows on a device."""
+        return WaitingRows(tuple(part.to(device) for part in self.parts), self.begin)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(part.nbytes for part in self.parts)
+
+
+class _Room:
+    """Buffers that a layer and its forks share. Whoever holds the most tokens may append in place; the others copy."""
+
+    def __init__(self, buffers: tuple[torch.Tensor, torch.Tensor]):
+        self.buffers = buffers
+        self.ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # living layer -> tokens it looks at
+        self._lock = threading.Lock()  # two questions may be asked from two threads
+
+    def claim(self, layer, length: int, end: int) -> bool:
+        """Whether nobody else looks at tokens from `length` on; if so, they are `layer`'s up to `end` now."""
+        with self._lock:
+            if any(tokens > length for other, tokens in self.ends.items() if other is not layer):
+                return False
+            self.ends[layer] = end
+            return True
+
+    def set_end(self, layer, end: int | None) -> None:
+        """Notes how many tokens a layer looks at; None if it left."""
+        with self._lock:
+            self.ends.pop(layer, None)
+            if end is not None:
+                self.ends[layer] = end
+
+    def __deepcopy__(self, memo):
+        return None  # a copied layer makes its own at its first write
+
+
+class VideoXLCacheLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values [B, K, M, D] are views of buffers with spare room.
+
+    Attributes:
+        hidden: Tokens that went by but have no key of their own here: logical length minus held keys.
+        row_padding: [B] keys at the start of each row that are padding, or None.
+        row_shift: [B] by how much the positions of what follows are smaller than counted, or None.
+    """
+
+    is_offloaded = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = 0
+        self.row_padding: torch.Tensor | None = None
+        self.row_shift: torch.Tensor | None = None
+        self._room: _Room | None = None
+        self._reserved = 0
+        self._pooled: dict = {}  # pool size -> pooled groups; shared by forks until either one's content changes
+
+    @property
+    def held(self) -> int:
+        """Keys in the layer."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the layer; one as long as it is empty."""
+        return self.keys.shape[0] if self.is_initialized and self.keys.numel() else 1
+
+    def get_seq_length(self) -> int:
+        return self.held + self.hidden
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.hidden
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # override: append in place instead of concatenating
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._leave_room()
+            self._pooled = {}
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, added = self.held, key_states.shape[-2]
+        if length and self.keys.device != key_states.device:
+            # The language model's layers may lie on several devices, and what was moved or loaded on one.
+            self.set_content(self.keys.to(key_states.device), self.values.to(key_states.device))
+        if not (self._has_room(length + added) and self._room.claim(self, length, length + added)):
+            self._grow(key_states, value_states, length, added)
+        for buffer, states in zip(self._room.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length : length + added] = states
+        self.keys, self.values = (buffer[:, :, : length + added] for buffer in self._room.buffers)
+        self._pooled = {}
+        return self.keys, self.values
+
+    def reserve(self, tokens: int) -> None:
+        """Makes the next growth leave room for `tokens` in all, so that a known length is allocated once."""
+        self._reserved = max(self._reserved, tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # override: 5.17 reads a positive number as the length to keep; and the buffer stays behind the shortened view
+        tokens = int(tokens_to_remove)
+        removed = self.get_seq_length() - tokens if tokens > 0 else -tokens
+        if removed > 0 and self.is_initialized:
+            keep = max(self.held - removed, 0)
+            self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
+            self._pooled = {}
+            if self._room is not None:
+                self._room.set_end(self, keep)
+
+    def keep_of_last(self, count: int, kept: torch.Tensor, tokens: int, inv_freq: torch.Tensor) -> None:
+        """Of the last `count` keys of a layer of one row, keeps some and moves them up behind the earlier ones.
+
+        Args:
+            count: Keys to choose from; they stand at the positions of their places.
+            kept: [b] which of them to keep, ascending.
+            tokens: Tokens that they stand for: from now on `tokens - b` more went by without a key of their own.
+            inv_freq: [D / 2] rotary frequencies.
+        """
+        before, kept = self.held - count, kept.to(self.keys.device)
+        places = torch.arange(before, before + len(kept), device=kept.device)
+        keys, values = (states[:, :, before:].index_select(2, kept) for states in (self.keys, self.values))
+        self.crop(-count)
+        self.update(rotate(keys, kept + before, places, inv_freq).to(keys.dtype), values)
+        self.pass_by(tokens - len(kept))
+
+    def pass_by(self, tokens: int) -> None:
+        """Counts tokens that have no key here, and that take no positions either."""
+        if tokens:
+            self.hidden += tokens
+            self.row_shift = torch.tensor([tokens]) if self.row_shift is None else self.row_shift + tokens
+
+    def rewind(self, length: int, held: int) -> None:
+        """Goes back to a length at which `held` keys, or all of fewer, were here (one row without padding)."""
+        held = min(held, self.held)
+        if self.held > held:
+            self.crop(held - self.held)
+        self.hidden = length - held
+        self.row_shift = torch.tensor([self.hidden]) if self.hidden else None
+
+    def reset(self) -> None:
+        # override: 5.17 writes zeros into the views, behind which forks have their keys, too, and keeps their length
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+        self.hidden, self.row_padding, self.row_shift = 0, None, None
+        self._leave_room()
+        self._pooled = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _map_rows(self, function) -> None:
+        self.row_padding = None if self.row_padding is None else function(self.row_padding)
+        self.row_shift = None if self.row_shift is None else function(self.row_shift)
+
+    def fork(self, make_room=False) -> "VideoXLCacheLayer":
+        """A layer with the same content that may be extended without changing this one.
+
+        Args:
+            make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
+        """
+        if make_room and self.held and not self._has_room(self.held + MIN_SPARE_TOKENS):
+            self._grow(self.keys, self.values, self.held, 0)
+            self.keys, self.values = (buffer[:, :, : self.held] for buffer in self._room.buffers)
+        other = VideoXLCacheLayer()
+        other.set_content(self.keys, self.values)
+        if self._room is not None and self._has_room(self.held):
+            other._room = self._room
+            self._room.set_end(other, self.held)
+        other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
+        other._pooled = self._pooled
+        return other
+
+    def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Takes over keys and values [B, K, L, D] as they are."""
+        self._leave_room()
+        self.keys, self.values = keys, values
+        self.is_initialized = keys is not None
+        if self.is_initialized:
+            self.dtype, self.device = keys.dtype, keys.device
+
+    def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video and device.
+
+        Args:
+            groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
+                token.
+            pool_size: Kernel and stride of the pooling; a remainder of N is dropped.
+            inv_freq: [D / 2] rotary frequencies.
+
+        Returns:
+            Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
+        """
+        if pool_size not in self._pooled or self._pooled[pool_size][0].device != inv_freq.device:
+            pooled = ([], [])
+            size = groups[0][1] - groups[0][0]
+            used = size // pool_size * pool_size
+            at_once = max(ROTATED_AT_ONCE // size, 1)
+            for first in range(0, len(groups), at_once):
+                starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
+                positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
+                taken = (states.index_select(2, positions).to(inv_freq.device) for states in (self.keys, self.values))
+                keys, values = taken
+                for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
+                    target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
+            keys, values = (torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
+            self._pooled[pool_size] = (keys, values)
+        return self._pooled[pool_size]
+
+    def forget_pooled(self, device) -> None:
+        """Drops pooled groups that lie on other devices; they are computed anew where they are asked for."""
+        kept = {size: pooled for size, pooled in self._pooled.items() if pooled[0].device == device}
+        if len(kept) < len(self._pooled):
+            self._pooled = kept  # forks keep theirs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values; of pooled groups nothing is counted."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def _has_room(self, tokens: int) -> bool:
+        # Any method of the base class that replaces `keys` (reordering, repeating, moving) leaves the buffer behind.
+        if self._room is None or self._room.buffers[0].shape[2] < tokens:
+            return False
+        first = self._room.buffers[0]
+        same = self.keys.data_ptr() == first.data_ptr() and self.keys.shape[0] == first.shape[0]
+        return same or self.held == 0
+
+    def _grow(self, key_states, value_states, length, added) -> None:
+        spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
+        capacity = max(length + added + spare, self._reserved)
+        buffers = []
+        # Buffers must stay writable outside inference mode, where a later question may be asked.
+        with torch.inference_mode(False), torch.no_grad():
+            for states, previous in ((key_states, self.keys), (value_states, self.values)):
+                shape = (states.shape[0], states.shape[1], capacity, states.shape[3])
+                buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
+                if length:
+                    buffer[:, :, :length] = previous
+                buffers.append(buffer)
+        self._leave_room()
+        self._room = _Room(tuple(buffers))
+        self._room.set_end(self, length + added)
+
+    def _leave_room(self) -> None:
+        if self._room is not None:
+            self._room.set_end(self, None)
+        self._room = None
+
+
+class VideoXLOffloadedLayer(VideoXLCacheLayer):
+    """A layer of one row whose content lives in host memory; the device holds what the next chunks see.
+
+    `keys` and `values` are the whole content on the host, so saving, pooling and forking go on as ever. On the device
+    are the positions from `near_start` on, and copies of text and timestamps before it. A step of attention that
+    wants more gets the
+    whole layer for a moment: text after a video, and timestamps in `mask` mode.
+    """
+
+    is_offloaded = True
+
+    def __init__(self, device, **kwargs):
+        super().__init__(**kwargs)
+        self.near_start = 0
+        self._home = torch.device(device)
+        self._near: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def over(cls, layer: VideoXLCacheLayer, device) -> "VideoXLOffloadedLayer":
+        """An offloaded layer with the content of another one."""
+        offloaded = cls(device)
+        if layer.held:
+            offloaded.set_content(layer.keys.cpu(), layer.values.cpu())
+            offloaded.near_start = layer.held
+        offloaded._pooled = layer._pooled
+        return offloaded
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        # override: append on the host; what is returned covers the positions from `near_start` on
+        super().update(key_states.cpu(), value_states.cpu())
+        states = (key_states, value_states)
+        if self._near is not None:
+            states = tuple(torch.cat(pair, dim=2) for pair in zip(self._near, states, strict=True))
+        self._near = states
+        return states
+
+    def retire(self, non_visual: torch.Tensor, keep_from: int) -> None:
+        """Takes positions before `keep_from` off the device, except text and timestamps.
+
+        Args:
+            non_visual: Positions of text and timestamps in the whole sequence, ascending.
+            keep_from: First position that later steps see in full.
+        """
+        keep_from = min(max(keep_from, self.near_start), self.held)
+        if self._near is not None:
+            gone = keep_from - self.near_start
+            self._near = tuple(states[:, :, gone:].clone() for states in self._near)
+        self.near_start = keep_from
+        known = 0 if self._text is None else self._text[0].shape[2]
+        wanted = non_visual[known : int(torch.searchsorted(non_visual, keep_from))].to(self.keys.device)
+        fresh = tuple(states.index_select(2, wanted).to(self._home) for states in (self.keys, self.values))
+        if self._text is not None:
+            fresh = tuple(torch.cat(pair, dim=2) for pair in zip(self._text, fresh, strict=True))
+        self._text = fresh
+
+    def visible(self, step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values on the device that the queries of an `AttentionStep` see."""
+        gathered = 0 if step.gathered is None else len(step.gathered)
+        known = 0 if self._text is None else self._text[0].shape[2]
+        if step.window_start >= self.near_start and gathered <= known:
+            window = slice(step.window_start - self.near_start, step.stop - self.near_start)
+            parts = [states[:, :, window] for states in self._near]
+            if gathered:
+                parts = [torch.cat([t[:, :, :gathered], w], dim=2) for t, w in zip(self._text, parts, strict=True)]
+            return tuple(parts)
+        whole = self.whole(step.stop)
+        if gathered == 0:
+            return tuple(states[:, :, step.window_start :] for states in whole)
+        index = torch.cat([step.gathered, torch.arange(step.window_start, step.stop)]).to(self._home)
+        return tuple(states.index_select(2, index) for states in whole)
+
+    def whole(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of the positions before `stop`, on the device for the moment."""
+        return tuple(states[:, :, :stop].to(self._home) for states in (self.keys, self.values))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        # The next `retire` and `update` start from the host's content.
+        self.near_start, self._near, self._text = self.held, None, None
 
 
 class KeptSpan(NamedTuple):
@@ -77,7 +611,7 @@ class KeptSpan(NamedTuple):
     group: int | None = None
 
 
-def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_positions=False) -> DynamicCache:
+def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_positions=False) -> VideoXLCache:
     """Builds a cache of dense and pooled key-values from a dense one (bi-level decoding).
 
     Args:
@@ -106,7 +640,7 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
     dense_to = dense_to.to(device)
     pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
     pooled_to = pooled_to.to(device) if len(pooled_from) else None
-    mixed = DynamicCache()
+    mixed = copy.copy(cache)
     mixed.layers = []
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], cursor, layer.keys.shape[3])
@@ -134,7 +668,6 @@ def mix_cache(cache: DynamicCache, spans, groups, pool_size, inv_freq, true_posi
         new_layer.hidden = length - cursor
         new_layer.row_shift = None if true_positions else torch.tensor([length - cursor], device=device)
         mixed.layers.append(new_layer)
-    mixed.layer_class_to_replicate = None
     return mixed
 
 
@@ -144,87 +677,22 @@ def _runs(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
-def own_layers(cache: DynamicCache, num_layers: int) -> bool:
-    """Replaces the layers of a dynamic cache by ours, in place, keeping what they hold.
+def rotate(keys, old, new, inv_freq) -> torch.Tensor:
+    """Moves rotated keys from positions `old` to `new`; None stands for not rotated.
+
+    Args:
+        keys: [B, K, L, D].
+        old, new: [L] positions, any number type.
+        inv_freq: [D / 2].
 
     Returns:
-        False, with nothing changed, if the cache is of a kind whose layers cannot be replaced (static, quantised,
-        offloaded).
+        [B, K, L, D] in float32.
     """
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        return False
-    if any(type(layer) is not DynamicLayer and not hasattr(layer, "row_shift") for layer in cache.layers):
-        return False
-    layers = []
-    for index in range(num_layers):
-        old = cache.layers[index] if index < len(cache.layers) else None
-        if not hasattr(old, "row_shift"):
-            layer = VideoXLCacheLayer()
-            if old is not None and old.get_seq_length():
-                layer.set_content(old.keys, old.values)
-            old = layer
-        layers.append(old)
-    cache.layers = layers
-    cache.layer_class_to_replicate = None
-    return True
-
-
-def new_cache(num_layers: int) -> DynamicCache:
-    """An empty cache with our layers."""
-    cache = DynamicCache()
-    own_layers(cache, num_layers)
-    return cache
-
-
-def move_cache(cache: DynamicCache, device) -> None:
-    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already."""
-    if getattr(cache, "deferred", None) is not None:
-        cache.deferred = cache.deferred.to(device)
-    for index, layer in enumerate(cache.layers):
-        moved = layer.keys.to(device) if layer.held else layer.keys
-        if isinstance(layer, VideoXLOffloadedLayer) or moved is not layer.keys:
-            cache.layers[index] = layer.fork()
-            if moved is not layer.keys:
-                cache.layers[index].set_content(moved, layer.values.to(device))
-
-
-def offload_cache(cache: DynamicCache, device) -> None:
-    """Gives a cache of one row layers that keep their content on the host and compute on `device`, in place."""
-    for index, old in enumerate(cache.layers):
-        layer = VideoXLOffloadedLayer(device)
-        if old.held:
-            layer.set_content(old.keys.cpu(), old.values.cpu())
-            layer.near_start = layer.held
-        layer._pooled = old._pooled
-        cache.layers[index] = layer
-
-
-def fork_cache(cache: DynamicCache, make_room=False) -> DynamicCache:
-    """A cache with the same content that may be extended without changing the original (see the layers' `fork`)."""
-    other = DynamicCache()
-    other.__dict__.update(cache.__dict__)
-    other.layers = [layer.fork(make_room) for layer in cache.layers]
-    return other
-
-
-def stack_caches(cache: DynamicCache, rows: list[DynamicCache], length: int) -> None:
-    """Stacks single-row caches into `cache`, in place, padded on the left with zeros; `length` counts all padding."""
-    cache.layers = []
-    for layers in zip(*(row.layers for row in rows), strict=True):
-        held = [layer.held for layer in layers]
-        stacked = VideoXLCacheLayer()
-        pair = []
-        for name in ("keys", "values"):
-            states = [getattr(layer, name) for layer in layers]
-            batch = states[0].new_zeros((len(rows), states[0].shape[1], max(held), states[0].shape[3]))
-            for row, content in enumerate(states):
-                batch[row, :, max(held) - content.shape[2] :] = content[0]
-            pair.append(batch)
-        stacked.set_content(*pair)
-        stacked.hidden = length - max(held)
-        device = pair[0].device
-        stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
-        shifts = [torch.zeros(1, dtype=torch.long) if layer.row_shift is None else layer.row_shift for layer in layers]
-        stacked.row_shift = torch.cat([shift.to(device) for shift in shifts])
-        cache.layers.append(stacked)
-    cache.layer_class_to_replicate = None
+    inv_freq = inv_freq.to(keys.device, torch.float32)
+    angle = 0.0
+    for positions, sign in ((new, 1.0), (old, -1.0)):
+        if positions is not None:
+            angle = angle + sign * (positions.to(keys.device, torch.float32)[:, None] * inv_freq).double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    first, second = keys.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

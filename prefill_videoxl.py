@@ -1,351 +1,521 @@
-"""Filling caches: how the language model runs over prompts with videos and over text behind them.
+"""Filling caches: how the language model runs over sequences with videos and over text behind them.
 
 What is surprising:
+* A family member is a `SequencePolicy`: how further tokens run into a cache, and how a question runs behind it. The
+  base class runs every token as it comes, by the plan of sparse attention; members register their own.
+* A cache keeps the policy that its tokens were run by. What the config says later counts for other sequences.
 * Every prompt is prefilled by itself, at its own positions, and the caches are stacked afterwards, padded on the
   left. So a batch gives what single calls give, also where each prompt keeps another part of its key-values.
 * Positions in the plan of attention are places in the cache; positions given to the language model are the rotary
-  ones. They are the same until bi-level decoding thins a cache.
-* Where a token selector asks the question which visual tokens to run, `extend_cache` only puts the sequence's rows
-  aside; they run when text behind the videos comes (`_read_question`). Beacon memory needs no question: it compresses
-  as it goes. Where visual tokens are dropped between layers a part runs and the rest waits (`run_stages`).
+  ones. They are the same until key-values are compressed, dropped or pooled.
 
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .beacon_memory_videoxl import plan_windows
-from .bilevel_videoxl import choose_for_question, pending_choice, split_per_row
-from .cache_layers_videoxl import VideoXLCacheLayer, VideoXLOffloadedLayer
-from .deferred_rows_videoxl import defer_rows
-from .kv_cache import CACHE_NAME, fork_cache, new_cache, stack_caches
+from .kv_cache import CACHE_NAME, VideoXLCache
 from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
-from .token_dropping_videoxl import VideoXLTokenDroppingMixin, drop_stages, dropping_of
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
 SEGMENT_TOKENS = 4096
 
 
-class VideoXLPrefillMixin(VideoXLTokenDroppingMixin):
-    """Prefill for a model with a `language_model`, whose attention follows plans, and a `config`."""
+@dataclass(frozen=True)
+class Call:
+    """What one call of `forward` is told beside its tokens.
+
+    Attributes:
+        settings: The `Settings` in force.
+        policy: How new sequences are run.
+        prompt_length: Positions from here on are generated tokens; None if there are none.
+        num_expanded: How many times `generate` repeated each prompt.
+        keep_hidden: How many of the last positions' hidden states are wanted; 0 for all.
+        dense_chunks: Bi-level decoding: chunks that the caller named, one list a video; None for none.
+        required_chunks: Chunks, numbered over all videos, that the automatic choice must include.
+        asked: How many of the first tokens behind the videos are the question; None for all.
+        before: Tokens in front of these, without padding; None for all that the cache counts.
+    """
+
+    settings: Any
+    policy: "SequencePolicy"
+    prompt_length: int | None = None
+    num_expanded: int = 1
+    keep_hidden: int = 0
+    dense_chunks: Any = None
+    required_chunks: tuple = ()
+    asked: int | None = None
+    before: int | None = None
 
     @property
-    def segment_tokens(self) -> int:
-        return SEGMENT_TOKENS
+    def decoding(self) -> "Decoding":
+        """How a question sees the videos in front of it."""
+        return DECODINGS[self.settings.decode]
 
-    def require_context(self, tokens: int) -> None:
-        """Raises ValueError if a sequence of so many tokens is longer than the model's limit: nothing is ever cut."""
-        limit, rope = self.config.resolve_context_limit(), self.config.text_config.rope_parameters
-        if rope != self._rope_parameters:
-            raise ValueError(
-                f"the model was built with rope parameters {self._rope_parameters}, and its config now says {rope}: "
-                "load it anew with rope_scaling=..."
-            )
-        if limit is not None and tokens > limit[0]:
-            raise ValueError(
-                f"the prompt has {tokens} tokens, visual ones included, and this model takes {limit[0]}: {limit[1]}. "
-                "Give fewer frames, or raise the limit"
-            )
+    @property
+    def text_only(self) -> bool:
+        """Whether of a video nothing but key-values is left, so that only text behind it has outputs."""
+        return self.policy.text_only or self.decoding.text_only
 
-    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None) -> torch.Tensor:
-        """Runs further positions of one sequence through the language model, segment by segment, into its dense cache.
+    def of_row(self, row: int, layouts: list[VisualLayout]) -> "Call":
+        """The call for one of several prompts with these videos."""
+        dense, required = self.dense_chunks, self.required_chunks
+        if len(layouts) > 1 and dense is not None:
+            counts = [len(layout.videos) for layout in layouts]
+            if len(dense) != sum(counts):
+                raise ValueError(f"dense_chunks must have one list for each of {sum(counts)} videos, got {dense!r}")
+            dense = dense[sum(counts[:row]) : sum(counts[: row + 1])]
+        if required and isinstance(required[0], tuple):
+            required = required[row]
+        return replace(self, dense_chunks=dense, required_chunks=required)
+
+
+class PromptRow(NamedTuple):
+    """One prompt of a batch: its columns [.] that are not padding, its layout, and the numbers of its videos."""
+
+    columns: torch.Tensor
+    layout: VisualLayout
+    videos: range
+
+
+@dataclass(frozen=True)
+class SequencePolicy:
+    """How sequences are run: every token as it comes, by the plan of sparse attention. The base of members' policies.
+
+    A policy is a value; what it notes about a sequence is in the cache. Its methods take the `VideoXLModel`, whose
+    parts run the rows.
+
+    Args:
+        prefill, chunk_groups, window_chunks: See `VideoXLSparseAttentionConfig`.
+    """
+
+    prefill: str = "full"
+    chunk_groups: int = 4
+    window_chunks: int = 3
+
+    # Whether of a video nothing but key-values is left, so that only text behind it has outputs.
+    text_only = False
+
+    @classmethod
+    def apply(cls, config, facts: dict, policy: "SequencePolicy") -> "SequencePolicy":
+        """The policy that `config` asks for in place of `policy`, or that one.
 
         Args:
+            config: The model's.
+            facts: What `facts` gave for this sequence, or would give under the settings in force.
+            policy: What was asked for so far.
+        """
+        return policy
+
+    @classmethod
+    def add_modules(cls, model) -> None:
+        """Gives a `VideoXLModel` the modules that this policy's members have."""
+
+    def facts(self) -> dict:
+        """What a saved video says of it, ready for JSON."""
+        return {name: getattr(self, name) for name in ("prefill", "chunk_groups", "window_chunks")}
+
+    def unit_frames(self, config) -> int:
+        """Frames behind which a video can be continued as if it had not ended."""
+        return config.frames_per_group
+
+    def begin(self, cache: VideoXLCache) -> None:
+        """Notes in a cache that was loaded what `extend` would have noted."""
+        cache.policy = self
+
+    def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
+        """Runs further positions of one sequence, segment by segment, into its cache.
+
+        Args:
+            model: The `VideoXLModel`.
             inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
             layout: `VisualLayout` of the whole sequence; it becomes the cache's.
-            cache: Dynamic cache with our layers that holds all earlier positions; it grows by n.
+            cache: Holds all earlier positions; extended in place.
             keep_hidden: How many of the last positions' hidden states to return; 0 for all, None for none.
-            plan: As `resolve_sparse_attention().plan`, if not what is in force now.
 
         Returns:
-            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for, and always where the
-            run, or a part of it, waits for the question.
+            [1, keep_hidden or n, hidden], after the final norm; None if none were asked for or none exist.
         """
-        assert cache.get_seq_length() == layout.length - inputs_embeds.shape[1], "the cache must hold what is before"
-        self.require_context(layout.length)
-        if self.token_selector is not None:
-            cache.layout = layout
-            return defer_rows(cache, inputs_embeds[0])
-        return self._run_sequence(inputs_embeds, layout, cache, keep_hidden, plan)
-
-    def _run_sequence(self, inputs_embeds, layout, cache, keep_hidden=0, plan=None):
-        begin, layer = layout.length - inputs_embeds.shape[1], cache.layers[0]
-        passed_by = 0 if layer.row_shift is None else int(layer.row_shift)
-        if layer.hidden != passed_by or getattr(cache, "choices", None) is not None:
-            raise ValueError(
-                "a video cannot follow a cache that bi-level decoding has thinned; start from the dense one"
-            )
-        plan = dict(self.config.resolve_sparse_attention().plan if plan is None else plan)
-        beacons, dropping = plan.pop("beacons", None), plan.pop("dropping", None)
-        stages = None if dropping is None else drop_stages(dropping)
-        if dropping_of(cache) is not None or (stages and layout.end > begin):
-            return self.defer_to_stages(inputs_embeds, layout, cache, stages)
-        cache.layout = layout
-        if beacons is not None:
-            return self._run_windows(inputs_embeds, layout, cache, keep_hidden, beacons)
+        begin, cache.layout = layout.length - inputs_embeds.shape[1], layout
+        plan = SequencePolicy.facts(self)
         steps = plan_prefill(layout, **plan, start=begin, device=inputs_embeds.device)
         for layer in cache.layers:
             layer.reserve(layout.length)
         positions = torch.arange(begin, layout.length, device=inputs_embeds.device)[None]
-        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden)
+        return run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden)
 
-    def _run_windows(self, inputs_embeds, layout, cache, keep_hidden, beacons):
-        """Runs text as it is and videos window by window, of which beacons stay; text is all that is returned."""
-        begin = cursor = layout.length - inputs_embeds.shape[1]
-        # Through the module, whose weight may be offloaded.
-        beacon = self.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=inputs_embeds.device))
-        inv_freq = self.language_model.rotary_emb.inv_freq
-        for video in layout.videos:
-            start, end = video[0].start, video[-1].end
-            if end <= begin:
-                continue
-            assert video[0].visual_start == start, "windows hold visual tokens only"
-            if start > cursor:
-                self.run_text(inputs_embeds[:, cursor - begin : start - begin], cache, keep_hidden=None)
-            for window in plan_windows(end - start, **beacons):
-                first, last = start + window.start - begin, start + window.stop - begin
-                if last <= 0:
-                    continue
-                assert first >= 0, "a window that grows is run anew from its start"
-                rows = window.interleave(inputs_embeds[0, first:last], beacon)
-                places = window.places(rows.device)
-                self._run_behind(rows[None], cache, None, beacon_places=places)
-                for layer in cache.layers:
-                    layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)
-            cursor = end
-        if cursor < layout.length:
-            return self.run_text(inputs_embeds[:, cursor - begin :], cache, keep_hidden)
-        return None
+    def waits(self, cache: VideoXLCache) -> bool:
+        """Whether something waits for the next question."""
+        return cache.waiting is not None
 
-    def run_text(self, inputs_embeds, cache, keep_hidden=0, attention_probe=None, before=None) -> torch.Tensor:
-        """Runs text behind a cache of one row, dense or mixed; every token sees all that is held.
+    def settled(self, model, cache: VideoXLCache) -> VideoXLCache:
+        """What follows from a cache whatever is asked; the given one is unchanged."""
+        return cache
 
-        Args:
-            inputs_embeds: [1, n, hidden].
-            cache: Dynamic cache with our layers; it grows by n.
-            keep_hidden: See `extend_cache`.
-            before: Tokens before these, without padding; by default all that the cache counts.
-            attention_probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
+    def ask(self, model, cache, text, call: Call) -> torch.Tensor:
+        """Runs text [1, n, hidden] behind a cache of one row, in place.
 
         Returns:
-            [1, keep_hidden or n, hidden], after the final norm.
+            [1, n, hidden], after the final norm.
         """
-        if dropping_of(cache) is not None:
-            return self.run_stages(cache, inputs_embeds, keep_hidden=keep_hidden)
-        positions = self.positions_after(cache, inputs_embeds.shape[1], before)
-        return self._run_behind(inputs_embeds, cache, keep_hidden, positions, attention_probe=attention_probe)
+        return run_text(model, text, cache, before=call.before)
 
-    def _run_behind(self, inputs_embeds, cache, keep_hidden, positions=None, **options):
-        """Runs rows behind all that a cache of one row holds; by default at the positions of their places in it."""
-        held, count = cache.layers[0].held, inputs_embeds.shape[1]
-        if positions is None:
-            positions = torch.arange(held, held + count, device=inputs_embeds.device)[None]
-        steps = plan_prefill(VisualLayout(length=held + count), "full", 1, 1, start=held)
-        return self._run_steps(inputs_embeds, positions, steps, cache, keep_hidden, **options)
+    def decode(self, model, inputs_embeds, attention_mask, position_ids, cache, options) -> BaseModelOutputWithPast:
+        """Runs further tokens [B, n, hidden] behind any number of rows, the library's way.
 
-    def positions_after(self, cache, count, before=None) -> torch.Tensor:
-        """[1, count] positions of the next tokens behind a cache of one row."""
-        layer = cache.layers[0]
-        first = layer.get_seq_length() if before is None else before
+        Args:
+            attention_mask: [B, cached and new tokens], or None.
+            position_ids: [B, n], or None.
+            options: What the language model is told besides, `use_cache` and wanted outputs.
+        """
+        layer, past = cache.layers[0], cache.get_seq_length()
+        new = inputs_embeds.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions_of(attention_mask)[:, past:]
         if layer.row_shift is not None:
-            first -= int(layer.row_shift)
-        return torch.arange(first, first + count, device=self.device)[None]
+            if position_ids is None:
+                counted = torch.arange(past, past + new, device=inputs_embeds.device)
+                position_ids = counted.expand(inputs_embeds.shape[0], -1)
+            position_ids = position_ids - layer.row_shift.to(position_ids.device)[:, None]
+        if layer.hidden or layer.row_padding is not None:
+            # The keys that are held stand at the end of the logical past: say which of them are padding.
+            mask = torch.ones(inputs_embeds.shape[0], past + new, dtype=torch.long, device=inputs_embeds.device)
+            if layer.row_padding is not None:
+                columns = torch.arange(mask.shape[1], device=mask.device)
+                mask[columns < layer.hidden + layer.row_padding.to(mask.device)[:, None]] = 0
+            if attention_mask is not None:
+                mask[:, past:] = attention_mask[:, past:]
+            attention_mask = mask
+        return model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            **options,
+        )
 
-    def _run_steps(
-        self, inputs_embeds, positions, steps, cache, keep_hidden=0, attention_probe=None, beacon_places=None
-    ) -> torch.Tensor:
-        begin, end = steps[0].start, steps[-1].stop
-        keep_from = end if keep_hidden is None else end - keep_hidden if keep_hidden else begin
-        kept = []
-        offloaded = cache is not None and isinstance(cache.layers[0], VideoXLOffloadedLayer)
-        while steps:
-            count = 1
-            # Without a cache later tokens could not see earlier ones: everything at once.
-            unread = steps[0].stop <= keep_from
-            while count < len(steps) and (cache is None or steps[count].stop - steps[0].start <= SEGMENT_TOKENS):
-                if cache is not None and (steps[count].stop <= keep_from) != unread:
-                    break
-                count += 1
-            segment, steps = steps[:count], steps[count:]
-            start, stop = segment[0].start, segment[-1].stop
-            places = beacon_places
-            if places is not None and (start > begin or stop < end):  # a window larger than a segment
-                inside = (places >= start - begin) & (places < stop - begin)
-                places = places[inside] - (start - begin)
-            layers = cache.layers if offloaded else None
-            plan = AttentionPlan(segment, attention_probe, layers, cache is not None and unread, places)
-            hidden = self.language_model(
-                inputs_embeds=inputs_embeds[:, start - begin : stop - begin],
-                position_ids=positions[:, start - begin : stop - begin],
-                # As the library hands masks to itself: none is to be made.
-                attention_mask={"full_attention": None},
-                use_cache=cache is not None,
-                attention_plan=plan,
-                **{CACHE_NAME: cache},
-            ).last_hidden_state
-            plan.require_followed(range(self.language_model.config.num_hidden_layers))
-            if offloaded:
-                for layer in cache.layers:
-                    layer.retire(cache.layout.non_visual, (steps or segment[-1:])[0].window_start)
-            if stop > keep_from:
-                kept.append(hidden[:, max(keep_from - start, 0) :])
-        return torch.cat(kept, dim=1) if kept else None
 
-    def _prefill_rows(
-        self, embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, dense_chunks, required_chunks
-    ):
-        """Prefills each prompt by itself, then stacks their caches, padded on the left, into the caller's."""
-        single = len(rows) == 1
-        if not single and cache.get_seq_length():
-            raise ValueError(
-                "a cache that already holds tokens can be continued with videos one prompt at a time only"
-            )
-        # Of a video that is thinned or compressed nothing but key-values is left: only text behind it has outputs.
-        whole = not self.leaves_only_text(settings)
-        per_row = split_per_row(dense_chunks, [len(layout.videos) for _, layout, _ in rows])
-        past, length = cache.get_seq_length(), embeds.shape[1]
-        states, caches = [], []
-        for row, ((columns, layout, _), wanted) in enumerate(zip(rows, per_row, strict=True)):
-            row_cache = cache if single else new_cache(len(cache.layers))
-            row_embeds = embeds[row : row + 1, columns]
-            # What a cache that is continued holds already: its visual tokens stay out of the new videos' windows.
-            earlier = getattr(row_cache, "layout", VisualLayout()).videos
-            layout = VisualLayout(earlier + layout.videos, layout.length)
-            if whole or not layout.videos:
-                states.append(self._run_sequence(row_embeds, layout, row_cache, keep_hidden))
-            else:
-                begin = layout.length - len(columns)
-                if layout.end == layout.length:
-                    raise ValueError("the prompt ends with its video; put a question behind it")
-                dense = VisualLayout(layout.videos, layout.end)
-                self.extend_cache(row_embeds[:, : layout.end - begin], dense, row_cache, keep_hidden=None)
-                asked = None if prompt_length is None else int((columns < prompt_length).sum()) + begin - layout.end
-                question = row_embeds[:, layout.end - begin :]
-                states.append(self._ask(row_cache, question, asked, settings, wanted, required_chunks))
-            caches.append(row_cache)
-        if not single:
-            self._stack(cache, caches, past + length)
-        elif length > len(columns):
+class Decoding:
+    """How a question sees the videos in front of it: this one, as they are. The base of other ways."""
+
+    # As of `SequencePolicy`.
+    text_only = False
+
+    def waits(self, cache: VideoXLCache) -> bool:
+        """Whether the next question changes what is kept."""
+        return False
+
+    def prepare(self, model, cache, question, call: Call) -> None:
+        """Makes of a cache of one row, in place, what the question [1, n, hidden] sees."""
+
+
+# Members' policies in the order in which they are asked, see `SequencePolicy.apply`; ways of decoding by name.
+POLICIES: list[type[SequencePolicy]] = []
+DECODINGS: dict[str, Decoding] = {"full": Decoding()}
+
+
+def register_policy(kind: type[SequencePolicy]) -> type[SequencePolicy]:
+    """Adds a member's policy (a decorator)."""
+    POLICIES.append(kind)
+    return kind
+
+
+def policy_of(config, facts: dict) -> SequencePolicy:
+    """The policy that a config asks for, see `SequencePolicy.apply`."""
+    policy = SequencePolicy(*(facts[name] for name in ("prefill", "chunk_groups", "window_chunks")))
+    for kind in POLICIES:
+        policy = kind.apply(config, facts, policy)
+    return policy
+
+
+def waits_for_question(cache, call: Call) -> bool:
+    """Whether something in a cache waits for the next question."""
+    return cache.policy is not None and (cache.policy.waits(cache) or call.decoding.waits(cache))
+
+
+def require_context(model, tokens: int) -> None:
+    """Raises ValueError if a sequence of so many tokens is longer than the model's limit: nothing is ever cut."""
+    limit, rope = model.config.resolve_context_limit(), model.config.text_config.rope_parameters
+    if rope != model.built_rope:
+        raise ValueError(
+            f"the model was built with rope parameters {model.built_rope}, and its config now says {rope}: load it "
+            "anew with rope_scaling=..."
+        )
+    if limit is not None and tokens > limit[0]:
+        raise ValueError(
+            f"the prompt has {tokens} tokens, visual ones included, and this model takes {limit[0]}: {limit[1]}. "
+            "Give fewer frames, or raise the limit"
+        )
+
+
+def extend_cache(model, inputs_embeds, layout, cache, policy: SequencePolicy, keep_hidden=0):
+    """Runs further positions of one sequence into its cache; see `SequencePolicy.extend`.
+
+    Raises:
+        ValueError: If the sequence gets longer than the model's limit, or cannot go on.
+    """
+    assert cache.get_seq_length() == layout.length - inputs_embeds.shape[1], "the cache must hold what is before"
+    require_context(model, layout.length)
+    layer = cache.layers[0]
+    if layer.hidden != (0 if layer.row_shift is None else int(layer.row_shift)) or cache.choices is not None:
+        raise ValueError(
+            "a video cannot follow a question that bi-level decoding has answered from pooled key-values; start from "
+            "the dense cache"
+        )
+    # A sequence that is under way goes on as it began.
+    policy = policy if cache.progress is None else cache.policy
+    cache.policy = policy
+    return policy.extend(model, inputs_embeds, layout, cache, keep_hidden)
+
+
+def ask(model, cache, text, call: Call) -> torch.Tensor:
+    """Runs text [1, n, hidden], of which the first `call.asked` tokens are the question, behind a cache of one row."""
+    call.decoding.prepare(model, cache, text[:, : call.asked], call)
+    return cache.policy.ask(model, cache, text, call)
+
+
+def run_text(model, inputs_embeds, cache, keep_hidden=0, probe=None, before=None) -> torch.Tensor:
+    """Runs text behind a cache of one row, dense or mixed; every token sees all that is held.
+
+    Args:
+        model: The `VideoXLModel`.
+        inputs_embeds: [1, n, hidden].
+        cache: It grows by n.
+        keep_hidden: See `SequencePolicy.extend`.
+        probe: See `AttentionPlan`.
+        before: Tokens before these, without padding; None for all that the cache counts.
+
+    Returns:
+        [1, keep_hidden or n, hidden], after the final norm.
+    """
+    positions = positions_after(cache, inputs_embeds.shape[1], before, inputs_embeds.device)
+    return run_behind(model, inputs_embeds, cache, keep_hidden, positions, probe=probe)
+
+
+def run_behind(model, inputs_embeds, cache, keep_hidden, positions=None, **options):
+    """Runs rows behind all that a cache of one row holds; by default at the positions of their places in it."""
+    held, count = cache.held, inputs_embeds.shape[1]
+    if positions is None:
+        positions = torch.arange(held, held + count, device=inputs_embeds.device)[None]
+    steps = plan_prefill(VisualLayout(length=held + count), "full", 1, 1, start=held)
+    return run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden, **options)
+
+
+def positions_after(cache, count, before=None, device=None) -> torch.Tensor:
+    """[1, count] positions of the next tokens behind a cache of one row."""
+    layer = cache.layers[0]
+    first = layer.get_seq_length() if before is None else before
+    if layer.row_shift is not None:
+        first -= int(layer.row_shift)
+    return torch.arange(first, first + count, device=device)[None]
+
+
+def run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden=0, probe=None, beacon_places=None):
+    """Runs rows [1, n, hidden] by attention steps that cover them, a bounded number at once; returns as `run_text`.
+
+    Args:
+        positions: [1, n] rotary positions.
+        steps: From `plan_prefill`.
+        cache: None for all rows at once without one, in which gradients flow.
+        beacon_places: [b] rows that are beacons.
+    """
+    begin, end = steps[0].start, steps[-1].stop
+    keep_from = end if keep_hidden is None else end - keep_hidden if keep_hidden else begin
+    offloaded, kept = cache is not None and cache.layers[0].is_offloaded, []
+    while steps:
+        count = len(steps) if cache is None else _steps_at_once(steps, keep_from)
+        segment, steps = steps[:count], steps[count:]
+        start, stop = segment[0].start, segment[-1].stop
+        places, rows = beacon_places, slice(start - begin, stop - begin)
+        if places is not None and (start > begin or stop < end):  # a window larger than a segment
+            places = places[(places >= rows.start) & (places < rows.stop)] - rows.start
+        unread = cache is not None and stop <= keep_from
+        plan = AttentionPlan(segment, probe, cache.layers if offloaded else None, unread, places)
+        hidden = model.language_model(
+            inputs_embeds=inputs_embeds[:, rows],
+            position_ids=positions[:, rows],
+            # As the library hands masks to itself: none is to be made.
+            attention_mask={"full_attention": None},
+            use_cache=cache is not None,
+            attention_plan=plan,
+            **{CACHE_NAME: cache},
+        ).last_hidden_state
+        plan.require_followed(range(model.language_model.config.num_hidden_layers))
+        if offloaded:
             for layer in cache.layers:
-                layer.hidden += length - len(columns)
-        if whole and not keep_hidden:
-            hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
-            for row, ((columns, _, _), part) in enumerate(zip(rows, states, strict=True)):
-                hidden[row, columns] = part[0]
-        else:
-            hidden = pad_left(states)
-        if num_expanded > 1:
-            cache.batch_repeat_interleave(num_expanded)
-            hidden = hidden.repeat_interleave(num_expanded, dim=0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
+                layer.retire(cache.layout.non_visual, (steps or segment[-1:])[0].window_start)
+        if stop > keep_from:
+            kept.append(hidden[:, max(keep_from - start, 0) :])
+    return torch.cat(kept, dim=1) if kept else None
 
-    @staticmethod
-    def _stack(cache, rows, length):
-        """Stacks caches of one row into `cache`, in place, padded on the left to `length` tokens."""
-        stack_caches(cache, rows, length)
-        cache.dropping = next((state for row in rows if (state := dropping_of(row)) is not None), None)
 
-    def leaves_only_text(self, settings) -> bool:
-        """Whether of a video nothing but key-values is left, so that only text behind it has outputs."""
-        compressed = settings.beacons is not None or settings.dropping is not None
-        return settings.decode == "bilevel" or compressed or self.token_selector is not None
+def _steps_at_once(steps, keep_from) -> int:
+    """How many of the next steps make a segment: of bounded length, all or none of it before `keep_from`."""
+    unread, count = steps[0].stop <= keep_from, 1
+    while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
+        if (steps[count].stop <= keep_from) != unread:
+            break
+        count += 1
+    return count
 
-    def _ask(self, cache, text, asked, settings, dense_chunks, required_chunks, before=None):
-        """Runs text behind a cache of one row; its first `asked` tokens are the question, None for all."""
-        if dropping_of(cache) is not None:
-            return self.run_stages(cache, text, asked)
-        self._read_question(cache, text[:, :asked], settings, dense_chunks, required_chunks)
-        return self.run_text(text, cache, before=before)
 
-    def _read_question(self, cache, question, settings, dense_chunks, required_chunks):
-        """Does to a cache of one row, in place, what waits for the question: see `pending_choice`."""
-        if not pending_choice(cache, settings):
-            return
-        if settings.decode == "bilevel":
-            mixed, choices = choose_for_question(self, cache, question, settings, dense_chunks, required_chunks)
-            cache.layers, cache.choices = mixed.layers, choices
-        else:
-            self._run_selected(cache, question)
-
-    def _run_selected(self, cache, question):
-        """Runs the rows that wait in a cache, of the videos' those that the selector keeps for the text."""
-        waiting, layout = cache.deferred, cache.layout
-        keep_ratio, limit = self.config.resolve_keep_ratio(), self.config.max_visual_tokens
-        # Text before, between and behind the videos, whose timestamps are theirs.
-        edges = [0, *(edge for video in layout.videos for edge in (video[0].start, video[-1].end)), layout.length]
-        pieces = [
-            waiting[start:stop].to(question) if stop > start else question[0, :0]
-            for start, stop in zip(edges[::2], edges[1::2], strict=True)
-        ]
-        text = torch.cat([*pieces, question[0]])
-        parts, videos, cursor = [pieces[0]], [], len(pieces[0])
-        for video, piece in zip(layout.videos, pieces[1:], strict=True):
-            start = video[0].start
-            groups = [tuple(place - start for place in group) for group in video]
-            _, kept = self.token_selector(waiting.until(video[-1].end).since(start), groups, text, keep_ratio, limit)
-            videos.append((GroupSpan(cursor, cursor, cursor + len(kept)),))
-            parts += [kept, piece]
-            cursor += len(kept) + len(piece)
-        cache.layers = [VideoXLCacheLayer() for _ in cache.layers]
-        cache.deferred = None
-        self._run_sequence(torch.cat(parts)[None], VisualLayout(tuple(videos), cursor), cache, keep_hidden=None)
-        cache.layout = layout
+def prefill_rows(model, embeds, rows: list[PromptRow], cache, call: Call) -> BaseModelOutputWithPast:
+    """Prefills each prompt [B, L, hidden] by itself; several caches are stacked, padded on the left, into `cache`."""
+    single = len(rows) == 1
+    if not single and cache.get_seq_length():
+        raise ValueError("a cache that already holds tokens can be continued with videos one prompt at a time only")
+    past, length, layouts = cache.get_seq_length(), embeds.shape[1], [row.layout for row in rows]
+    states, caches = [], []
+    for number, row in enumerate(rows):
+        row_cache = cache if single else VideoXLCache(len(cache.layers))
+        own = embeds[number : number + 1, row.columns]
+        states.append(_prefill_row(model, own, row, row_cache, call.of_row(number, layouts)))
+        caches.append(row_cache)
+    if not single:
+        cache.stack(caches, past + length)
+    elif length > len(rows[0].columns):
         for layer in cache.layers:
-            layer.pass_by(layout.length - cursor)
-
-    def _continue_rows(self, embeds, attention_mask, cache, num_expanded, options):
-        """Text behind a cache of one row, or several texts behind copies of it."""
-        settings, asked, dense_chunks, required_chunks = options
-        batch, count = embeds.shape[:2]
-        held_rows = cache.layers[0].rows
-        repeats = num_expanded  # `generate` has repeated the prompts, not yet the cache
-        if held_rows != 1:
-            raise ValueError(
-                f"{batch} prompts cannot follow a cache of {held_rows} rows; give one prompt a row, or one row"
-            )
-        embeds, batch = embeds[::repeats], batch // repeats
-        valid = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
-        if attention_mask is not None:
-            valid = attention_mask[::repeats, -count:].bool()
-        past = cache.get_seq_length()
-        states, caches = [], []
-        for row in range(batch):
-            row_cache = cache if batch == 1 else fork_cache(cache)
-            columns = valid[row].nonzero().flatten()
-            text = embeds[row : row + 1, columns]
-            own_asked = None if asked is None else int((columns < asked).sum())
-            own = (
-                required_chunks[row] if required_chunks and isinstance(required_chunks[0], tuple) else required_chunks
-            )
-            before = None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum())
-            states.append(self._ask(row_cache, text, own_asked, settings, dense_chunks, own, before))
-            caches.append(row_cache)
-        if batch > 1:
-            self._stack(cache, caches, past + count)
-            cache.choices = [getattr(row, "choices", None) for row in caches]
-            cache.deferred = None
-        hidden = pad_left(states, count)
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
-            hidden = hidden.repeat_interleave(repeats, dim=0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
-
-    def _run_rows_without_cache(self, embeds, rows, settings):
-        """Sparse prefill of whole prompts at once, without a cache: differentiable, for training."""
-        outputs = []
-        for row, (columns, layout, _) in enumerate(rows):
-            steps = plan_prefill(layout, **settings.plan, device=embeds.device)
-            hidden = embeds.new_zeros(embeds.shape[1:])
-            positions = torch.arange(layout.length, device=embeds.device)[None]
-            states = self._run_steps(embeds[row : row + 1, columns], positions, steps, None)
-            outputs.append(hidden.index_copy(0, columns, states[0]))
-        return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
+            layer.hidden += length - len(rows[0].columns)
+    if not call.text_only and not call.keep_hidden:
+        hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
+        for number, (row, part) in enumerate(zip(rows, states, strict=True)):
+            hidden[number, row.columns] = part[0]
+    else:
+        hidden = _pad_left(states)
+    return _expanded(hidden, cache, call)
 
 
-def pad_left(states, length=None) -> torch.Tensor:
+def _prefill_row(model, embeds, row: PromptRow, cache, call: Call):
+    # What a cache that is continued holds already: its visual tokens stay out of the new videos' windows.
+    earlier = () if cache.layout is None else cache.layout.videos
+    layout = VisualLayout(earlier + row.layout.videos, row.layout.length)
+    if not call.text_only or not layout.videos:
+        return extend_cache(model, embeds, layout, cache, call.policy, call.keep_hidden)
+    begin = layout.length - len(row.columns)
+    if layout.end == layout.length:
+        raise ValueError("the prompt ends with its video; put a question behind it")
+    videos = VisualLayout(layout.videos, layout.end)
+    extend_cache(model, embeds[:, : layout.end - begin], videos, cache, call.policy, keep_hidden=None)
+    if call.prompt_length is not None:
+        call = replace(call, asked=int((row.columns < call.prompt_length).sum()) + begin - layout.end)
+    return ask(model, cache, embeds[:, layout.end - begin :], call)
+
+
+def continue_rows(model, embeds, attention_mask, cache, call: Call) -> BaseModelOutputWithPast:
+    """Text behind a cache of one row, or several texts [B, n, hidden] behind copies of it."""
+    repeats = call.num_expanded  # `generate` has repeated the prompts, not yet the cache
+    if cache.rows != 1:
+        raise ValueError(
+            f"{len(embeds)} prompts cannot follow a cache of {cache.rows} rows; give one prompt a row, or one row"
+        )
+    embeds, count, past = embeds[::repeats], embeds.shape[1], cache.get_seq_length()
+    valid = torch.ones(len(embeds), count, dtype=torch.bool, device=embeds.device)
+    if attention_mask is not None:
+        valid = attention_mask[::repeats, -count:].bool()
+    asked = None if call.prompt_length is None else call.prompt_length - past
+    states, caches = [], []
+    for row in range(len(embeds)):
+        row_cache = cache if len(embeds) == 1 else cache.fork()
+        columns = valid[row].nonzero().flatten()
+        required = call.required_chunks
+        required = required[row] if required and isinstance(required[0], tuple) else required
+        own = replace(
+            call,
+            required_chunks=required,
+            asked=None if asked is None else int((columns < asked).sum()),
+            before=None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum()),
+        )
+        states.append(ask(model, row_cache, embeds[row : row + 1, columns], own))
+        caches.append(row_cache)
+    if len(embeds) > 1:
+        cache.stack(caches, past + count)
+    return _expanded(_pad_left(states, count), cache, call)
+
+
+def _expanded(hidden, cache, call: Call) -> BaseModelOutputWithPast:
+    if call.num_expanded > 1:
+        cache.batch_repeat_interleave(call.num_expanded)
+        hidden = hidden.repeat_interleave(call.num_expanded, dim=0)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
+
+
+def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModelOutputWithPast:
+    """Sparse prefill of whole prompts [B, L, hidden] at once, without a cache: differentiable, for training."""
+    outputs = []
+    for number, row in enumerate(rows):
+        steps = plan_prefill(row.layout, **SequencePolicy.facts(policy), device=embeds.device)
+        positions = torch.arange(row.layout.length, device=embeds.device)[None]
+        states = run_steps(model, embeds[number : number + 1, row.columns], positions, steps, None)
+        outputs.append(embeds.new_zeros(embeds.shape[1:]).index_copy(0, row.columns, states[0]))
+    return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
+
+
+@torch.no_grad()
+def prefill_text(model, cache, ids, settings, policy):
+    """Runs text behind a cached sequence, without outputs.
+
+    Args:
+        model: The `VideoXLModel`.
+        cache: Extended in place; None starts a sequence.
+        ids: Token ids.
+        settings, policy: See `Call`.
+
+    Returns:
+        The cache; its `layout` says where its videos are.
+    """
+    cache = VideoXLCache(model.config.text_config.num_hidden_layers) if cache is None else cache
+    if settings.offload:
+        cache.offload(model.device)
+    cache.layout = cache.layout or VisualLayout()
+    if ids:
+        embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))
+        layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
+        extend_cache(model, embeds, layout, cache, policy, keep_hidden=None)
+    return cache
+
+
+@torch.no_grad()
+def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> list[int]:
+    """Encodes further frames of a video and runs them behind a cached sequence.
+
+    Args:
+        model, cache, policy: See `prefill_text`; the cache is extended in place.
+        pixels: [F, 3, H, W]; a partial group is filled by repeating the last frame.
+        time_ids: Per group, the token ids of its timestamp.
+        continues: Whether the groups belong to the sequence's last video; else they start a new one.
+
+    Returns:
+        The token ids that were appended.
+    """
+    tokens = model.get_video_features([pixels]).pooler_output[0]
+    ids, groups, position = [], [], cache.layout.length
+    for group_ids in time_ids:
+        visual_start = position + len(group_ids)
+        groups.append(GroupSpan(position, visual_start, visual_start + tokens.shape[1]))
+        ids += [*group_ids, *[model.config.video_token_id] * tokens.shape[1]]
+        position = groups[-1].end
+    earlier = cache.layout.videos
+    videos = (*earlier[:-1], earlier[-1] + tuple(groups)) if continues else (*earlier, tuple(groups))
+    embeds = model.embed_prompt(torch.tensor([ids], device=model.device))
+    is_visual = torch.tensor(ids, device=embeds.device) == model.config.video_token_id
+    visual = tokens.to(embeds.device, embeds.dtype)
+    embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
+    extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
+    return ids
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, L] counted over the tokens that are not padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _pad_left(states, length=None) -> torch.Tensor:
     """Stacks hidden states [1, n_i, hidden] of several rows, zero-padded on the left to `length` or the longest."""
     length = max(part.shape[1] for part in states) if length is None else length
     return torch.cat([F.pad(part, (0, 0, length - part.shape[1], 0)) for part in states])

@@ -30,6 +30,7 @@ B batch (1 on the sparse path), H query heads, K key-value heads, L sequence, n 
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -48,6 +49,10 @@ MAX_STEP_QUERIES = 1024
 # Of these, queries per kernel call on a CPU: its kernel computes masked pairs too, so smaller blocks waste fewer. The
 # kernel's own blocks have 256 rows. Measured at 612 queries: 256 and 320 are alike, 128 and 612 are 4 to 6 % slower.
 MASK_ROWS = 256
+# Bounds of the float32 buffers where attention weights are summed, in elements: 32 MB of weights (at least one row),
+# and 8 MB of keys (twice).
+MAX_WEIGHTS = 8 * 2**20
+MAX_KEY_ELEMENTS = 2 * 2**20
 
 
 class GroupSpan(NamedTuple):
@@ -423,3 +428,48 @@ def _masked_attention(query, key, value, hidden, dropout, scaling) -> torch.Tens
     folded = query.reshape(batch, key.shape[1], per_key_head * queries, size)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(per_key_head, 1), **options)
     return output.reshape(batch, heads, queries, size)
+
+
+@torch.no_grad()
+def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
+    """Attention weights of the last n positions, causal, summed over heads and queries.
+
+    Args:
+        query, key, scaling: See `attention_rows`.
+
+    Returns:
+        [L] float32, whose sum is H * n.
+    """
+    total = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
+    for weights in attention_rows(query, key, scaling):
+        total += weights.sum(dim=0)
+    return total
+
+
+def attention_rows(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> Iterator[torch.Tensor]:
+    """Attention weights of the last n positions, causal: exact softmax in float32.
+
+    Some queries of one key-value head at a time over all keys, so memory stays bounded (`MAX_WEIGHTS`).
+
+    Args:
+        query: [1, H, n, D].
+        key: [1, K, L, D], the last n of them the queries' own.
+
+    Yields:
+        [rows, L] float32, valid until the next.
+    """
+    (heads, queries, size), (kv_heads, length) = query.shape[1:], key.shape[1:3]
+    own = torch.arange(queries, device=key.device)
+    position = own.repeat(heads // kv_heads)
+    rows, columns = max(MAX_WEIGHTS // length, 1), max(MAX_KEY_ELEMENTS // size, 1)
+    buffer = torch.empty(min(rows, len(position)), length, dtype=torch.float32, device=key.device)
+    for head, head_queries in enumerate(query[0].reshape(kv_heads, -1, size)):
+        for row in range(0, len(head_queries), rows):
+            block = head_queries[row : row + rows].float() * (size**-0.5 if scaling is None else scaling)
+            weights = buffer[: len(block)]
+            for column in range(0, length, columns):
+                keys = key[0, head, column : column + columns].float()
+                torch.mm(block, keys.T, out=weights[:, column : column + columns])
+            weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)
+            weights.sub_(weights.amax(dim=1, keepdim=True)).exp_()
+            yield weights.div_(weights.sum(dim=1, keepdim=True))
