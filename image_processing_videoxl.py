@@ -143,7 +143,9 @@ def count_tiles(tiles: torch.Tensor) -> int:
 
 def _checked_grids(size, grids):
     sides = range(size, size * MAX_GRID_SIDE + 1, size)
-    grids = [tuple(grid) for grid in grids] if grids else [(x, y) for x in sides for y in sides]
+    grids = (
+        [tuple(grid) for grid in grids] if grids is not None and len(grids) else [(x, y) for x in sides for y in sides]
+    )
     if wrong := [grid for grid in grids if len(grid) != 2 or any(side <= 0 or side % size for side in grid)]:
         raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
     return grids

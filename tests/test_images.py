@@ -176,6 +176,38 @@ def test_order_of_images_and_videos(processor, clips, photo):
             processor(rendered, **arguments)
 
 
+@pytest.mark.parametrize("form", [np.asarray, lambda pixels: torch.from_numpy(pixels.copy())], ids=["array", "tensor"])
+def test_pixels_are_never_asked_for_their_truth_value(processor, clips, photo, form):
+    """Images, frames and settings as arrays and tensors, in every argument that takes them."""
+    image, frames = form(np.array(Image.open(photo))), form(np.stack([picture(seed=number) for number in range(3)]))
+    rendered = processor.apply_chat_template(user(item(photo), item(clips[0], "video"), ask()))
+    expected = processor(rendered, images=photo, videos=frames, timestamps=[0, 1, 2])
+    times = form(np.array([0.0, 1.0, 2.0]))
+    for images, videos, timestamps in (
+        (image, frames, times),
+        ([image], [frames], [times]),
+        ([[image]], [[list(frames)]], times),
+        ({"image": image}, {"video": frames, "timestamps": times}, None),
+    ):
+        given = processor(rendered, images=images, videos=videos, timestamps=timestamps)
+        assert given["input_ids"] == expected["input_ids"]
+        assert all(map(torch.equal, given["pixel_values_videos"], expected["pixel_values_videos"]))
+    two = processor.apply_chat_template(user(item(photo), item(photo), ask()))
+    alike = processor(two, images=[image, image])["pixel_values_videos"]
+    assert isinstance(alike, list) and torch.equal(*alike)
+    with pytest.raises(ValueError, match="sample_fps must be"):
+        processor(rendered, images=photo, videos=clips[0], sample_fps=form(np.ones(2)))
+    with pytest.raises(ValueError, match="text must be"):
+        processor(form(np.zeros(2)))
+
+
+def test_frames_of_unequal_sizes_are_one_video_a_text(processor):
+    frames = [picture(*size) for size in ((8, 6), (6, 8))]
+    rendered = processor.apply_chat_template(user(item("a.mp4", "video"), ask()))
+    nested, flat = (processor(rendered, videos=videos, timestamps=[0, 1]) for videos in ([[frames]], frames))
+    assert torch.equal(nested["pixel_values_videos"], flat["pixel_values_videos"])
+
+
 # ---------------------------------------------------------------- model
 
 
