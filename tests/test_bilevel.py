@@ -205,8 +205,14 @@ def test_several_questions_in_one_call(model, tokenizer, video, sparse):
     beams = {**SHORT, "num_beams": 2}
     alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=beams) for q in questions]
     assert model.chat_batch(video, tokenizer, questions, generation_config=beams) == alone
-    with pytest.raises(ValueError, match="list of questions"):
-        model.chat_batch(video, tokenizer, "What?")
+    assert model.chat_batch(video, tokenizer, iter(questions), generation_config=beams) == alone
+    assert model.chat_batch(video, tokenizer, dict.fromkeys(questions), generation_config=beams) == alone
+    for wrong in ("What?", None, 7, [], iter(())):
+        with pytest.raises(ValueError, match="list of questions"):
+            model.chat_batch(video, tokenizer, wrong)
+    for wrong in (["What?", ""], ["What?", " \n"], ["What?", None], (b"What?" for _ in range(2)), [["What?"]]):
+        with pytest.raises(ValueError, match=r"question \d must be a question in text"):
+            model.chat_batch(video, tokenizer, wrong)
     with pytest.raises(ValueError, match="encode_video"):
         model.chat_batch("clip.mp4", tokenizer, ["What?"])
 
