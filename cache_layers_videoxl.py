@@ -206,7 +206,7 @@ class VideoXLCacheLayer(DynamicLayer):
             self.dtype, self.device = keys.dtype, keys.device
 
     def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video.
+        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video and device.
 
         Args:
             groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
@@ -217,7 +217,7 @@ class VideoXLCacheLayer(DynamicLayer):
         Returns:
             Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
         """
-        if pool_size not in self._pooled:
+        if pool_size not in self._pooled or self._pooled[pool_size][0].device != inv_freq.device:
             pooled = ([], [])
             size = groups[0][1] - groups[0][0]
             used = size // pool_size * pool_size
@@ -233,9 +233,15 @@ class VideoXLCacheLayer(DynamicLayer):
             self._pooled[pool_size] = (keys, values)
         return self._pooled[pool_size]
 
+    def forget_pooled(self, device) -> None:
+        """Drops pooled groups that lie on other devices; they are computed anew where they are asked for."""
+        kept = {size: pooled for size, pooled in self._pooled.items() if pooled[0].device == device}
+        if len(kept) < len(self._pooled):
+            self._pooled = kept  # forks keep theirs
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
+        """Bytes of the keys and values; of pooled groups nothing is counted."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def _has_room(self, tokens: int) -> bool:

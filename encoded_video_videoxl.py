@@ -104,7 +104,8 @@ class EncodedVideo(str):
     def nbytes(self) -> int:
         """Bytes of the key-values, and of what waits where the question decides what runs.
 
-        What questions leave beside them (pooled key-values, `asked_cache`) is not counted.
+        What questions leave beside them (pooled key-values, `asked_cache`) is not counted; `to` lets go of what of it
+        lies on another device.
         """
         waiting = getattr(self.cache, "deferred", None)
         return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)

@@ -132,7 +132,10 @@ def new_cache(num_layers: int) -> DynamicCache:
 
 
 def move_cache(cache: DynamicCache, device) -> None:
-    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already."""
+    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already.
+
+    Pooled groups are dropped unless they lie there.
+    """
     if getattr(cache, "deferred", None) is not None:
         cache.deferred = cache.deferred.to(device)
     for index, layer in enumerate(cache.layers):
@@ -141,6 +144,8 @@ def move_cache(cache: DynamicCache, device) -> None:
             cache.layers[index] = layer.fork()
             if moved is not layer.keys:
                 cache.layers[index].set_content(moved, layer.values.to(device))
+        if layer.held:
+            cache.layers[index].forget_pooled(moved.device)
 
 
 def offload_cache(cache: DynamicCache, device) -> None:
