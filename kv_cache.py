@@ -8,6 +8,7 @@ B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head
 group.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,24 @@ def rewind_cache(cache: DynamicCache, length: int, held: int) -> None:
         cache.deferred = cache.deferred.until(length)
     for layer in cache.layers:
         layer.rewind(length, held)
+
+
+def snapshot_cache(cache: DynamicCache, held: int) -> Callable[[], None]:
+    """A function that brings a cache of one row back to what it is now, whatever became of it meanwhile.
+
+    Costs a copy of the keys and values behind the first `held` ones, to which the cache may be rewound meanwhile.
+    """
+    facts = {**cache.__dict__, "layers": list(cache.layers)}
+    restored = [layer.snapshot(held) for layer in cache.layers]
+
+    def restore() -> None:
+        for restore_layer in restored:
+            restore_layer()
+        cache.__dict__.update(facts)
+        for name in set(cache.__dict__) - set(facts):
+            del cache.__dict__[name]
+
+    return restore
 
 
 class KeptSpan(NamedTuple):
