@@ -17,6 +17,7 @@ group.
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -185,9 +186,8 @@ class VideoXLCacheLayer(DynamicLayer):
         Args:
             make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
         """
-        if make_room and self.held and not self._has_room(self.held + MIN_SPARE_TOKENS):
-            self._grow(self.keys, self.values, self.held, 0)
-            self.keys, self.values = (buffer[:, :, : self.held] for buffer in self._room.buffers)
+        if make_room:
+            self.make_room(MIN_SPARE_TOKENS)
         other = VideoXLCacheLayer()
         other.set_content(self.keys, self.values)
         if self._room is not None and self._has_room(self.held):
@@ -196,6 +196,35 @@ class VideoXLCacheLayer(DynamicLayer):
         other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
         other._pooled = self._pooled
         return other
+
+    def make_room(self, tokens: int) -> None:
+        """Sees to it that so many more keys can be appended without copying, if need be by one copy of this layer."""
+        length = self.held
+        if length and not self._has_room(length + tokens):
+            self._grow(self.keys, self.values, length, tokens)
+            self._room.set_end(self, length)
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._room.buffers)
+
+    def snapshot(self, held: int) -> Callable[[], None]:
+        """A function that brings the layer back to what it is now, without allocating anything.
+
+        Args:
+            held: The layer may be taken back to so many keys meanwhile, so that those behind them are written over;
+                only these are copied.
+        """
+        state = dict(self.__dict__)
+        behind = [states[:, :, held:].clone() for states in (self.keys, self.values)] if self.held > held else ()
+
+        def restore() -> None:
+            self._leave_room()
+            self.__dict__.update(state)
+            if self._room is not None:
+                self._room.set_end(self, self.held)
+            if self._has_room(self.held):  # other content is never written over
+                for states, kept in zip((self.keys, self.values), behind, strict=False):
+                    states[:, :, held:] = kept
+
+        return restore
 
     def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """Takes over keys and values [B, K, L, D] as they are."""
@@ -206,7 +235,7 @@ class VideoXLCacheLayer(DynamicLayer):
             self.dtype, self.device = keys.dtype, keys.device
 
     def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video.
+        """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video and device.
 
         Args:
             groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
@@ -217,7 +246,7 @@ class VideoXLCacheLayer(DynamicLayer):
         Returns:
             Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
         """
-        if pool_size not in self._pooled:
+        if pool_size not in self._pooled or self._pooled[pool_size][0].device != inv_freq.device:
             pooled = ([], [])
             size = groups[0][1] - groups[0][0]
             used = size // pool_size * pool_size
@@ -233,9 +262,15 @@ class VideoXLCacheLayer(DynamicLayer):
             self._pooled[pool_size] = (keys, values)
         return self._pooled[pool_size]
 
+    def forget_pooled(self, device) -> None:
+        """Drops pooled groups that lie on other devices; they are computed anew where they are asked for."""
+        kept = {size: pooled for size, pooled in self._pooled.items() if pooled[0].device == device}
+        if len(kept) < len(self._pooled):
+            self._pooled = kept  # forks keep theirs
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
+        """Bytes of the keys and values; of pooled groups nothing is counted."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def _has_room(self, tokens: int) -> bool:

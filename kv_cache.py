@@ -10,6 +10,7 @@ B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head
 group.
 """
 
+from collections.abc import Callable
 from inspect import signature
 from typing import NamedTuple
 
@@ -67,6 +68,24 @@ def rewind_cache(cache: DynamicCache, length: int, held: int) -> None:
         cache.deferred = cache.deferred.until(length)
     for layer in cache.layers:
         layer.rewind(length, held)
+
+
+def snapshot_cache(cache: DynamicCache, held: int) -> Callable[[], None]:
+    """A function that brings a cache of one row back to what it is now, whatever became of it meanwhile.
+
+    Costs a copy of the keys and values behind the first `held` ones, to which the cache may be rewound meanwhile.
+    """
+    facts = {**cache.__dict__, "layers": list(cache.layers)}
+    restored = [layer.snapshot(held) for layer in cache.layers]
+
+    def restore() -> None:
+        for restore_layer in restored:
+            restore_layer()
+        cache.__dict__.update(facts)
+        for name in set(cache.__dict__) - set(facts):
+            del cache.__dict__[name]
+
+    return restore
 
 
 class KeptSpan(NamedTuple):
@@ -177,7 +196,10 @@ def new_cache(num_layers: int) -> DynamicCache:
 
 
 def move_cache(cache: DynamicCache, device) -> None:
-    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already."""
+    """Moves all that a cache holds to a device, in place, and ends offloading; a no-op where it is there already.
+
+    Pooled groups are dropped unless they lie there.
+    """
     if getattr(cache, "deferred", None) is not None:
         cache.deferred = cache.deferred.to(device)
     for index, layer in enumerate(cache.layers):
@@ -186,6 +208,8 @@ def move_cache(cache: DynamicCache, device) -> None:
             cache.layers[index] = layer.fork()
             if moved is not layer.keys:
                 cache.layers[index].set_content(moved, layer.values.to(device))
+        if layer.held:
+            cache.layers[index].forget_pooled(moved.device)
 
 
 def offload_cache(cache: DynamicCache, device) -> None:
