@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # What must hold on the oldest supported transformers.
 OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py tests/test_bilevel.py \
-	tests/test_images.py tests/test_clients.py tests/test_token_dropping.py \
+	tests/test_images.py tests/test_clients.py tests/test_token_dropping.py tests/test_before.py \
 	$(wildcard tests/test_golden_*.py)
 # Packages of requirements.txt that only some things need.
 OPTIONAL = accelerate peft matplotlib

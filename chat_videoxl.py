@@ -11,6 +11,7 @@ What is surprising:
 import copy
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 from tqdm import tqdm
@@ -193,22 +194,27 @@ class VideoXLChatMixin:
         Args:
             video: An `EncodedVideo`.
             tokenizer: The checkpoint's tokenizer.
-            user_prompts: The questions, each by itself.
+            user_prompts: The questions, each by itself: any iterable of texts.
             generation_config, dense_chunks: See `chat`; `dense_chunks` holds for every question.
+
         Returns:
             One answer per question, equal to what single calls give.
 
         Raises:
-            ValueError: On a video that is not encoded, or no questions.
+            ValueError: On a video that is not encoded, no questions, or one without text.
         """
         if not is_encoded(video):
             raise ValueError("chat_batch asks an EncodedVideo: call model.encode_video first")
-        if isinstance(user_prompts, str) or not list(user_prompts):
-            raise ValueError(f"user_prompts must be a list of questions, got {user_prompts!r}")
+        listed = [] if isinstance(user_prompts, str) or not isinstance(user_prompts, Iterable) else list(user_prompts)
+        if not listed:
+            raise ValueError(f"user_prompts must be a list of questions, got {user_prompts!r:.200}")
+        for number, prompt in enumerate(listed):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"user_prompts: question {number} must be a question in text, got {prompt!r:.200}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         system = [] if video.system_prompt is None else [{"role": "system", "content": video.system_prompt}]
         suffixes = []
-        for prompt in user_prompts:
+        for prompt in listed:
             content = [{"type": video.kind, video.kind: video}, {"type": "text", "text": prompt}]
             text = processor.render([*system, {"role": "user", "content": content}])
             prefix, suffix = processor.prompt_pieces(text, [video.shown])
@@ -218,7 +224,7 @@ class VideoXLChatMixin:
                 "this EncodedVideo was made by another model or behind earlier turns; ask it with chat and its "
                 "history, or encode it again"
             )
-        reloads = [self._reload_options([video], prompt, dense_chunks, None) for prompt in user_prompts]
+        reloads = [self._reload_options([video], prompt, dense_chunks, None) for prompt in listed]
         reload = reloads[0]
         if any("required_chunks" in each for each in reloads):
             reload = {"required_chunks": tuple(each.get("required_chunks", ()) for each in reloads)}

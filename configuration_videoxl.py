@@ -7,7 +7,7 @@ What is surprising:
   at call time, and the switches of the published code (`enable_sparse`, `enable_chunk_prefill`) win over its prefill
   fields while
   they are on: `resolve_sparse_attention` is the one place that knows.
-* A published `config.json` is flat (`model_type: llava_qwen`, `mm_*` keys, the language model's sizes at top level);
+* A published `config.json` is flat (`mm_*` keys and the language model's sizes at top level);
   `VideoXLConfig.from_published` reads it, and `from_dict` sends flat dicts there.
 """
 
@@ -17,7 +17,7 @@ import random
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .part_configs_videoxl import VideoXLCompressorConfig, VideoXLSparseAttentionConfig
-from .published_config_videoxl import PUBLISHED_MODEL_TYPES, read_published
+from .published_config_videoxl import is_published, read_published
 from .tower_config_videoxl import VIDEO_TOWERS
 
 FRAME_FITS = ("stretch", "crop")
@@ -376,7 +376,7 @@ class VideoXLConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Like the library's, but also reads a published flat config.json (see `from_published`)."""
-        if config_dict.get("model_type") in PUBLISHED_MODEL_TYPES and "text_config" not in config_dict:
+        if is_published(config_dict):
             config_dict = cls.from_published(config_dict).to_dict()
         return super().from_dict(config_dict, **kwargs)
 

@@ -3,7 +3,8 @@
 What is surprising:
 * A family is one entry of `FAMILIES`: its marks, its rows of names, its preset. The rows read in both directions, so
   the same table tells what a published checkpoint must contain.
-* `model_type` does not decide: it changed between releases, and several families share `llava_qwen`. Under the one
+* `model_type` does not decide: it changed between releases, several families share `llava_qwen`, and some say `qwen2`,
+  as a plain language model does. That config.json has `mm_*` keys does, and what the tensors are called. Under the one
   name Video-XL-Pro-3B two architectures were published: in March 2025 with beacon memory, in April with timestamps.
 """
 
@@ -115,8 +116,11 @@ _INTERNVIDEO2 = _clip_tower(
     ("blocks.*.ls1.*", "encoder.layers.*.scale1.*"),
     ("blocks.*.ls2.*", "encoder.layers.*.scale2.*"),
 )
-# Buffers that older versions of transformers stored.
-_OLD_BUFFERS = ("model.vision_tower.vision_tower.vision_model.embeddings.position_ids",)
+# Buffers that older versions of transformers stored, and every version computes anew.
+_OLD_BUFFERS = (
+    "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
+    "model.layers.*.self_attn.rotary_emb.inv_freq",
+)
 
 FAMILIES = {
     "videoxl2": Family(
@@ -172,6 +176,7 @@ FAMILIES = {
             "videochat-flash-7b-1m-224",
         ),
         names=(*_UMT, *_CLIP_PROJECTOR, *_LANGUAGE_MODEL),
+        ignored=_OLD_BUFFERS,
     ),
     "videochatflash_internvideo2": Family(
         title="VideoChat-Flash (InternVideo2)",
@@ -179,6 +184,7 @@ FAMILIES = {
         lacks=("model.sae.",),
         presets=("videochat-flash-7b-internvideo2",),
         names=(*_INTERNVIDEO2, *_CLIP_PROJECTOR, *_LANGUAGE_MODEL),
+        ignored=_OLD_BUFFERS,
     ),
 }
 
@@ -204,12 +210,17 @@ def recognise_family(config: dict, names) -> str:
     """
     if config.get("model_type") == "videoxl":
         raise ValueError("SOURCE is already in our format (model_type videoxl): load it as it is")
-    has_vision = any(key.startswith("mm_") for key in config)
-    found = [key for key, family in FAMILIES.items() if has_vision and family.fits(names)]
-    if not found:
-        titles = ", ".join(family.title for family in FAMILIES.values())
+    titles, kind = ", ".join(family.title for family in FAMILIES.values()), config.get("model_type")
+    if not any(key.startswith("mm_") for key in config):
         raise ValueError(
-            f"not a checkpoint of a known family ({titles}): config.json has {'some' if has_vision else 'no'} mm_* "
-            f"keys and model_type {config.get('model_type')!r}, and the names of the tensors do not fit either"
+            f"config.json (model_type {kind!r}) has no mm_* keys, so it is a plain language model's or another "
+            f"project's. Expected is the folder of {titles} as published, whose config.json has mm_vision_tower and "
+            "others"
+        )
+    found = [key for key, family in FAMILIES.items() if family.fits(names)]
+    if not found:
+        raise ValueError(
+            f"not a checkpoint of a known family ({titles}): config.json has mm_* keys and model_type {kind!r}, but "
+            "the names of the tensors are none of theirs"
         )
     return found[0]

@@ -8,6 +8,8 @@ What is surprising:
   everything goes to a hidden sibling folder that is renamed at the end, so OUTPUT is never half-written.
 * Expected names and shapes come from our model class on the meta device: a table cannot silently drift from the model.
 * Only safetensors are read. A pickle can run code while it is being loaded.
+* What is not taken over as it stands is said, one line each: settings without effect, tensors without a place, an
+  output head that is the embedding although stored twice, or is not although the config says so.
 """
 
 import argparse
@@ -43,6 +45,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
 PLACEHOLDER = "<|vision_pad|>"
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+# Our names of these two, and of all tensors of the tower.
+EMBEDDING, HEAD, TOWER = "model.language_model.embed_tokens.weight", "lm_head.weight", "model.vision_tower."
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The entry points of the remote code; every file that they reach by relative imports is part of the output.
@@ -99,7 +104,7 @@ def convert(
         preset: Name of a file in `presets/`; None takes the family's own.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps each tensor as it is stored.
         max_shard_size: Largest file of weights, such as `"5GB"`; also about the memory that is needed.
-        log: Receives one line per step.
+        log: Receives the report: one line per step, and per thing that is not taken over as it stands.
 
     Returns:
         The path of `output`.
@@ -117,23 +122,14 @@ def convert(
         raise ValueError(f"OUTPUT {output} lies inside SOURCE {source}; choose a folder outside of it")
 
     published = read_json(source / "config.json")
-    tensors = read_source(source)
-    family = recognise_family(published, tensors)
-    table = name_table(family)
-    log(f"{source}: {table.title}, {len(tensors)} tensors")
-    known = _read_preset(preset) if preset else choose_preset(table, published)
-    config = _build_config(published, known, tensors, dtype)
-    surplus = config.text_config.vocab_size - known.get("text_config", {}).get("vocab_size", 0)
-    if 0 < surplus <= table.extra_rows:
-        config.text_config.vocab_size -= surplus  # saved with the rows that training appended; nobody trained them
-    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
+    family, config, plan = _plan_conversion(source, published, preset, dtype, log)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()
     try:
         video_token = _copy_tokenizer(source, partial, config, "video_token_id" in published)
-        _write_configs(config, video_token, source, partial)
+        _write_configs(config, video_token, source, partial, log)
         _write_card(family, hub_id, source, partial)
         for file in remote_code_files():
             shutil.copyfile(ROOT / file, partial / file)
@@ -145,6 +141,28 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
     log(f"{output}: done")
     return output
+
+
+def _plan_conversion(source, published, preset, dtype, log):
+    """The family, our config and its tensors; reads headers only, and the values of a head that may be a copy."""
+    tensors = read_source(source)
+    family = recognise_family(published, tensors)
+    table = name_table(family)
+    log(f"{source}: {table.title}, {len(tensors)} tensors")
+    known = _read_preset(preset) if preset else choose_preset(table, published)
+    config = _build_config(published, known, tensors, dtype)
+    for line in _remote_code("published_config_videoxl").dropped_settings(published):
+        log(f"config.json: {line}")
+    surplus = config.text_config.vocab_size - known.get("text_config", {}).get("vocab_size", 0)
+    if 0 < surplus <= table.extra_rows:
+        config.text_config.vocab_size -= surplus  # saved with the rows that training appended; nobody trained them
+    plan = match_tensors(tensors, table, expected_shapes(config), config.tie_word_embeddings, unused_layers(config))
+    read = {tensor.name for tensor in plan.values()}
+    if left := [name for name in tensors if name not in read]:
+        log(f"left out, as the model has no use for them: {_some(left)}")
+    if line := settle_head(plan, config):
+        log(line)
+    return family, config, plan
 
 
 def _check_output(output):
@@ -280,9 +298,6 @@ def _some(names, limit=5):
 
 def _build_config(published, preset, tensors, dtype):
     config_class = _remote_code("configuration_videoxl").VideoXLConfig
-    if preset.get("tie_word_embeddings"):
-        # Whether the file says it depends on the version of transformers that wrote it; the head itself does not.
-        published = {"tie_word_embeddings": "lm_head.weight" not in tensors, **published}
     try:
         config = config_class.from_published(published, preset)
     except Exception as error:  # wrong types and values surface as the library's own kinds
@@ -350,11 +365,11 @@ def match_tensors(
             plan[ours] = tensor
         elif not table.ignores(name) and not (ours or "").startswith(unused):
             raise ValueError(f"unknown tensor {name} {tensor.shape}: {table.title} has no place for it")
-    optional = {"lm_head.weight"} if tied else set()
+    optional = {HEAD} if tied else set()
     if missing := [name for name in expected if name not in plan and name not in optional]:
         names = [f"{table.to_published(name)} {expected[name]}" for name in missing]
-        raise ValueError(f"the checkpoint lacks {_some(names)}: is the download complete?")
-    for ours in {"lm_head.weight", "model.language_model.embed_tokens.weight"} & set(plan):
+        raise ValueError(f"the checkpoint lacks {_some(names)}: {_advice(missing, expected)}")
+    for ours in {HEAD, EMBEDDING} & set(plan):
         rows, *rest = plan[ours].shape
         if 0 < rows - expected[ours][0] <= table.extra_rows:
             plan[ours] = replace(plan[ours], shape=(expected[ours][0], *rest))
@@ -363,12 +378,46 @@ def match_tensors(
             raise ValueError(f"tensor {tensor.name} has shape {tensor.shape}, expected is {expected[ours]}")
         if tensor.dtype not in _STORED_DTYPES:
             raise ValueError(f"tensor {tensor.name} is stored as {tensor.dtype}; quantised checkpoints are not read")
-    if "lm_head.weight" in plan and tied:
-        # Written next to the embedding it would untie the two on loading.
-        head, embedding = plan.pop("lm_head.weight"), plan["model.language_model.embed_tokens.weight"]
-        if not torch.equal(_read_tensor(head), _read_tensor(embedding)):
-            raise ValueError(f"config.json ties the embeddings, but {head.name} and {embedding.name} differ")
     return plan
+
+
+def _advice(missing, expected):
+    if missing == [HEAD]:
+        return "only with tie_word_embeddings true in config.json is the embedding the output head"
+    if {name for name in expected if name.startswith(TOWER)} <= set(missing):
+        return (
+            "the whole vision tower is not in it. Load the checkpoint with the published code, which fetches the "
+            "tower that mm_vision_tower names, save the model as safetensors and convert that"
+        )
+    return "is the download complete?"
+
+
+def settle_head(plan: dict[str, SourceTensor], config) -> str | None:
+    """Settles whether the output head is the embedding; the stored weights have the last word, not the config.
+
+    Where the config ties the two and both are stored, a head that is a copy leaves `plan` (written next to the
+    embedding it would untie them on loading), and one that differs stays and unties them in `config`.
+
+    Args:
+        plan: As `match_tensors` gave it.
+        config: Our config.
+
+    Returns:
+        A sentence for the report; None if the config and the stored weights say the same.
+    """
+    if not config.tie_word_embeddings or HEAD not in plan:
+        return None
+    head, embedding = plan[HEAD], plan[EMBEDDING]
+    values = [_read_tensor(tensor) for tensor in (head, embedding)]
+    dtype = torch.promote_types(values[0].dtype, values[1].dtype)
+    if torch.equal(values[0].to(dtype), values[1].to(dtype)):
+        del plan[HEAD]
+        return f"{head.name} is a copy of {embedding.name}: the embeddings stay tied, the copy is left out"
+    config.tie_word_embeddings = False
+    return (
+        f"{head.name} differs from {embedding.name}, although its config ties them: both are kept as they are "
+        "stored, and the new config.json says tie_word_embeddings: false"
+    )
 
 
 def _read_tensor(tensor, dtype=None):
@@ -457,7 +506,7 @@ def _warn(message):
     warnings.warn(message, stacklevel=4)
 
 
-def _write_configs(config, video_token, source, folder):
+def _write_configs(config, video_token, source, folder, log):
     _write_json(folder / "config.json", json.loads(config.to_json_string()))
     processor = {
         "processor_class": "VideoXLProcessor",
@@ -482,7 +531,11 @@ def _write_configs(config, video_token, source, folder):
         processor["video_token"] = video_token
     _write_json(folder / "processor_config.json", processor)
     if (source / "generation_config.json").is_file():
-        _write_json(folder / "generation_config.json", read_json(source / "generation_config.json"))
+        generation = read_json(source / "generation_config.json")
+        _write_json(folder / "generation_config.json", generation)
+        if generation.get("do_sample"):
+            kept = ", ".join(f"{key} {generation[key]}" for key in SAMPLING if key in generation)
+            log(f"generation_config.json: answers are sampled unless a call says otherwise, as published ({kept})")
     shutil.copyfile(ROOT / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
 

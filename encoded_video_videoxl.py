@@ -11,13 +11,15 @@ What is surprising:
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from .cache_layers_videoxl import VideoXLOffloadedLayer
 from .deferred_rows_videoxl import DeferredRows
 from .image_processing_videoxl import count_tiles
-from .kv_cache import fork_cache, move_cache, new_cache, rewind_cache
+from .kv_cache import fork_cache, move_cache, new_cache, rewind_cache, snapshot_cache
 from .sparse_attention import GroupSpan, VisualLayout
 from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
@@ -104,7 +106,8 @@ class EncodedVideo(str):
     def nbytes(self) -> int:
         """Bytes of the key-values, and of what waits where the question decides what runs.
 
-        What questions leave beside them (pooled key-values, `asked_cache`) is not counted.
+        What questions leave beside them (pooled key-values, `asked_cache`) is not counted; `to` lets go of what of it
+        lies on another device.
         """
         waiting = getattr(self.cache, "deferred", None)
         return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
@@ -226,12 +229,15 @@ class EncodedVideo(str):
     def append(self, frames, timestamps) -> None:
         """Adds frames to the end of the video; afterwards it equals one that was encoded from all frames at once.
 
+        All of them or none: if it fails or is interrupted, the video is what it was, and can be asked and tried again.
+
         Args:
             frames: PIL images or uint8 [F, H, W, 3].
             timestamps: Their seconds, increasing, later than the last frame so far.
 
         Raises:
-            ValueError: On frames or timestamps of another form, or times that do not follow.
+            ValueError: On frames or timestamps of another form, times that do not follow, or more tokens than the
+                model takes.
         """
         if self.kind == "image":
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
@@ -244,18 +250,40 @@ class EncodedVideo(str):
                     f"appended frames must be later than the last one at {self.timestamps[-1]} s, the first new one "
                     f"is at {reader.timestamps[0]} s"
                 )
-            self.appended = True
-            for batch in reader:
-                self.extend(batch)
-        if len(self.timestamps) > 1:
-            duration = 2 * self.timestamps[-1] - self.timestamps[-2] - self.start
-            # Of frames from memory alone it follows from their times, as when all had come at once.
-            self.duration = max(self.duration, duration) if self else duration
+            tokens = self._tokens_with(reader.timestamps)
+            self._model.model.require_context(tokens)
+            with self._all_or_nothing(tokens):
+                self.appended = True
+                for batch in reader:
+                    self.extend(batch)
+                if len(self.timestamps) > 1:
+                    duration = 2 * self.timestamps[-1] - self.timestamps[-2] - self.start
+                    # Of frames from memory alone it follows from their times, as when all had come at once.
+                    self.duration = max(self.duration, duration) if self else duration
+
+    @contextmanager
+    def _all_or_nothing(self, tokens: int) -> Iterator[None]:
+        """Undoes what an error, or an interrupt, leaves half done; `tokens` is the length that is aimed at."""
+        self._settled = None  # follows from the cache again, and would fill memory meanwhile
+        for layer in self.cache.layers:
+            # A buffer that grew later would lie beside the old one, which is kept for the case of failure. Layers that
+            # do not hold every token are small, and those that are elsewhere are copied anyway.
+            stays = isinstance(layer, VideoXLOffloadedLayer) or layer.held and layer.keys.device == self._model.device
+            if stays and not layer.hidden and self.prefill.get("beacons") is None:
+                layer.make_room(tokens - layer.held)
+        restore = snapshot_cache(self.cache, self._before_tail[1])
+        before = {**self.__dict__, "timestamps": list(self.timestamps)}
+        try:
+            yield
+        except BaseException:
+            restore()
+            self.__dict__.update(before)
+            raise
 
     @torch.no_grad()
     def extend(self, batch) -> None:
         """Adds a `FrameBatch`, see `append`."""
-        self._require_context(len(batch.frames))
+        self._model.model.require_context(self._tokens_with(batch.timestamps))
         self.mark, self._settled = object(), None
         if not isinstance(self.cache.layers[0], VideoXLOffloadedLayer):
             move_cache(self.cache, self._model.device)
@@ -288,12 +316,17 @@ class EncodedVideo(str):
             removed = len(self.input_ids) - self.layout.videos[-1][-1].start
             self._whole = len(self.input_ids) - removed, max(layer.held - removed, 0)
 
-    def _require_context(self, frames) -> None:
-        """Raises ValueError, before anything has changed, if so many more frames are beyond the model's limit."""
-        size = self._processor.frames_per_group
-        partial = 0 if self._tail is None else len(self._tail)
-        groups = -(-(partial + frames) // size) - -(-partial // size)
-        self._model.model.require_context(len(self.input_ids) + groups * self._model.model.tokens_per_group)
+    @property
+    def _before_tail(self) -> tuple[int, int]:
+        """Tokens, and keys of them, that stay when frames are added; those of a last, partial group are run again."""
+        return (len(self.input_ids), self.cache.layers[0].held) if self._tail is None else self._whole
+
+    def _tokens_with(self, times) -> int:
+        """Tokens of the whole sequence with frames at these seconds added."""
+        times = self.timestamps[len(self.timestamps) - (0 if self._tail is None else len(self._tail)) :] + list(times)
+        starts = times[:: self._processor.frames_per_group]
+        stamps = sum(len(self._processor.time_token_ids(seconds)) for seconds in starts)
+        return self._before_tail[0] + stamps + len(starts) * self._model.model.tokens_per_group
 
     @torch.no_grad()
     def extend_image(self, tiles) -> None:

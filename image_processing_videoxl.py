@@ -16,14 +16,17 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 # Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# PostScript: PIL would have Ghostscript run it, whatever the file is called.
+PROGRAM_FORMATS = ("EPS",)
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
 
@@ -35,6 +38,24 @@ def is_image(source: Any) -> bool:
     return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
+@contextmanager
+def reading_image(name: str):
+    """Turns what PIL raises on a broken image, a dozen types of error, into a `ValueError` that names it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is too large to be read safely ({error}); save it smaller, or, if you trust it, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{name} is no image that can be read ({error or type(error).__name__}); save or copy it again."
+        ) from error
+
+
 def load_image(source: Any) -> Image.Image:
     """Opens an image, turned as its EXIF data say, in RGB.
 
@@ -43,7 +64,7 @@ def load_image(source: Any) -> Image.Image:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Anything that is no image.
+        ValueError: Anything that is no image, is broken, or too large.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         pixels = source.cpu().numpy() if isinstance(source, torch.Tensor) else source
@@ -58,17 +79,16 @@ def load_image(source: Any) -> Image.Image:
                     f"{path:.100} is an address; only local files are opened. Download it, pass the path."
                 )
             raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
-        try:
-            with Image.open(path) as file:
-                file.load()
-                source = file
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is no image that can be read ({error}); save or copy it again.") from error
+        with reading_image(path), Image.open(path) as source:
+            if source.format in PROGRAM_FORMATS:
+                raise ValueError(f"{source.format}, which another program would have to draw")
+            source.load()
     elif not isinstance(source, Image.Image):
         raise ValueError(f"an image must be a path, a PIL image or uint8 [H, W, 3], got {type(source).__name__}.")
     if 0 in source.size:
         raise ValueError(f"an image needs pixels, got one of size {source.size}.")
-    return ImageOps.exif_transpose(source).convert("RGB")
+    with reading_image(getattr(source, "filename", None) or "the image"):
+        return ImageOps.exif_transpose(source).convert("RGB")
 
 
 def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -143,7 +163,9 @@ def count_tiles(tiles: torch.Tensor) -> int:
 
 def _checked_grids(size, grids):
     sides = range(size, size * MAX_GRID_SIDE + 1, size)
-    grids = [tuple(grid) for grid in grids] if grids else [(x, y) for x in sides for y in sides]
+    grids = (
+        [tuple(grid) for grid in grids] if grids is not None and len(grids) else [(x, y) for x in sides for y in sides]
+    )
     if wrong := [grid for grid in grids if len(grid) != 2 or any(side <= 0 or side % size for side in grid)]:
         raise ValueError(f"image_grid_pinpoints must be pairs of multiples of {size} pixels, got {wrong[0]}")
     return grids

@@ -22,9 +22,10 @@ import copy
 import threading
 import weakref
 from bisect import bisect_right
+from collections.abc import Callable
 from inspect import signature
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Qwen2Model
@@ -39,43 +40,6 @@ ROTATED_AT_ONCE = 65536
 CACHE_NAMES = ("cache", "past_key_values")
 # The first that the library's own models know; a release that knows neither is not supported, and says so at import.
 CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(Qwen2Model.forward).parameters)
-
-# What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
-WITHOUT_EFFECT = ("tokenizer",)
-
-
-def given_cache(past_key_values, cache):
-    """The cache of a call, under whichever of its two names it came.
-
-    Raises:
-        ValueError: If both came, or something that is no `Cache`.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
-    given = cache if past_key_values is None else past_key_values
-    if given is not None and not isinstance(given, Cache):
-        raise ValueError(
-            f"past_key_values (or cache) must be a transformers Cache, got {type(given).__name__}: pass on what an "
-            "earlier call returned"
-        )
-    return given
-
-
-def refuse_unknown(where: str, arguments: dict) -> None:
-    """Raises ValueError if any argument that `where` does not name holds something; None counts as absent."""
-    for name, value in arguments.items():
-        if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
-            held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
-            raise ValueError(
-                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
-                "transformers itself passed it, use a release this code was tested with (see the README)"
-            )
-
-
-def _holds_cache(value) -> bool:
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
 
 
 class VideoXLCache(DynamicCache):
@@ -97,11 +61,7 @@ class VideoXLCache(DynamicCache):
     def __init__(self, num_layers: int):
         # The base class's own would make layers on demand; `Cache` takes ready ones.
         Cache.__init__(self, layers=[VideoXLCacheLayer() for _ in range(num_layers)])
-        self.layout: Any = None
-        self.policy: Any = None
-        self.waiting: WaitingRows | None = None
-        self.progress: Any = None
-        self.choices: list | None = None
+        self._forget()
 
     @classmethod
     def adopt(cls, cache: Cache, num_layers: int) -> bool:
@@ -147,6 +107,18 @@ class VideoXLCache(DynamicCache):
         other.layers = [layer.fork(make_room) for layer in self.layers]
         return other
 
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if not self.get_seq_length():
+            self._forget()
+
+    def _forget(self) -> None:
+        self.layout = self.policy = self.waiting = self.progress = self.choices = None
+
     def wait(self, rows: torch.Tensor) -> None:
         """Appends rows [n, hidden] to those that wait for the question."""
         self.waiting = (self.waiting or WaitingRows()).then(rows)
@@ -159,6 +131,22 @@ class VideoXLCache(DynamicCache):
             self.waiting = self.waiting.until(length)
         for layer in self.layers:
             layer.rewind(length, held)
+
+    def snapshot(self, held: int) -> Callable[[], None]:
+        """A function that brings a cache of one row back to what it is now, whatever became of it meanwhile.
+
+        Costs a copy of the keys and values behind the first `held` ones, to which the cache may be rewound meanwhile.
+        """
+        state, layers = dict(self.__dict__), list(self.layers)
+        restored = [layer.snapshot(held) for layer in layers]
+
+        def restore() -> None:
+            for restore_layer in restored:
+                restore_layer()
+            self.__dict__.update(state)
+            self.layers[:] = layers
+
+        return restore
 
     def move(self, device) -> None:
         """Moves all that it holds to a device and ends offloading; a no-op where it is there already.
@@ -432,9 +420,8 @@ class VideoXLCacheLayer(DynamicLayer):
         Args:
             make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
         """
-        if make_room and self.held and not self._has_room(self.held + MIN_SPARE_TOKENS):
-            self._grow(self.keys, self.values, self.held, 0)
-            self.keys, self.values = (buffer[:, :, : self.held] for buffer in self._room.buffers)
+        if make_room:
+            self.make_room(MIN_SPARE_TOKENS)
         other = VideoXLCacheLayer()
         other.set_content(self.keys, self.values)
         if self._room is not None and self._has_room(self.held):
@@ -443,6 +430,35 @@ class VideoXLCacheLayer(DynamicLayer):
         other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
         other._pooled = self._pooled
         return other
+
+    def make_room(self, tokens: int) -> None:
+        """Sees to it that so many more keys can be appended without copying, if need be by one copy of this layer."""
+        length = self.held
+        if length and not self._has_room(length + tokens):
+            self._grow(self.keys, self.values, length, tokens)
+            self._room.set_end(self, length)
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._room.buffers)
+
+    def snapshot(self, held: int) -> Callable[[], None]:
+        """A function that brings the layer back to what it is now, without allocating anything.
+
+        Args:
+            held: The layer may be taken back to so many keys meanwhile, so that those behind them are written over;
+                only these are copied.
+        """
+        state = dict(self.__dict__)
+        behind = [states[:, :, held:].clone() for states in (self.keys, self.values)] if self.held > held else ()
+
+        def restore() -> None:
+            self._leave_room()
+            self.__dict__.update(state)
+            if self._room is not None:
+                self._room.set_end(self, self.held)
+            if self._has_room(self.held):  # other content is never written over
+                for states, kept in zip((self.keys, self.values), behind, strict=False):
+                    states[:, :, held:] = kept
+
+        return restore
 
     def set_content(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """Takes over keys and values [B, K, L, D] as they are."""
@@ -601,80 +617,6 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         super().crop(tokens_to_remove)
         # The next `retire` and `update` start from the host's content.
         self.near_start, self._near, self._text = self.held, None, None
-
-
-class KeptSpan(NamedTuple):
-    """A run of tokens in a mixed cache: [start, stop) of the dense one, as it is or (`group`) that group pooled."""
-
-    start: int
-    stop: int
-    group: int | None = None
-
-
-def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_positions=False) -> VideoXLCache:
-    """Builds a cache of dense and pooled key-values from a dense one (bi-level decoding).
-
-    Args:
-        cache: One row that holds all its tokens at their positions.
-        spans: `KeptSpan`s in order; what they leave out is dropped.
-        groups: (start, stop) of every group's visual tokens.
-        pool_size: Kernel and stride of the pooling.
-        inv_freq: [D / 2] rotary frequencies of the language model.
-        true_positions: Keep positions (a pooled key stands in the middle of its tokens) instead of counting the kept
-            keys from 0, which is what the reference does.
-
-    Returns:
-        A new cache on the device of `inv_freq`; the given one is unchanged, and may lie on another device.
-    """
-    length = cache.get_seq_length()
-    size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
-    dense = torch.tensor([span.group is None for span in spans], dtype=torch.bool)
-    starts = torch.tensor([span.start for span in spans], dtype=torch.long)
-    kept = torch.tensor([span.stop - span.start if span.group is None else size for span in spans], dtype=torch.long)
-    targets, cursor = kept.cumsum(0) - kept, int(kept.sum())
-    dense_from, dense_to = _runs(starts[dense], kept[dense]), _runs(targets[dense], kept[dense])
-    pooled_from = [span.group for span in spans if span.group is not None]
-    pooled_to = _runs(targets[~dense], kept[~dense])
-    device = inv_freq.device
-    stay = true_positions or torch.equal(dense_from, dense_to)
-    dense_to = dense_to.to(device)
-    pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
-    pooled_to = pooled_to.to(device) if len(pooled_from) else None
-    mixed = copy.copy(cache)
-    mixed.layers = []
-    for layer in cache.layers:
-        shape = (*layer.keys.shape[:2], cursor, layer.keys.shape[3])
-        keys, values = (layer.keys.new_empty(shape, device=device) for _ in range(2))
-        for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
-            part = slice(begin, begin + ROTATED_AT_ONCE)
-            source, target = dense_from[part].to(layer.keys.device), dense_to[part]
-            moved = layer.keys.index_select(2, source).to(device)
-            if not stay:
-                moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
-            keys.index_copy_(2, target, moved)
-            values.index_copy_(2, target, layer.values.index_select(2, source).to(device))
-        if pooled_to is not None:
-            pooled_keys, pooled_values = layer.pooled_groups(groups, pool_size, inv_freq)
-            positions = pooled_to
-            if true_positions:
-                starts = torch.tensor([start for start, _ in groups], device=device)[pooled_from]
-                middles = torch.arange(size, device=device) * pool_size + (pool_size - 1) / 2
-                positions = (starts[:, None] + middles).flatten()
-            picked = pooled_keys.index_select(2, pooled_from).flatten(2, 3)
-            keys.index_copy_(2, pooled_to, rotate(picked, None, positions, inv_freq).to(keys.dtype))
-            values.index_copy_(2, pooled_to, pooled_values.index_select(2, pooled_from).flatten(2, 3))
-        new_layer = VideoXLCacheLayer()
-        new_layer.set_content(keys, values)
-        new_layer.hidden = length - cursor
-        new_layer.row_shift = None if true_positions else torch.tensor([length - cursor], device=device)
-        mixed.layers.append(new_layer)
-    return mixed
-
-
-def _runs(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The numbers of adjacent runs: start, start + 1, ... of each."""
-    offsets = starts - (lengths.cumsum(0) - lengths)
-    return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def rotate(keys, old, new, inv_freq) -> torch.Tensor:

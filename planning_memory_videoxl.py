@@ -3,8 +3,8 @@
 What is surprising:
 * The formulas follow `encode_video` and `chat`. Each part of a model that could hold the most is a candidate, and the
   largest one is the stage's peak: in a layer's MLP the attention's tensors are gone.
-* A cache layer has spare room (`kv_cache.GROWTH`). CUDA pays for it at once; on a CPU pages that nothing was written
-  to take no memory, so there it counts as 0.
+* A cache layer has spare room (`GROWTH` in `cache_layers_videoxl`). CUDA pays for it at once; on a CPU pages that
+  nothing was written to take no memory, so there it counts as 0.
 * Attention is taken to be SDPA's fused kernels, which keep no scores. On a CPU, and in float32, they need a mask.
 * Not counted: the process itself (a CUDA context is some hundred megabytes), workspaces of cuDNN, cuBLAS and oneDNN,
   and what an allocator keeps for later. Offloading is counted as if it were off.

@@ -304,12 +304,12 @@ class VideoXLProcessor(ProcessorMixin):
         """
         refuse_unsupported({**kwargs, "audios": audios}, self._argument_names, truncation)
         texts = [text] if isinstance(text, str) else text
-        if not texts or not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
         given = {"max_num_frames": max_num_frames, "num_frames": num_frames, "fps": fps}
         given = {name: value for name, value in given.items() if value is not None}
-        given |= {} if sample_fps == DEFAULT else {"sample_fps": sample_fps}
-        given |= {} if max_sample_fps == DEFAULT else {"max_sample_fps": max_sample_fps}
+        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        given |= {name: rate for name, rate in rates.items() if not (isinstance(rate, str) and rate == DEFAULT)}
 
         # Everything is checked before the first video is opened.
         groups = assign_visuals(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
@@ -336,7 +336,7 @@ class VideoXLProcessor(ProcessorMixin):
         pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
         data = pad_rows(rows, pad_id, padding, padding_side, return_tensors)
         if pixels:
-            ragged = any(map(any, pictures)) or len({len(frames) for frames in pixels}) > 1
+            ragged = any(map(len, pictures)) or len({len(frames) for frames in pixels}) > 1
             # One video is the common and largest case: no copy.
             data["pixel_values_videos"] = (
                 pixels if ragged else torch.stack(pixels) if len(pixels) > 1 else pixels[0].unsqueeze(0)

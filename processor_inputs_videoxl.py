@@ -266,7 +266,7 @@ def _choose_in_memory(video, timestamps, count, sample_fps):
 def _is_one_video(value):
     """Whether this is a single video: frames, a path, a dict, anything but a list of videos."""
     if isinstance(value, (list, tuple)):
-        return len(value) > 0 and (isinstance(value[0], Image.Image) or np.ndim(value[0]) == 3)
+        return len(value) > 0 and (isinstance(value[0], Image.Image) or getattr(value[0], "ndim", None) == 3)
     return getattr(value, "ndim", 4) != 5
 
 

@@ -1,6 +1,7 @@
-"""Reads the flat config.json of published checkpoints (`model_type: llava_qwen`, `mm_*` keys) into our fields.
+"""Reads the flat config.json of published checkpoints (`mm_*` keys beside Qwen2's) into our fields.
 
 What is surprising:
+* `model_type` tells nothing: it is `llava_qwen`, `videochat_flash_qwen`, or plain `qwen2`. The `mm_*` keys do.
 * The file says little about vision: what it leaves out comes from a preset, or from the defaults of our config.
 * VideoChat-Flash names its tower in `mm_vision_tower`, and the tower's sizes stand nowhere. Many of its keys describe
   modules that do not exist (`mm_spatial_pool_mode`, `mm_num_compress_latents`, ...): they are not read.
@@ -16,9 +17,6 @@ _BEACON_ALGORITHM = {
     "beacon_parallel_window": 1,
     "beacon_param": ["q", "k", "v"],
 }
-
-# Model types that published checkpoints of the family carry in their flat config.json.
-PUBLISHED_MODEL_TYPES = ("llava_qwen", "llava_qwen_flash", "videochat_flash_qwen")
 
 # Keys of a published config.json that belong to the language model (the rest are `mm_*` keys and training leftovers).
 _PUBLISHED_TEXT_KEYS = (
@@ -60,6 +58,24 @@ _VIDEOCHAT_FLASH_KEYS = (
 )
 
 
+def is_published(config: dict) -> bool:
+    """Whether this is the flat config.json of a published checkpoint: one with `mm_*` keys that is not ours."""
+    if config.get("model_type") == "videoxl" or "text_config" in config:
+        return False
+    # Of the published keys this one is a setting of our own config, too.
+    return any(key.startswith("mm_") and key != "mm_llm_compress" for key in config)
+
+
+def dropped_settings(published: dict) -> list[str]:
+    """Which settings of a published config.json look as if they meant something and are not taken over, and why."""
+    dropped = []
+    if published.get("dual_chunk_attention_config"):
+        dropped.append("dual_chunk_attention_config is dropped: the published code of this model never reads it")
+    if "beacon_window" in published and published.get("rope_scaling"):
+        dropped.append("rope_scaling is dropped: the published code of models with beacon memory does not apply it")
+    return dropped
+
+
 def read_published(published, preset, defaults):
     """Fields of a `VideoXLConfig` from a published config.json.
 
@@ -78,7 +94,7 @@ def read_published(published, preset, defaults):
     config = dict(preset) if preset else defaults()
     text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
     if "beacon_window" in published:
-        text.pop("rope_scaling", None)  # as the published code does
+        text.pop("rope_scaling", None)  # see `dropped_settings`
     if not {"rope_theta", "rope_parameters"} & set(text):
         text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
     config["text_config"] = {"model_type": "qwen2", **text}

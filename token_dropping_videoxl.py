@@ -73,7 +73,7 @@ def best_choice(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokenDropping:
-    """How far a cache's sequence is on its way through the stages. A value: `after` gives the next one.
+    """How far a cache's sequence is on its way through the stages. A value: `choose` gives the next one.
 
     Attributes:
         stages: All of them.

@@ -3,7 +3,9 @@
 Surprising here: every frame is found by its presentation time, never by counting, because edit lists, variable rates
 and reordered frames make the n-th decoded picture another one than expected. The times of all frames come from reading
 the packets without decoding them (some 200,000 a second): the index inside an MP4 holds decoding times, that inside a
-Matroska file only keyframes, so neither replaces it. Nothing is ever fetched from a network.
+Matroska file only keyframes, so neither replaces it. Nothing is ever fetched from a network, and a file never leads to
+another one: FFmpeg's formats that open further files (playlists, descriptions of streams, numbered series) are not on
+the list of those that are read, whatever a file is called.
 
 A new decoder is one function with the signature of `open_pyav` and one line in `BACKENDS`.
 
@@ -41,6 +43,40 @@ _DECORD_SECONDS = 5e-3
 _TIME_SLACK = 0.5
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
 _SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm"}
+# What FFmpeg may take a file for, by its names: containers, streams of pictures, formats of games, single pictures and
+# sound (which is told apart later). All of them read that one file only. Left out are those that open others (hls,
+# dash, concat, sdp, rtsp, imf, mlv, vobsub, webm_dash_manifest, …), devices, and text that is drawn.
+_FORMATS = """
+mov mp4 matroska webm avi mpeg mpegts mpegtsraw flv live_flv kux asf asf_o ogg gif mxf gxf nut nuv nsv rm ivr swf wtv
+ty dv dhav ivf avs lxf lvf pva pmp pdv mtv r3d cine ser usm xmv vividas vivo mods moflex mgsts lmlm4 ingenient
+simbiosis_imx
+h261 h263 h264 hevc vvc evc apv m4v mpegvideo mpjpeg mjpeg mjpeg_2000 smjpeg av1 obu vc1 vc1test dirac dnxhd cavsvideo
+avs2 avs3 v210 v210x rawvideo yuv4mpegpipe ipu ipmovie
+3dostr 4xm alp anm argo_brp argo_cvg bethsoftvid bfi bink bmv c93 cdg cdxl dcstr derf dfa dsicin dxa ea film_cpk
+filmstrip flic frm gdv hnm hxvs idcin iff ifv iv8 jv mm msp mv mvi mxg nc paf psxstr rl2 roq rpl sdr2 sga siff smk
+smush sol thp tiertexseq tmv txd vmd wc3movie xa yop
+apng bmp_pipe cri_pipe dds_pipe dpx_pipe exr_pipe fits gem_pipe gif_pipe hdr_pipe ico j2k_pipe jpeg_pipe jpegls_pipe
+jpegxl_anim jpegxl_pipe jpegxs_pipe pam_pipe pbm_pipe pcx_pipe pfm_pipe pgm_pipe pgmyuv_pipe pgx_pipe phm_pipe
+photocd_pipe pictor_pipe png_pipe ppm_pipe psd_pipe qdraw_pipe qoi_pipe sgi_pipe sunrast_pipe tiff_pipe vbn_pipe webp
+webp_pipe xbm_pipe xpm_pipe xwd_pipe
+aa aac aax ac3 ac4 adx aiff amr amrnb amrwb ape au caf dsf dts dtshd eac3 flac gsm iamf loas mp3 mpc mpc8 oma qcp shn
+spdif tak truehd mlp tta voc vqf w64 wav wv xwma
+"""
+# A file of a series by its name. "none" (see `_open`) keeps it from being a pattern; planes alone lie in three files.
+_SERIES, _PLANE_SUFFIX = "image2", ".y"
+# How texts begin that name other files or streams, in small letters; FFmpeg may see others in them under other names.
+_PLAYLISTS = {
+    b"#extm3u": "an HLS or M3U playlist",
+    b"ffconcat": "a list of files (ffconcat)",
+    b"v=0": "a description of streams (SDP)",
+    b"[playlist]": "a playlist",
+    b"[reference]": "a playlist",
+    b"<mpd": "a DASH manifest",
+    b"<smoothstreamingmedia": "a manifest of streams",
+    b"<asx": "a playlist",
+    b"<smil": "a playlist",
+}
+_HEAD_BYTES = 4096  # read of a file to tell a playlist
 
 
 # Reads the chosen frames, once a call: uint8 [H, W, 3] and the second of each.
@@ -82,11 +118,51 @@ class VideoIndex:
 
 
 def _open(path: str) -> Any:
-    # `file:` keeps FFmpeg from reading "a:b.mp4" as a protocol and the whitelist keeps playlists from reaching for a
-    # network; "none" keeps a still image called "x%03d.png" from meaning a numbered series. Metadata of old phones is
-    # not always UTF-8.
-    options = {"protocol_whitelist": "file", "pattern_type": "none"}
+    # `file:` keeps FFmpeg from reading "a:b.mp4" as a protocol, and the list of formats, which holds before a format
+    # reads anything, from opening other files. References of MOV to other files are off by default and stay so.
+    # Metadata of old phones is not always UTF-8.
+    formats = _FORMATS.split()
+    if not path.lower().endswith(_PLANE_SUFFIX):
+        formats.append(_SERIES)
+    options = {
+        "format_whitelist": ",".join(formats),
+        "protocol_whitelist": "file",
+        "pattern_type": "none",
+        "enable_drefs": "0",
+        "use_absolute_path": "0",
+    }
     return av.open(f"file:{os.path.abspath(path)}", metadata_errors="ignore", options=options)
+
+
+def _refuse_playlist(path: str) -> None:
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith(b"<"):  # XML may begin with comments and the like
+        found = next((kind for mark, kind in _PLAYLISTS.items() if mark.startswith(b"<") and mark in head), None)
+    else:
+        found = next((kind for mark, kind in _PLAYLISTS.items() if head.startswith(mark)), None)
+    if found is not None:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, found {found}. It names other files, and those are not opened for it. "
+            "Give the video file itself, or make one: ffmpeg -i FILE -c copy video.mp4"
+        )
+
+
+def _open_video(path: str) -> Any:
+    """Opens what is a video by its first bytes, and says what else it is."""
+    try:
+        _refuse_playlist(path)
+        return _open(path)
+    except av.ArgumentError as error:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, but FFmpeg takes it for a format that is not read here, such as one that "
+            "names other files. Give the video file itself, or make one: ffmpeg -i FILE -c copy video.mp4"
+        ) from error
+    except (av.FFmpegError, OSError) as error:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, but FFmpeg cannot open it ({error.strerror}). It may be no video, or cut "
+            "off before its index was written: record or copy it again."
+        ) from error
 
 
 def _video_stream(container: Any, path: str) -> Any:
@@ -106,13 +182,7 @@ def read_index(path: str) -> VideoIndex:
     Raises:
         VideoDecodeError: A file that is no video, or of which nothing can be shown.
     """
-    try:
-        container = _open(path)
-    except av.FFmpegError as error:
-        raise VideoDecodeError(
-            f"{path}: expected a video file, but FFmpeg cannot open it ({error.strerror}). It may be no video, or cut "
-            "off before its index was written: record or copy it again."
-        ) from error
+    container = _open_video(path)
     with container:
         stream = _video_stream(container, path)
         packets: list[Any] = []
@@ -181,7 +251,11 @@ def _build_index(
         start = keyframes[0] if keyframes and keyframes[0] is not None else min(durations)
         ticks = sorted(pts for pts in durations if pts >= start)
     if not ticks:
-        raise VideoDecodeError(f"{path}: expected video frames, the file has none that can be displayed.")
+        found = f" ({damage})" if damage else ""
+        raise VideoDecodeError(
+            f"{path}: expected video frames, the file has none that can be displayed{found}. If they lie in another "
+            "file, give that one."
+        )
     times = [float((value - ticks[0]) * tick) for value in ticks]
     last = durations.get(ticks[-1], 0) * tick or (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / (rate or 1))
     seekable = not numbered and not _SEEKABLE_FORMATS.isdisjoint(formats.split(","))
@@ -321,13 +395,13 @@ def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameRea
     if decord is None:
         raise ValueError('backend="decord" needs the package decord, which is not installed; use backend="pyav".')
     with _open(path) as container:
-        mpegts = "mpegts" in container.format.name
+        misread = any(name in container.format.name for name in ("mpegts", _SERIES))
         _, frame = next(_decode(container, _video_stream(container, path), index), (0, None))
-    if index.numbered or mpegts or (frame is not None and _display_matrix(frame)[0] <= 0):
+    if index.numbered or misread or (frame is not None and _display_matrix(frame)[0] <= 0):
         raise ValueError(f'{path}: decord hangs on, misplaces or does not turn such files; use backend="pyav".')
     failure = f'{path}: decord cannot read this file; use backend="pyav".'
     try:
-        reader = decord.VideoReader(path, ctx=decord.cpu(0))
+        reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0))
         starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
     except (RuntimeError, decord.DECORDError) as error:
         raise VideoDecodeError(failure) from error

@@ -35,6 +35,7 @@ from .frame_sampling_videoxl import (
     sample_frame_indices,
     sample_frame_times,
 )
+from .image_processing_videoxl import reading_image
 from .video_decoding_videoxl import BACKENDS, FrameReader, VideoDecodeError
 from .video_sources_videoxl import READINGS, plan_path
 
@@ -151,10 +152,11 @@ def _check_memory_frames(source: Any) -> None:
 
 
 def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.ndarray, float]]:
-    for frame, second in zip(source, seconds, strict=True):
+    for number, (frame, second) in enumerate(zip(source, seconds, strict=True)):
         pixels = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame
         if isinstance(pixels, Image.Image):
-            pixels = pixels.convert("RGB")
+            with reading_image(f"frame {number} {getattr(frame, 'filename', '')}".rstrip()):
+                pixels = pixels.convert("RGB")
         yield np.array(pixels), second  # a copy: torch refuses negative strides and warns of read-only memory
 
 

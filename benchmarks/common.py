@@ -261,7 +261,7 @@ def report(name: str, args, results) -> None:
             "transformers": transformers.__version__,
         },
         "hardware": _hardware(args.device),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
     }
     print(json.dumps(line))
@@ -288,9 +288,11 @@ def _hardware(device: str) -> dict:
     return result
 
 
-def _git_revision() -> str:
+def git_revision(folder=ROOT) -> str:
+    """The commit of a checkout, with "-dirty" where its Python files have changed since."""
+
     def git(*command):
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True).stdout
 
     try:
         changed = git("status", "--porcelain", "--", "*.py").strip()

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -205,8 +206,14 @@ def test_several_questions_in_one_call(model, tokenizer, video, sparse):
     beams = {**SHORT, "num_beams": 2}
     alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=beams) for q in questions]
     assert model.chat_batch(video, tokenizer, questions, generation_config=beams) == alone
-    with pytest.raises(ValueError, match="list of questions"):
-        model.chat_batch(video, tokenizer, "What?")
+    assert model.chat_batch(video, tokenizer, iter(questions), generation_config=beams) == alone
+    assert model.chat_batch(video, tokenizer, dict.fromkeys(questions), generation_config=beams) == alone
+    for wrong in ("What?", None, 7, [], iter(())):
+        with pytest.raises(ValueError, match="list of questions"):
+            model.chat_batch(video, tokenizer, wrong)
+    for wrong in (["What?", ""], ["What?", " \n"], ["What?", None], (b"What?" for _ in range(2)), [["What?"]]):
+        with pytest.raises(ValueError, match=r"question \d must be a question in text"):
+            model.chat_batch(video, tokenizer, wrong)
     with pytest.raises(ValueError, match="encode_video"):
         model.chat_batch("clip.mp4", tokenizer, ["What?"])
 
@@ -386,6 +393,25 @@ def test_a_question_copies_nothing_of_the_video(model, tokenizer, video, tmp_pat
         fork = fork_cache(each.cache, make_room=True)
         fork.update(keys[:, :, :1], keys[:, :, :1], 0)
         assert fork.layers[0].keys.data_ptr() == each.cache.layers[0].keys.data_ptr()
+
+
+def test_pooled_keys_leave_a_device_with_their_video(model, tokenizer, video):
+    inv_freq = model.model.language_model.rotary_emb.inv_freq
+    groups = [(group.visual_start, group.end) for group in video.layout.groups]
+    fresh = [layer.pooled_groups(groups, 4, inv_freq) for layer in video.cache.layers]
+    for moved in (True, False):
+        pooled = [layer.pooled_groups(groups, 4, inv_freq.to("meta")) for layer in video.cache.layers]
+        assert all(keys.is_meta for keys, _ in pooled), "as if the model lay on another device"
+        left = [weakref.ref(states) for pair in pooled for states in pair]
+        del pooled
+        assert all(states() is not None for states in left)
+        if moved:
+            video.to("cpu")
+            assert not any(states() is not None for states in left)
+        for layer, expected in zip(video.cache.layers, fresh, strict=True):
+            assert all(map(torch.equal, layer.pooled_groups(groups, 4, inv_freq), expected))
+    shared = video.cache.layers[0].pooled_groups(groups, 4, inv_freq)
+    assert video.to("cpu").cache.layers[0].pooled_groups(groups, 4, inv_freq) is shared, "nothing to move"
 
 
 def test_pooled_keys_do_not_leak_between_branches_of_one_video(model, tokenizer, video):

@@ -9,24 +9,20 @@ from goldens import FIXTURES
 from safetensors.torch import load_file, save_file
 from test_convert import Manifest
 from transformers import AutoConfig, AutoModel
-from videoxl import convert_weights
+from videoxl import convert_weights, modeling_videoxl
 from videoxl.configuration_videoxl import VideoXLConfig
 from videoxl.convert_weights import choose_preset, convert, name_table, recognise_family
 
 CHECKPOINT = FIXTURES / "videochatflash" / "checkpoint_res224"
 PINPOINTS = [[56 * columns, 56 * rows] for columns in range(1, 4) for rows in range(1, 4)]
 
-# What the files of the five checkpoints say about themselves, as far as it differs.
+# What is expected of the three checkpoints whose files are not known: the tower, its width, the language model.
 QWEN2_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 QWEN2_7B |= {"vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1e6, "num_hidden_layers": 28}
-QWEN2_1B5 = QWEN2_7B | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12}
-QWEN2_1B5 |= {"num_key_value_heads": 2, "vocab_size": 151936}
-PUBLISHED = {
-    "videochat-flash-2b-448": ("umt-hd-large", 1024, QWEN2_1B5),
-    "videochat-flash-7b-224": ("umt-large", 1024, QWEN2_7B),
-    "videochat-flash-7b-448": ("umt-hd-large", 1024, QWEN2_7B),
-    "videochat-flash-7b-1m-224": ("umt-large", 1024, QWEN2_7B | {"max_position_embeddings": 1010000}),
-    "videochat-flash-7b-internvideo2": ("internvideo2", 1408, QWEN2_7B),
+EXPECTED = {
+    "videochat-flash-7b-224": ("umt-large", 1024),
+    "videochat-flash-7b-448": ("umt-hd-large", 1024),
+    "videochat-flash-7b-internvideo2": ("internvideo2", 1408),
 }
 
 # Goldens have no tokenizer.
@@ -34,8 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*need the tokenizer")
 
 
 def published_config(name, **changes):
-    """The published config.json of a checkpoint, with the keys of modules that do not exist."""
-    tower, width, text = PUBLISHED[name]
+    """The config.json of a checkpoint: as published where that is known, else as expected."""
+    if (path := FIXTURES / "published" / name / "config.json").is_file():
+        return json.loads(path.read_text()) | changes
+    tower, width = EXPECTED[name]
     config = {
         **{"model_type": "qwen2", "architectures": ["VideoChatFlashQwenForCausalLM"], "rope_scaling": None},
         **{"mm_vision_tower": tower, "mm_hidden_size": width, "mm_vision_select_layer": -2, "mm_local_num_frames": 4},
@@ -44,16 +42,15 @@ def published_config(name, **changes):
         **{"mm_llm_compress": False, "llm_compress_layer_list": [24], "llm_image_token_ratio_list": [1.0, 0.5]},
         **{"tokenizer_model_max_length": 16384, "image_grid_pinpoints": PINPOINTS, "frame_grid_pinpoints": None},
     }
-    return {**text, **config, **changes}
+    return {**QWEN2_7B, **config, **changes}
 
 
-def published_tensors(name):
-    """Its tensors, as the public model classes build them."""
-    tower, width, text = PUBLISHED[name]
-    hidden = text["hidden_size"]
-    key_values = hidden // text["num_attention_heads"] * text["num_key_value_heads"]
+def published_tensors(config):
+    """Names and shapes of the tensors of a checkpoint, as the public model classes build them from its config.json."""
+    tower, width, hidden = config["mm_vision_tower"], config["mm_hidden_size"], config["hidden_size"]
+    key_values = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes = Manifest()
-    shapes.add_language_model(28, hidden, text["intermediate_size"], key_values, text["vocab_size"])
+    shapes.add_language_model(28, hidden, config["intermediate_size"], key_values, config["vocab_size"])
     shapes.add("model.mm_projector.mlp.0", hidden, width)
     shapes.add("model.mm_projector.mlp.2", hidden, hidden)
     prefix = "model.vision_tower.vision_tower"
@@ -84,19 +81,20 @@ def published_tensors(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "parameters"),
+    ("name", "count", "stored", "distinct"),
     [
-        ("videochat-flash-2b-448", 646, 2_071_502_336),
-        ("videochat-flash-7b-224", 646, 7_922_617_856),
-        ("videochat-flash-7b-448", 646, 7_922_617_856),
-        ("videochat-flash-7b-1m-224", 646, 7_922_617_856),
-        ("videochat-flash-7b-internvideo2", 855, 8_620_852_736),
+        ("videochat-flash-2b-448", 646, 2_071_502_336, 1_838_128_640),  # the head is the embedding
+        ("videochat-flash-7b-224", 646, 7_922_617_856, 7_922_617_856),
+        ("videochat-flash-7b-448", 646, 7_922_617_856, 7_922_617_856),
+        ("videochat-flash-7b-1m-224", 646, 7_922_617_856, 7_922_617_856),
+        ("videochat-flash-7b-internvideo2", 855, 8_620_852_736, 8_620_852_736),
     ],
 )
-def test_at_true_size_a_checkpoint_has_exactly_the_published_tensors(name, count, parameters):
-    published, wanted = published_config(name), published_tensors(name)
+def test_at_true_size_a_checkpoint_has_exactly_the_published_tensors(name, count, stored, distinct):
+    published = published_config(name)
+    wanted = published_tensors(published)
     assert len(wanted) == count
-    assert sum(torch.Size(shape).numel() for shape in wanted.values()) == parameters
+    assert sum(torch.Size(shape).numel() for shape in wanted.values()) == stored
     table = name_table(recognise_family(published, wanted))
     preset = choose_preset(table, published)
     assert preset == convert_weights._read_preset(name)
@@ -104,6 +102,9 @@ def test_at_true_size_a_checkpoint_has_exactly_the_published_tensors(name, count
         ours = convert_weights.expected_shapes(config)
         assert {table.to_published(mine): shape for mine, shape in ours.items()} == wanted
         assert {mine: table.to_ours(table.to_published(mine)) for mine in ours} == {mine: mine for mine in ours}
+        with torch.device("meta"):
+            model = modeling_videoxl.VideoXLForConditionalGeneration(config)
+        assert sum(parameter.numel() for parameter in model.parameters()) == distinct
         assert config.vision_config.image_size == (448 if name.endswith("448") else 224)
         assert config.compressor_config.tokens_per_group == 64 and config.frames_per_group == 4
         assert (config.image_mean, config.image_tiling) == ([0.485, 0.456, 0.406], "overview")

@@ -1,5 +1,6 @@
 """Images: how they are cut, what the processor and the model make of them, and chat about one, several, and mixed."""
 
+import contextlib
 import json
 import math
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from videoxl.image_processing_videoxl import choose_grid, cut_tiles, is_image, load_image
+from videoxl.video_processing_videoxl import open_video
 
 SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
 
@@ -136,6 +138,77 @@ def test_what_is_no_image(tmp_path):
             load_image(source)
 
 
+def test_a_huge_image_is_refused_with_what_to_do(tmp_path, processor, photo, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 130 * 40 // 4)
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    picture(130, 40).save(folder / "frame_1.png")
+    for read in (
+        lambda: load_image(photo),
+        lambda: prepare(processor, user(item(photo), ask())),
+        lambda: list(open_video(folder, size=8, read_as="folder")),
+    ):
+        with pytest.raises(ValueError, match="png is too large .* save it smaller"):
+            read()
+
+
+def test_a_program_that_looks_like_an_image_is_not_run(tmp_path):
+    picture(20, 20).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is no image .*program"):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore")  # PIL's, about what it reads all the same
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif", "gif"])
+def test_broken_files_and_objects_raise_only_value_errors(tmp_path, suffix):
+    """Of each format cut and spoiled copies: read, or refused by name; from its path, as an object, as a frame."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    whole = tmp_path / f"whole.{suffix}"
+    picture(40, 30).save(whole, **({"exif": exif} if suffix in ("png", "jpg", "webp", "tif") else {}))
+    data, random, refused = whole.read_bytes(), np.random.default_rng(0), 0
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(60):
+        spoiled = bytearray(data[: random.integers(len(data))] if number % 3 == 0 else data)
+        early = min(len(spoiled), 200) if number % 3 == 1 else len(spoiled)
+        for place in random.integers(early, size=4 if early else 0):
+            spoiled[place] = random.integers(256)
+        path = folder / (f"frame_1.{suffix}" if suffix in ("png", "jpg") else "frame_1.png")
+        path.write_bytes(spoiled)
+        readers = [lambda path=path: load_image(path)]
+        readers.append(lambda: list(open_video(folder, size=8, read_as="folder")))
+        with contextlib.suppress(Exception):
+            opened = [Image.open(path), Image.open(path)]
+            readers.append(lambda opened=opened: load_image(opened[0]))
+            readers.append(lambda opened=opened: list(open_video([opened[1]], size=8, timestamps=[0])))
+        said = [text for text in map(_refusal, readers) if text]
+        assert all("frame_1" in text or "Expected" in text or "pixels" in text for text in said)
+        refused += len(said)
+    assert refused > 10
+
+
+def _refusal(read):
+    try:
+        read()
+    except ValueError as error:
+        return str(error)
+
+
+def test_broken_gifs_raise_only_value_errors(tmp_path):
+    frames = [picture(40, 30, seed) for seed in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    data, random = (tmp_path / "a.gif").read_bytes(), np.random.default_rng(0)
+    for number in range(40):
+        spoiled = bytearray(data[: random.integers(len(data))] if number % 2 else data)
+        for place in random.integers(len(spoiled), size=8) if spoiled else ():
+            spoiled[place] = random.integers(256)
+        (tmp_path / "a.gif").write_bytes(spoiled)
+        with contextlib.suppress(ValueError):
+            list(open_video(tmp_path / "a.gif", size=8, read_as="gif"))
+
+
 # ---------------------------------------------------------------- processor
 
 
@@ -174,6 +247,38 @@ def test_order_of_images_and_videos(processor, clips, photo):
     ):
         with pytest.raises(ValueError, match=found):
             processor(rendered, **arguments)
+
+
+@pytest.mark.parametrize("form", [np.asarray, lambda pixels: torch.from_numpy(pixels.copy())], ids=["array", "tensor"])
+def test_pixels_are_never_asked_for_their_truth_value(processor, clips, photo, form):
+    """Images, frames and settings as arrays and tensors, in every argument that takes them."""
+    image, frames = form(np.array(Image.open(photo))), form(np.stack([picture(seed=number) for number in range(3)]))
+    rendered = processor.apply_chat_template(user(item(photo), item(clips[0], "video"), ask()))
+    expected = processor(rendered, images=photo, videos=frames, timestamps=[0, 1, 2])
+    times = form(np.array([0.0, 1.0, 2.0]))
+    for images, videos, timestamps in (
+        (image, frames, times),
+        ([image], [frames], [times]),
+        ([[image]], [[list(frames)]], times),
+        ({"image": image}, {"video": frames, "timestamps": times}, None),
+    ):
+        given = processor(rendered, images=images, videos=videos, timestamps=timestamps)
+        assert given["input_ids"] == expected["input_ids"]
+        assert all(map(torch.equal, given["pixel_values_videos"], expected["pixel_values_videos"]))
+    two = processor.apply_chat_template(user(item(photo), item(photo), ask()))
+    alike = processor(two, images=[image, image])["pixel_values_videos"]
+    assert isinstance(alike, list) and torch.equal(*alike)
+    with pytest.raises(ValueError, match="sample_fps must be"):
+        processor(rendered, images=photo, videos=clips[0], sample_fps=form(np.ones(2)))
+    with pytest.raises(ValueError, match="text must be"):
+        processor(form(np.zeros(2)))
+
+
+def test_frames_of_unequal_sizes_are_one_video_a_text(processor):
+    frames = [picture(*size) for size in ((8, 6), (6, 8))]
+    rendered = processor.apply_chat_template(user(item("a.mp4", "video"), ask()))
+    nested, flat = (processor(rendered, videos=videos, timestamps=[0, 1]) for videos in ([[frames]], frames))
+    assert torch.equal(nested["pixel_values_videos"], flat["pixel_values_videos"])
 
 
 # ---------------------------------------------------------------- model
