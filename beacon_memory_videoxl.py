@@ -17,6 +17,8 @@ A window of 6 visual tokens v at r = 3 behind a memory of 2, its positions and w
 n visual tokens of a window, b beacons, r visual tokens per beacon, H the language model's width.
 """
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .kv_cache import CACHE_NAME
+from .prefill_videoxl import SequencePolicy, run_behind, run_text
 from .sparse_attention import follow_plan
 
 
@@ -90,11 +93,6 @@ def plan_windows(tokens: int, window: int, ratios, mix: str, seed: int) -> list[
     return windows
 
 
-def kept_tokens(tokens: int, beacons) -> int:
-    """Beacons of a video of so many visual tokens; all its tokens where `beacons` (see `resolve_beacons`) is None."""
-    return tokens if beacons is None else sum(window.count for window in plan_windows(tokens, **beacons))
-
-
 class VideoXLBeaconAttention(Qwen2Attention):
     """Qwen2's attention, in which some rows may be beacons with projections of their own."""
 
@@ -127,10 +125,79 @@ class VideoXLBeaconAttention(Qwen2Attention):
         return self.o_proj(output.flatten(2)), None
 
 
-def add_beacons(language_model) -> None:
-    """Gives every layer of a Qwen2 model the projections of beacons, in place."""
-    for index, layer in enumerate(language_model.layers):
-        layer.self_attn = VideoXLBeaconAttention(language_model.config, index)
+@dataclass(frozen=True)
+class BeaconMemory(SequencePolicy):
+    """Runs text as it is and videos window by window, of which only the beacons' key-values stay.
+
+    Args:
+        window, ratios, mix, seed: See `plan_windows`.
+    """
+
+    window: int = 0
+    ratios: tuple[int, ...] = ()
+    mix: str = "step-random"
+    seed: int = 42
+
+    text_only = True
+
+    @classmethod
+    def apply(cls, config, facts, policy):
+        beacons = facts.get("beacons")
+        if beacons is None:
+            return policy
+        return cls(**policy.facts(), **{**beacons, "ratios": tuple(beacons["ratios"])})
+
+    @classmethod
+    def add_modules(cls, model):
+        if model.config.beacon_window is None:
+            return
+        model.beacon_embed_tokens = nn.Embedding(1, model.config.text_config.hidden_size)
+        for index, layer in enumerate(model.language_model.layers):
+            layer.self_attn = VideoXLBeaconAttention(model.language_model.config, index)
+
+    @property
+    def _windows(self) -> dict:
+        return {"window": self.window, "ratios": list(self.ratios), "mix": self.mix, "seed": self.seed}
+
+    def facts(self):
+        return {**super().facts(), "beacons": self._windows}
+
+    def unit_frames(self, config):
+        # Frames that fill windows.
+        tokens = config.compressor_config.tokens_per_group
+        return self.window // math.gcd(self.window, tokens) * config.frames_per_group
+
+    def kept_tokens(self, tokens: int) -> int:
+        """Beacons of a video of so many visual tokens."""
+        return sum(window.count for window in plan_windows(tokens, **self._windows))
+
+    def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
+        begin = cursor = layout.length - inputs_embeds.shape[1]
+        cache.layout = layout
+        # Through the module, whose weight may be offloaded.
+        beacon = model.beacon_embed_tokens(torch.zeros(1, dtype=torch.long, device=inputs_embeds.device))
+        inv_freq = model.language_model.rotary_emb.inv_freq
+        for video in layout.videos:
+            start, end = video[0].start, video[-1].end
+            if end <= begin:
+                continue
+            assert video[0].visual_start == start, "windows hold visual tokens only"
+            if start > cursor:
+                run_text(model, inputs_embeds[:, cursor - begin : start - begin], cache, keep_hidden=None)
+            for window in plan_windows(end - start, **self._windows):
+                first, last = start + window.start - begin, start + window.stop - begin
+                if last <= 0:
+                    continue
+                assert first >= 0, "a window that grows is run anew from its start"
+                rows = window.interleave(inputs_embeds[0, first:last], beacon)
+                places = window.places(rows.device)
+                run_behind(model, rows[None], cache, None, beacon_places=places)
+                for layer in cache.layers:
+                    layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)
+            cursor = end
+        if cursor < layout.length:
+            return run_text(model, inputs_embeds[:, cursor - begin :], cache, keep_hidden)
+        return None
 
 
-__all__ = ["BeaconWindow", "add_beacons", "kept_tokens", "plan_windows"]
+__all__ = ["BeaconMemory", "BeaconWindow", "plan_windows"]

@@ -9,19 +9,20 @@ What is surprising:
 * Choosing needs the question: it is run once over the cache in which everything is pooled, and what its tokens look
   at there (or how their queries match the chunks' mean keys) ranks the chunks.
 
-C chunks over all videos of a prompt, G groups, N visual tokens per group, n question tokens.
+C chunks over all videos of a prompt, G groups, N visual tokens per group, n question tokens, K key-value heads, L
+tokens, D head size.
 """
 
+import copy
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
-from .cache_layers_videoxl import rotate
-from .kv_cache import KeptSpan, mix_cache
+from .kv_cache import ROTATED_AT_ONCE, VideoXLCache, VideoXLCacheLayer, rotate
+from .prefill_videoxl import Decoding, positions_after, run_text
 from .selection_videoxl import (
     DENSE,
-    DROPPED,
     POOLED,
     AttentionProbe,
     ChunkCost,
@@ -50,6 +51,14 @@ class ChunkChoice(NamedTuple):
     groups: range
     level: str
     score: float | None
+
+
+class KeptSpan(NamedTuple):
+    """A run of tokens in a mixed cache: [start, stop) of the dense one, as it is or (`group`) that group pooled."""
+
+    start: int
+    stop: int
+    group: int | None = None
 
 
 def chunks_of(layout, chunk_groups: int) -> list[Chunk]:
@@ -96,26 +105,6 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     return sorted(set(named))
 
 
-def pending_choice(cache, settings) -> bool:
-    """Whether something waits for the next question: rows to select from, or a dense cache with videos to be mixed."""
-    if getattr(cache, "deferred", None) is not None:
-        return True
-    layout = getattr(cache, "layout", None)
-    return settings.decode == "bilevel" and bool(layout and layout.videos) and getattr(cache, "choices", None) is None
-
-
-def split_per_row(dense_chunks, videos_per_row) -> list:
-    """Gives each prompt of a batch its part of `dense_chunks`, which lists the videos of all prompts in order."""
-    if dense_chunks is None or len(videos_per_row) == 1:
-        return [dense_chunks] * len(videos_per_row)
-    if len(dense_chunks) != sum(videos_per_row):
-        raise ValueError(
-            f"dense_chunks must have one list for each of {sum(videos_per_row)} videos, got {dense_chunks!r}"
-        )
-    entries = iter(dense_chunks)
-    return [[next(entries) for _ in range(count)] for count in videos_per_row]
-
-
 def kept_spans(layout, chunks, levels: Levels, length: int) -> list[KeptSpan]:
     """What of a dense cache of `length` tokens the levels keep, in order."""
     groups, spans, cursor = layout.groups, [], 0
@@ -141,100 +130,199 @@ def kept_spans(layout, chunks, levels: Levels, length: int) -> list[KeptSpan]:
     return spans
 
 
-def choose_for_question(model, cache, question, settings, dense_chunks=None, required_chunks=()):
-    """Puts together the mixed cache for a question.
+class BilevelDecoding(Decoding):
+    """A question sees relevant chunks in full, and the others pooled."""
+
+    text_only = True
+
+    def waits(self, cache):
+        layout = cache.layout
+        return cache.choices is None and layout is not None and bool(layout.videos)
+
+    def prepare(self, model, cache, question, call):
+        if not self.waits(cache):
+            return
+        if cache.policy.text_only:
+            raise ValueError(
+                "bi-level decoding needs the dense key-values of a video, and this one was compressed, selected or "
+                "thinned when it was encoded: set sparse_attention's decode to 'full', or encode it again"
+            )
+        video = DenseVideo(model, cache, call.in_force.settings)
+        levels, scores = video.choose(question, call.dense_chunks, call.required_chunks)
+        mixed = video.mix(levels, video.policy.positions == "true")
+        cache.layers[:] = mixed.layers
+        cache.choices = [
+            ChunkChoice(*chunk, level, None if scores is None else scores[number])
+            for number, (chunk, level) in enumerate(zip(video.chunks, levels.levels, strict=True))
+        ]
+
+
+class DenseVideo:
+    """A dense cache of one sequence on its way to a mixed one.
 
     Args:
         model: The `VideoXLModel`.
-        cache: Dense cache of one sequence, with its `layout`; unchanged.
-        question: [1, n, hidden] embeddings of what follows the videos.
-        settings: Resolved sparse-attention settings.
-        dense_chunks: See `explicit_chunks`.
-        required_chunks: Chunks (numbers over all videos) that an explicit time in the question names.
-
-    Returns:
-        `(mixed cache, choices)`, one `ChunkChoice` per chunk.
+        cache: Dense, with its `layout`; unchanged.
+        settings: The `Settings` in force.
 
     Raises:
-        ValueError: On chunks outside the video, a reload policy that is malformed, or a budget that is too small.
+        ValueError: On a reload policy that is malformed, or pooling that leaves nothing of a group.
     """
-    layout, length = cache.layout, cache.get_seq_length()
-    chunks = chunks_of(layout, settings.decode_chunk_groups)
-    explicit = explicit_chunks(dense_chunks, chunks)
-    policy = ReloadPolicy.parse(settings.reload)
-    groups = layout.groups
-    visual = [(group.visual_start, group.end) for group in groups]
-    tokens_per_group = groups[0].end - groups[0].visual_start
-    if settings.pool_size > tokens_per_group:
-        raise ValueError(
-            f"sparse_attention.pool_size={settings.pool_size} would leave nothing of a group of {tokens_per_group} "
-            "visual tokens; choose at most that many"
+
+    def __init__(self, model, cache, settings):
+        self.model, self.cache, self.pool_size = model, cache, settings.pool_size
+        self.chunks = chunks_of(cache.layout, settings.decode_chunk_groups)
+        self.policy = ReloadPolicy.parse(settings.reload)
+        self.groups = cache.layout.groups
+        self.visual = [(group.visual_start, group.end) for group in self.groups]
+        self.tokens_per_group = self.groups[0].end - self.groups[0].visual_start
+        self.inv_freq = model.language_model.rotary_emb.inv_freq
+        if self.pool_size > self.tokens_per_group:
+            raise ValueError(
+                f"sparse_attention.pool_size={self.pool_size} would leave nothing of a group of "
+                f"{self.tokens_per_group} visual tokens; choose at most that many"
+            )
+
+    @property
+    def cost(self) -> ChunkCost:
+        """What keeping the chunks costs."""
+        keys, layers = self.cache.layers[0].keys, self.cache.layers
+        stamp_of = [group.visual_start - group.start for group in self.groups]
+        sizes = [len(chunk.groups) for chunk in self.chunks]
+        return ChunkCost(
+            text=self.cache.get_seq_length() - sum(group.end - group.start for group in self.groups),
+            timestamps=tuple(sum(stamp_of[group] for group in chunk.groups) for chunk in self.chunks),
+            dense=tuple(size * self.tokens_per_group for size in sizes),
+            pooled=tuple(size * (self.tokens_per_group // self.pool_size) for size in sizes),
+            bytes_per_token=2 * keys.shape[1] * keys.shape[3] * keys.element_size() * len(layers),
         )
-    stamps = [sum(groups[g].visual_start - groups[g].start for g in chunk.groups) for chunk in chunks]
-    sizes = [len(chunk.groups) for chunk in chunks]
-    keys = cache.layers[0].keys
-    cost = ChunkCost(
-        text=length - sum(group.end - group.start for group in groups),
-        timestamps=tuple(stamps),
-        dense=tuple(size * tokens_per_group for size in sizes),
-        pooled=tuple(size * (tokens_per_group // settings.pool_size) for size in sizes),
-        bytes_per_token=2 * keys.shape[1] * keys.shape[3] * keys.element_size() * len(cache.layers),
-    )
-    inv_freq = model.language_model.rotary_emb.inv_freq
 
-    def mixed(levels, true_positions=False):
-        spans = kept_spans(layout, chunks, levels, length)
-        return mix_cache(cache, spans, visual, settings.pool_size, inv_freq, true_positions), spans
+    def choose(self, question, dense_chunks=None, required_chunks=()) -> tuple[Levels, list[float] | None]:
+        """What becomes of every chunk for a question, and the chunks' scores where it chose.
 
-    scores = None
-    if explicit is None and len(chunks) > 2 and policy.method in ("probe", "mean_key"):
-        # Scored over the cache in which everything is pooled, at compact positions whatever the answer's are.
-        everything = Levels((POOLED,) * len(chunks), (True,) * len(chunks), 0)
-        pooled_cache, spans = mixed(everything)
-        question = question[:, -SCORED_TOKENS:]
-        probe = _probe(
-            model, cache, pooled_cache, spans, chunks, visual, settings.pool_size, policy, question.shape[1]
-        )
-        model.run_text(question, pooled_cache, keep_hidden=None, attention_probe=probe)
-        scores = probe.scores()
-    video_of_chunk = [chunk.video for chunk in chunks]
-    levels = choose_levels(policy, scores, cost, video_of_chunk, tuple(required_chunks), explicit)
-    choices = [
-        ChunkChoice(*chunk, level, None if scores is None else scores[number])
-        for number, (chunk, level) in enumerate(zip(chunks, levels.levels, strict=True))
-    ]
-    return mixed(levels, policy.positions == "true")[0], choices
+        Args:
+            question: [1, n, hidden] embeddings of what follows the videos.
+            dense_chunks: See `explicit_chunks`.
+            required_chunks: Chunks (numbers over all videos) that an explicit time in the question names.
 
+        Raises:
+            ValueError: On chunks outside the video, or a budget that is too small.
+        """
+        explicit, scores = explicit_chunks(dense_chunks, self.chunks), None
+        if explicit is None and len(self.chunks) > 2 and self.policy.method in ("probe", "mean_key"):
+            scores = self._scores(question[:, -SCORED_TOKENS:])
+        videos = [chunk.video for chunk in self.chunks]
+        return choose_levels(self.policy, scores, self.cost, videos, tuple(required_chunks), explicit), scores
 
-def _probe(model, cache, pooled_cache, spans, chunks, visual, pool_size, policy, tokens) -> AttentionProbe:
-    """The scorer for one run of a question of `tokens` tokens over the pooled cache."""
-    count = len(cache.layers)
-    first = int(policy.layers[0] * count)
-    layers = range(first, max(int(policy.layers[1] * count), first + 1))
-    chunk_of_group = {group: number for number, chunk in enumerate(chunks) for group in chunk.groups}
-    pooled_per_group = (visual[0][1] - visual[0][0]) // pool_size
-    key_chunk = []
-    for span in spans:
-        if span.group is None:
-            key_chunk += [-1] * (span.stop - span.start)
-        else:
-            key_chunk += [chunk_of_group[span.group]] * pooled_per_group
-    inv_freq = model.language_model.rotary_emb.inv_freq
-    positions, means = model.positions_after(pooled_cache, tokens)[0], {}
-    if policy.method == "mean_key":
-        for layer in layers:
-            per_group = cache.layers[layer].pooled_groups(visual, pool_size, inv_freq)[0][0].float().mean(dim=2)
-            parts = [per_group[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in chunks]
+    def mix(self, levels: Levels, true_positions=False) -> VideoXLCache:
+        """The cache that the levels keep, see `mix_cache`."""
+        return mix_cache(self.cache, self._spans(levels), self.visual, self.pool_size, self.inv_freq, true_positions)
+
+    def _spans(self, levels: Levels) -> list[KeptSpan]:
+        return kept_spans(self.cache.layout, self.chunks, levels, self.cache.get_seq_length())
+
+    def _scores(self, question) -> list[float]:
+        """Scored over the cache in which everything is pooled, at compact positions whatever the answer's are."""
+        everything = Levels((POOLED,) * len(self.chunks), (True,) * len(self.chunks), 0)
+        pooled_cache = self.mix(everything)
+        probe = self._probe(pooled_cache, self._spans(everything), question.shape[1])
+        run_text(self.model, question, pooled_cache, keep_hidden=None, probe=probe)
+        return probe.scores()
+
+    def _probe(self, pooled_cache, spans, tokens) -> AttentionProbe:
+        """The scorer for one run of a question of `tokens` tokens over the pooled cache."""
+        count, policy = len(self.cache.layers), self.policy
+        first = int(policy.layers[0] * count)
+        layers = range(first, max(int(policy.layers[1] * count), first + 1))
+        chunk_of_group = {group: number for number, chunk in enumerate(self.chunks) for group in chunk.groups}
+        pooled_per_group = self.tokens_per_group // self.pool_size
+        key_chunk = []
+        for span in spans:
+            if span.group is None:
+                key_chunk += [-1] * (span.stop - span.start)
+            else:
+                key_chunk += [chunk_of_group[span.group]] * pooled_per_group
+        positions, means = positions_after(pooled_cache, tokens, device=self.inv_freq.device)[0], {}
+        for layer in layers if policy.method == "mean_key" else ():
+            pooled = self.cache.layers[layer].pooled_groups(self.visual, self.pool_size, self.inv_freq)[0]
+            per_group = pooled[0].float().mean(dim=2)
+            parts = [per_group[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in self.chunks]
             means[layer] = torch.stack(parts)
-    return AttentionProbe(
-        torch.tensor(key_chunk),
-        len(chunks),
-        layers,
-        policy.method,
-        unrotate=lambda query: rotate(query, positions, None, inv_freq),
-        mean_keys=means,
-        reduce=policy.reduce,
-    )
+        return AttentionProbe(
+            torch.tensor(key_chunk),
+            len(self.chunks),
+            layers,
+            policy.method,
+            unrotate=lambda query: rotate(query, positions, None, self.inv_freq),
+            mean_keys=means,
+            reduce=policy.reduce,
+        )
 
 
-__all__ = ["DENSE", "DROPPED", "POOLED", "Chunk", "ChunkChoice", "choose_for_question", "chunks_of", "explicit_chunks"]
+def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_positions=False) -> VideoXLCache:
+    """Builds a cache of dense and pooled key-values from a dense one (bi-level decoding).
+
+    Args:
+        cache: One row that holds all its tokens at their positions.
+        spans: `KeptSpan`s in order; what they leave out is dropped.
+        groups: (start, stop) of every group's visual tokens.
+        pool_size: Kernel and stride of the pooling.
+        inv_freq: [D / 2] rotary frequencies of the language model.
+        true_positions: Keep positions (a pooled key stands in the middle of its tokens) instead of counting the kept
+            keys from 0, which is what the reference does.
+
+    Returns:
+        A new cache on the device of `inv_freq`; the given one is unchanged, and may lie on another device.
+    """
+    length = cache.get_seq_length()
+    size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
+    dense = torch.tensor([span.group is None for span in spans], dtype=torch.bool)
+    starts = torch.tensor([span.start for span in spans], dtype=torch.long)
+    kept = torch.tensor([span.stop - span.start if span.group is None else size for span in spans], dtype=torch.long)
+    targets, cursor = kept.cumsum(0) - kept, int(kept.sum())
+    dense_from, dense_to = _runs(starts[dense], kept[dense]), _runs(targets[dense], kept[dense])
+    pooled_from = [span.group for span in spans if span.group is not None]
+    pooled_to = _runs(targets[~dense], kept[~dense])
+    device = inv_freq.device
+    stay = true_positions or torch.equal(dense_from, dense_to)
+    dense_to = dense_to.to(device)
+    pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
+    pooled_to = pooled_to.to(device) if len(pooled_from) else None
+    mixed = copy.copy(cache)
+    mixed.layers = []
+    for layer in cache.layers:
+        shape = (*layer.keys.shape[:2], cursor, layer.keys.shape[3])
+        keys, values = (layer.keys.new_empty(shape, device=device) for _ in range(2))
+        for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
+            part = slice(begin, begin + ROTATED_AT_ONCE)
+            source, target = dense_from[part].to(layer.keys.device), dense_to[part]
+            moved = layer.keys.index_select(2, source).to(device)
+            if not stay:
+                moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
+            keys.index_copy_(2, target, moved)
+            values.index_copy_(2, target, layer.values.index_select(2, source).to(device))
+        if pooled_to is not None:
+            pooled_keys, pooled_values = layer.pooled_groups(groups, pool_size, inv_freq)
+            positions = pooled_to
+            if true_positions:
+                starts = torch.tensor([start for start, _ in groups], device=device)[pooled_from]
+                middles = torch.arange(size, device=device) * pool_size + (pool_size - 1) / 2
+                positions = (starts[:, None] + middles).flatten()
+            picked = pooled_keys.index_select(2, pooled_from).flatten(2, 3)
+            keys.index_copy_(2, pooled_to, rotate(picked, None, positions, inv_freq).to(keys.dtype))
+            values.index_copy_(2, pooled_to, pooled_values.index_select(2, pooled_from).flatten(2, 3))
+        new_layer = VideoXLCacheLayer()
+        new_layer.set_content(keys, values)
+        new_layer.hidden = length - cursor
+        new_layer.row_shift = None if true_positions else torch.tensor([length - cursor], device=device)
+        mixed.layers.append(new_layer)
+    return mixed
+
+
+def _runs(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The numbers of adjacent runs: start, start + 1, ... of each."""
+    offsets = starts - (lengths.cumsum(0) - lengths)
+    return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+
+
+__all__ = ["BilevelDecoding", "Chunk", "ChunkChoice", "chunks_of", "explicit_chunks"]

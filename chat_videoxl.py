@@ -29,10 +29,10 @@ from .conversation_videoxl import (
     visual_items,
 )
 from .encoded_video_videoxl import SAMPLING, EncodedVideo
-from .kv_cache import fork_cache, move_cache
+from .messages_times_stub import chunks_at, times_in_text
+from .prefill_videoxl import InForce, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
 from .processor_inputs_videoxl import read_media_dict
-from .selection_videoxl import chunks_at, times_in_text
 from .video_processing_videoxl import open_video
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ class VideoXLChatMixin:
         prefix = processor.prompt_pieces(processor.render(messages))[0]
         options = {"timestamps": timestamps, "backend": video_backend}
         options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        return self._encode(processor, items[0], None, prefix, options, progress, system_prompt)
+        return self._encode(processor, items[0], None, prefix, options, progress, system_prompt, InForce(self.config))
 
     @torch.no_grad()
     def chat(
@@ -176,15 +176,17 @@ class VideoXLChatMixin:
         messages.append({"role": "user", "content": [*new, *question] if new else user_prompt})
         options = {"backend": video_backend, "max_num_frames": max_num_frames}
         options |= {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        encoded, suffix = self._encode_conversation(processor, messages, options, progress)
+        in_force = InForce(self.config)
+        encoded, suffix = self._encode_conversation(processor, messages, options, progress, in_force)
         videos = [source_of(item) for item in visual_items(messages)]
-        reload = self._reload_options(videos, user_prompt, dense_chunks, selector)
-        cache = self._question_cache(encoded)
+        reload = _reload_options(in_force.settings, videos, user_prompt, dense_chunks, selector)
+        cache = None if encoded is None else encoded.question_cache(in_force)
         answer = self._answer(encoded, cache, [suffix], generation_config, tokenizer, streamer, reload)[0]
         messages.append({"role": "assistant", "content": answer})
         result = [answer] + [messages] * bool(return_history)
         if return_chunks:
-            result.append(self._chunk_facts(videos, getattr(cache, "choices", None)))
+            choices = None if cache is None else cache.choices
+            result.append(_chunk_facts(videos, in_force.settings.decode_chunk_groups, choices))
         return tuple(result) if len(result) > 1 else answer
 
     @torch.no_grad()
@@ -224,11 +226,13 @@ class VideoXLChatMixin:
                 "this EncodedVideo was made by another model or behind earlier turns; ask it with chat and its "
                 "history, or encode it again"
             )
-        reloads = [self._reload_options([video], prompt, dense_chunks, None) for prompt in listed]
+        in_force = InForce(self.config)
+        reloads = [_reload_options(in_force.settings, [video], prompt, dense_chunks, None) for prompt in listed]
         reload = reloads[0]
         if any("required_chunks" in each for each in reloads):
             reload = {"required_chunks": tuple(each.get("required_chunks", ()) for each in reloads)}
-        return self._answer(video, self._question_cache(video), suffixes, generation_config, tokenizer, None, reload)
+        cache = video.question_cache(in_force)
+        return self._answer(video, cache, suffixes, generation_config, tokenizer, None, reload)
 
     @torch.no_grad()
     def load_video(self, path, tokenizer=None, *, verify=True, source=None, **sampling) -> EncodedVideo:
@@ -251,25 +255,6 @@ class VideoXLChatMixin:
             raise ValueError(f"load_video knows no {', '.join(unknown)}; sampling settings are {', '.join(SAMPLING)}")
         processor = None if tokenizer is None else VideoXLProcessor.from_config(self.config, tokenizer)
         return EncodedVideo.load(path, self, processor, verify, source, **sampling)
-
-    def _question_cache(self, encoded):
-        """A cache that a question may extend; bi-level decoding brings to the device only what it keeps."""
-        if encoded is None:
-            return None
-        if "dropping" in encoded.prefill:
-            if encoded.prefill["dropping"] != self.config.resolve_llm_compression():
-                logger.warning_once(
-                    "a video was encoded with other settings of mm_llm_compress and llm_compress_* than the config's, "
-                    "and is asked with its own; encode it again to change them"
-                )
-            return fork_cache(encoded.asked_cache, make_room=True)
-        if getattr(encoded.cache, "deferred", None) is not None:
-            return fork_cache(encoded.cache)  # what is selected comes to the device
-        full = self.config.resolve_sparse_attention().decode == "full"
-        cache = fork_cache(encoded.cache, make_room=full and encoded.cache.layers[0].keys.device == self.device)
-        if full:
-            move_cache(cache, self.device)
-        return cache
 
     def _answer(self, encoded, cache, suffixes, generation_config, tokenizer, streamer, reload) -> list[str]:
         settings = self._generation_settings(generation_config, tokenizer)
@@ -300,52 +285,6 @@ class VideoXLChatMixin:
         texts = tokenizer.batch_decode(output[::returned, len(shared) + width :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _reload_options(self, videos, question, dense_chunks, selector) -> dict:
-        """What bi-level decoding is told beside the question: named chunks, or those at times that it names."""
-        if self.config.resolve_sparse_attention().decode == "full":
-            if dense_chunks is not None or selector is not None:
-                raise ValueError(
-                    "dense_chunks and selector need bi-level decoding: set sparse_attention's decode='bilevel'"
-                )
-            return {}
-        if not videos:
-            if dense_chunks is not None or selector is not None:
-                raise ValueError("dense_chunks and selector need a video; this conversation has none")
-            return {}
-        if selector is not None:
-            if dense_chunks is not None:
-                raise ValueError("give dense_chunks or a selector, not both")
-            if not callable(selector):
-                raise ValueError(f"selector must be a function of (question, chunks), got {selector!r}")
-            facts = [
-                {key: fact[key] for key in ("video", "index", "start", "end")} for fact in self._chunk_facts(videos)
-            ]
-            dense_chunks = selector(question, facts)
-        if dense_chunks is not None:
-            return {"dense_chunks": dense_chunks}
-        required, first = [], 0
-        chunk_groups = self.config.resolve_sparse_attention().decode_chunk_groups
-        times = times_in_text(question) if question else []
-        for video in videos:
-            spans = video.chunks(chunk_groups)
-            if video.kind == "image":
-                first += len(spans)
-                continue
-            required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.end)]
-            first += len(spans)
-        return {"required_chunks": tuple(required)} if required else {}
-
-    def _chunk_facts(self, videos, choices=None) -> list[dict]:
-        chunk_groups = self.config.resolve_sparse_attention().decode_chunk_groups
-        facts = [
-            {"video": number, "index": index, "start": start, "end": end, "level": "dense", "score": None}
-            for number, video in enumerate(videos)
-            for index, (start, end) in enumerate(video.chunks(chunk_groups))
-        ]
-        for fact, choice in zip(facts, choices or (), strict=False):
-            fact.update(level=choice.level, score=choice.score)
-        return facts
-
     @staticmethod
     def _set_media(visuals, media_dict, history=None) -> None:
         """Notes what is wanted of the one path that a turn brings; what it does not bring must be so already."""
@@ -359,7 +298,7 @@ class VideoXLChatMixin:
                 "give each item of several videos its own"
             )
 
-    def _encode_conversation(self, processor, messages, options, progress):
+    def _encode_conversation(self, processor, messages, options, progress, in_force):
         """The conversation's last visual, encoded behind all before it (None without one), and the ids that follow."""
         items = visual_items(messages)
         text, shown = processor.render(messages), []
@@ -388,11 +327,13 @@ class VideoXLChatMixin:
                 sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
                 item[kind], own_options = str(video), {**options, **sampling, "timestamps": None}
             system = messages[0]["content"] if messages[0]["role"] == "system" else None
-            encoded = item[kind] = self._encode(processor, item, encoded, prefix, own_options, progress, system)
+            encoded = item[kind] = self._encode(
+                processor, item, encoded, prefix, own_options, progress, system, in_force
+            )
             shown.append(encoded.shown)
         return encoded, processor.prompt_pieces(text, shown)[-1]
 
-    def _encode(self, processor, item, base, prefix, options, progress, system_prompt) -> EncodedVideo:
+    def _encode(self, processor, item, base, prefix, options, progress, system_prompt, in_force) -> EncodedVideo:
         """Streams a video or image through tower and language model, behind `base` and the prefix ids."""
         source = source_of(item)
 
@@ -401,7 +342,7 @@ class VideoXLChatMixin:
                 path,
                 processor=processor,
                 model=self,
-                cache=self.prefill_text(None if base is None else fork_cache(base.cache), prefix),
+                cache=prefill_text(self.model, None if base is None else base.cache.fork(), prefix, in_force),
                 input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
                 behind=None if base is None else base.mark,
                 system_prompt=system_prompt,
@@ -422,14 +363,14 @@ class VideoXLChatMixin:
             )
         limit, unit = (
             self.config.resolve_vision_chunk_frames(),
-            self.config.resolve_unit_frames(self.config.resolve_beacons()),
+            in_force.policy.unit_frames(self.config),
         )
         # An item that was encoded before brings its sampling, and what of the path it shows, among the options.
         options = {**processor.frame_options, **read_media_dict(item.get("media_dict")), **options}
         reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
         with reader:
             tokens = -(-reader.num_frames // self.config.frames_per_group) * self.model.tokens_per_group
-            self.model.require_context(len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
+            require_context(self.model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
             encoded = start(reader.source, sampling=reader.sampling)
             encoded.start = reader.start
             if progress is None:
@@ -474,3 +415,52 @@ class VideoXLChatMixin:
                 tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             )
         return settings
+
+
+def _reload_options(settings, videos, question, dense_chunks, selector) -> dict:
+    """What bi-level decoding is told beside the question: named chunks, or those at times that it names."""
+    if settings.decode == "full":
+        if dense_chunks is not None or selector is not None:
+            raise ValueError(
+                "dense_chunks and selector need bi-level decoding: set sparse_attention's decode='bilevel'"
+            )
+        return {}
+    if not videos:
+        if dense_chunks is not None or selector is not None:
+            raise ValueError("dense_chunks and selector need a video; this conversation has none")
+        return {}
+    chunk_groups = settings.decode_chunk_groups
+    if selector is not None:
+        if dense_chunks is not None:
+            raise ValueError("give dense_chunks or a selector, not both")
+        if not callable(selector):
+            raise ValueError(f"selector must be a function of (question, chunks), got {selector!r}")
+        facts = [
+            {key: fact[key] for key in ("video", "index", "start", "end")}
+            for fact in _chunk_facts(videos, chunk_groups)
+        ]
+        dense_chunks = selector(question, facts)
+    if dense_chunks is not None:
+        return {"dense_chunks": dense_chunks}
+    required, first = [], 0
+    times = times_in_text(question) if question else []
+    for video in videos:
+        spans = video.chunks(chunk_groups)
+        if video.kind == "image":
+            first += len(spans)
+            continue
+        required += [first + chunk for chunk in chunks_at(times, *zip(*spans, strict=True), video.end)]
+        first += len(spans)
+    return {"required_chunks": tuple(required)} if required else {}
+
+
+def _chunk_facts(videos, chunk_groups: int, choices=None) -> list[dict]:
+    """The chunks of decoding of several videos, for callers."""
+    facts = [
+        {"video": number, "index": index, "start": start, "end": end, "level": "dense", "score": None}
+        for number, video in enumerate(videos)
+        for index, (start, end) in enumerate(video.chunks(chunk_groups))
+    ]
+    for fact, choice in zip(facts, choices or (), strict=False):
+        fact.update(level=choice.level, score=choice.score)
+    return facts

@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.utils import logging
 
-from .cache_layers_videoxl import VideoXLOffloadedLayer
-from .deferred_rows_videoxl import DeferredRows
 from .image_processing_videoxl import count_tiles
-from .kv_cache import fork_cache, move_cache, new_cache, rewind_cache, snapshot_cache
+from .kv_cache import VideoXLCache, WaitingRows
+from .prefill_videoxl import InForce, policy_of, prefill_frames, require_context
 from .sparse_attention import GroupSpan, VisualLayout
-from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
+
+logger = logging.get_logger(__name__)
 
 # What of the sampling settings decides which frames of a file are taken.
 SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end", "read_as")
@@ -44,10 +45,10 @@ class EncodedVideo(str):
         sampling: The sampling settings.
         system_prompt: The system message it was encoded behind, None for the template's.
         appended: Whether frames were added that its file does not hold.
-        prefill: The prefill settings it was made with; later changes of the config do not touch it.
+        policy: How its tokens were run; later changes of the config do not touch it.
         input_ids: [L] token ids of everything up to the end of the video: prompt header, timestamps, placeholders.
         layout: Where the visual tokens are among them.
-        cache: Their key-values. Never extend it; `fork_cache` it.
+        cache: Their key-values (`VideoXLCache`). Never extend it; fork it, or take `question_cache`.
     """
 
     is_encoded_video = True
@@ -75,13 +76,12 @@ class EncodedVideo(str):
         self.sampling, self.system_prompt = sampling, system_prompt
         self.appended = False  # holds frames that its file does not
         self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
-        self.prefill = model.config.resolve_sparse_attention().plan
         self.timestamps: list[float] = []
         self.start, self.duration = 0.0, 0.0
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
         # tokens, and keys of them, are there without it.
         self._tail, self._whole = None, (0, 0)
-        self._settled = None  # what follows from the cache without a question, see `asked_cache`
+        self._settled = None  # what follows from the cache without a question, see `question_cache`
         self._stamp = _file_stamp(source)
 
     @property
@@ -106,20 +106,36 @@ class EncodedVideo(str):
     def nbytes(self) -> int:
         """Bytes of the key-values, and of what waits where the question decides what runs.
 
-        What questions leave beside them (pooled key-values, `asked_cache`) is not counted; `to` lets go of what of it
-        lies on another device.
+        What questions leave beside them (pooled key-values, what follows without a question) is not counted; `to`
+        lets go of what of it lies on another device.
         """
-        waiting = getattr(self.cache, "deferred", None)
-        return sum(layer.nbytes for layer in self.cache.layers) + (waiting.nbytes if waiting is not None else 0)
+        return self.cache.nbytes
 
     @property
-    def asked_cache(self):
-        """The cache that a question runs behind a fork of: `cache`, or what follows from it whatever is asked."""
-        if dropping_of(self.cache) is None:
-            return self.cache
+    def policy(self):
+        return self.cache.policy
+
+    def question_cache(self, in_force: InForce | None = None) -> VideoXLCache:
+        """A cache that a question may extend; of what bi-level decoding drops nothing comes to the device.
+
+        Args:
+            in_force: Settings of the call; None for those of the model's config now.
+        """
+        in_force = InForce(self._model.config) if in_force is None else in_force
+        if self.policy.runs_questions and self.policy != in_force.policy:
+            logger.warning_once(
+                "a video was encoded with other settings of its model's compression than the config's, and is asked "
+                "with its own; encode it again to change them"
+            )
         if self._settled is None:
-            self._settled = self._model.model.settle_stages(self.cache)
-        return self._settled
+            self._settled = self.policy.settled(self._model.model, self.cache)
+        whole = not in_force.decoding.text_only and self._settled.waiting is None
+        device = self._model.device
+        here = self._settled.held > 0 and self._settled.layers[0].keys.device == device
+        cache = self._settled.fork(make_room=here and not in_force.decoding.text_only)
+        if whole:
+            cache.move(device)
+        return cache
 
     def is_current(self) -> bool:
         """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
@@ -128,7 +144,7 @@ class EncodedVideo(str):
 
     def to(self, device) -> "EncodedVideo":
         """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
-        move_cache(self.cache, device)
+        self.cache.move(device)
         self._settled = None
         return self
 
@@ -171,8 +187,8 @@ class EncodedVideo(str):
         for index, layer in enumerate(self.cache.layers):
             if layer.held:
                 tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
-        if getattr(self.cache, "deferred", None) is not None:
-            tensors["deferred"] = self.cache.deferred[:]
+        if self.cache.waiting is not None:
+            tensors["deferred"] = self.cache.waiting[:]
         if self._tail is not None:
             tensors["tail"] = self._tail
         facts = {
@@ -181,7 +197,7 @@ class EncodedVideo(str):
             # A video that grew beyond its file is bound to no file.
             "source_fingerprint": None if self.appended else source_fingerprint(str(self)),
             "sampling": self.sampling,
-            "prefill": self.prefill,
+            "prefill": self.policy.facts(),
             "timestamps": self.timestamps,
             "start": self.start,
             "duration": self.duration,
@@ -204,7 +220,7 @@ class EncodedVideo(str):
             "sampling": sampling or None,
         }
         require_match(facts, expected, f"the saved video {os.fspath(path)}")
-        cache = new_cache(model.config.text_config.num_hidden_layers)
+        cache = VideoXLCache(model.config.text_config.num_hidden_layers)
         for index, layer in enumerate(cache.layers):
             if f"layers.{index}.keys" in tensors:
                 layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
@@ -212,16 +228,15 @@ class EncodedVideo(str):
             layer.pass_by(len(tensors["input_ids"]) - layer.held)
         if "deferred" in tensors:
             begin = len(tensors["input_ids"]) - len(tensors["deferred"])
-            cache.deferred = DeferredRows((tensors["deferred"].to(model.device),), begin)
-        if "dropping" in facts["prefill"]:
-            cache.dropping = TokenDropping(drop_stages(facts["prefill"]["dropping"]))
+            cache.waiting = WaitingRows((tensors["deferred"].to(model.device),), begin)
+        policy_of(model.config, facts["prefill"]).begin(cache)
         video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
         cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
         state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
         state["kind"] = facts.get("kind", "video")  # files of earlier versions hold videos only
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
         video.appended = facts["appended"]
-        video.prefill, video.timestamps, video.duration = facts["prefill"], facts["timestamps"], facts["duration"]
+        video.timestamps, video.duration = facts["timestamps"], facts["duration"]
         video.start = facts.get("start", 0.0)
         video._tail, video._whole = tensors.get("tail"), tuple(facts["whole"])
         return video
@@ -251,7 +266,7 @@ class EncodedVideo(str):
                     f"is at {reader.timestamps[0]} s"
                 )
             tokens = self._tokens_with(reader.timestamps)
-            self._model.model.require_context(tokens)
+            require_context(self._model.model, tokens)
             with self._all_or_nothing(tokens):
                 self.appended = True
                 for batch in reader:
@@ -268,10 +283,10 @@ class EncodedVideo(str):
         for layer in self.cache.layers:
             # A buffer that grew later would lie beside the old one, which is kept for the case of failure. Layers that
             # do not hold every token are small, and those that are elsewhere are copied anyway.
-            stays = isinstance(layer, VideoXLOffloadedLayer) or layer.held and layer.keys.device == self._model.device
-            if stays and not layer.hidden and self.prefill.get("beacons") is None:
+            stays = layer.is_offloaded or layer.held and layer.keys.device == self._model.device
+            if stays and not layer.hidden:
                 layer.make_room(tokens - layer.held)
-        restore = snapshot_cache(self.cache, self._before_tail[1])
+        restore = self.cache.snapshot(self._before_tail[1])
         before = {**self.__dict__, "timestamps": list(self.timestamps)}
         try:
             yield
@@ -283,21 +298,21 @@ class EncodedVideo(str):
     @torch.no_grad()
     def extend(self, batch) -> None:
         """Adds a `FrameBatch`, see `append`."""
-        self._model.model.require_context(self._tokens_with(batch.timestamps))
+        require_context(self._model.model, self._tokens_with(batch.timestamps))
         self.mark, self._settled = object(), None
-        if not isinstance(self.cache.layers[0], VideoXLOffloadedLayer):
-            move_cache(self.cache, self._model.device)
+        if not self.cache.layers[0].is_offloaded:
+            self.cache.move(self._model.device)
         frames, times = batch.frames, list(batch.timestamps)
         if self._tail is not None:
             kept = len(self._tail)
             frames, times = torch.cat([self._tail, frames]), self.timestamps[-kept:] + times
             del self.timestamps[-kept:]
-            rewind_cache(self.cache, *self._whole)
+            self.cache.rewind(*self._whole)
             self.cache.layout = self.layout.until(self._whole[0])
             self.input_ids = self.input_ids[: self._whole[0]]
         processor, layer = self._processor, self.cache.layers[0]
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
-        unit = self._model.config.resolve_unit_frames(self.prefill.get("beacons"))
+        unit = self.policy.unit_frames(self._model.config)
         # Of beacon windows nothing but beacons is left: what may be taken back is run by itself.
         whole = len(times) if unit == processor.frames_per_group else len(times) // unit * unit
         for part in (slice(0, whole), slice(whole, len(times))):
@@ -305,7 +320,8 @@ class EncodedVideo(str):
                 continue
             self._whole = len(self.input_ids), layer.held
             time_ids = [processor.time_token_ids(seconds) for seconds in times[part][:: processor.frames_per_group]]
-            ids = self._model.prefill_frames(self.cache, pixels[part], time_ids, bool(self.timestamps), self.prefill)
+            grows = bool(self.timestamps)
+            ids = prefill_frames(self._model.model, self.cache, pixels[part], time_ids, self.policy, grows)
             self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
             self.timestamps += times[part]
             layer = self.cache.layers[0]
@@ -334,14 +350,14 @@ class EncodedVideo(str):
         pixels = self._processor.normalize_tiles(tiles.to(self._model.device))
         stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
         stamps = [stamp] * count_tiles(tiles)
-        ids = self._model.prefill_frames(self.cache, pixels, stamps, False, self.prefill)
+        ids = prefill_frames(self._model.model, self.cache, pixels, stamps, self.policy, continues=False)
         self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     def __deepcopy__(self, memo):
         # Histories are copied freely: share the tensors, never copy the model.
         other = EncodedVideo.__new__(EncodedVideo, str(self))
         other.__dict__.update(self.__dict__)
-        other.cache = fork_cache(self.cache)
+        other.cache = self.cache.fork()
         other.timestamps = list(self.timestamps)
         return other
 

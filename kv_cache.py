@@ -25,7 +25,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 from inspect import signature
 from itertools import accumulate
-from typing import Any
 
 import torch
 from transformers import Qwen2Model
@@ -174,7 +173,7 @@ class VideoXLCache(DynamicCache):
         """Becomes the caches of several single rows, padded on the left with zeros; `length` counts all padding."""
         self.layers[:] = [_stacked(layers, length) for layers in zip(*(row.layers for row in rows), strict=True)]
         self.layout, self.waiting = None, None
-        self.policy = rows[0].policy
+        self.policy = next((row.policy for row in rows if row.progress is not None), rows[0].policy)
         self.progress = next((row.progress for row in rows if row.progress is not None), None)
         self.choices = [row.choices for row in rows]
 

@@ -1,27 +1,29 @@
-"""The Video-XL model: composes vision tower, compressor, projector and language model; forward and generation hooks.
+"""The Video-XL model: composes tower, compressor, projector and language model; forward and hooks of `generate`.
 
 What is surprising:
-* A prompt with videos is prefilled inside `forward`, segment by segment, into the cache that `generate` made: its
-  layers are replaced by ours in place. Whole-sequence calls without a cache (training, `use_cache=False`) run at once
-  instead.
+* A prompt with videos is prefilled inside `forward`, prompt by prompt, into the cache that `generate` made, which
+  becomes one of ours. Whole-sequence calls without a cache (training, `use_cache=False`) run at once instead.
 * `generate` expands prompts for beams, never videos: every prompt is encoded and prefilled once, and its cache is
-  repeated.
+  repeated. Forms of decoding that transformers would get silently wrong over a video are refused.
 * Placeholders count in the prompt only. A later token may have any id, so decode steps look for none.
+* `forward` knows every argument it takes. What it does not know is an error, above all a cache under another name.
 * The model object holds no session. Whatever outlives a call is in the cache or in the `EncodedVideo` that the caller
   holds.
 
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .beacon_memory_videoxl import add_beacons
-from .bilevel_videoxl import pending_choice
-from .cache_layers_videoxl import VideoXLCacheLayer
+from .beacon_memory_videoxl import BeaconMemory
+from .bilevel_videoxl import BilevelDecoding
 from .chat_videoxl import VideoXLChatMixin
 from .compressor_videoxl import (
     VideoXLDynamicTokenSynthesis,
@@ -30,14 +32,29 @@ from .compressor_videoxl import (
     build_compressor,
 )
 from .configuration_videoxl import VideoXLConfig
-from .generation_videoxl import VideoXLGenerationMixin
-from .kv_cache import CACHE_NAME, CACHE_NAMES, given_cache, new_cache, own_layers, refuse_unknown
+from .kv_cache import CACHE_NAME, CACHE_NAMES, VideoXLCache
 from .planning_videoxl import VideoXLPlanningMixin
-from .prefill_videoxl import VideoXLPrefillMixin
+from .prefill_videoxl import (
+    DECODINGS,
+    POLICIES,
+    Call,
+    InForce,
+    PromptRow,
+    continue_rows,
+    positions_of,
+    prefill_rows,
+    require_context,
+    run_without_cache,
+    waits_for_question,
+)
 from .sparse_attention import VisualLayout, register_attention
-from .token_dropping_videoxl import dropping_of
-from .token_selector_videoxl import build_token_selector
+from .token_dropping_videoxl import TokenDropping
+from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
+
+# What members do differently, in the order in which it is asked for: see `SequencePolicy.apply`.
+POLICIES += [BeaconMemory, TokenDropping, TokenSelection]
+DECODINGS["bilevel"] = BilevelDecoding()
 
 
 class VideoXLPreTrainedModel(PreTrainedModel):
@@ -76,7 +93,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.embeddings_table)
 
 
-class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMixin):
+class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin):
     """Vision tower, compressor, projector, token selector and language model without its head."""
 
     def __init__(self, config: VideoXLConfig):
@@ -87,13 +104,11 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
             config.compressor_config, config.text_config.hidden_size
         )
         self.language_model = AutoModel.from_config(config.text_config)
-        self._rope_parameters = dict(config.text_config.rope_parameters)
+        self.built_rope = dict(config.text_config.rope_parameters)
         if "sliding_attention" in getattr(self.language_model.config, "layer_types", ()):
             raise ValueError("text_config.use_sliding_window is not supported: visibility is the chunk plan's")
-        self.token_selector = build_token_selector(config)
-        if config.beacon_window is not None:
-            self.beacon_embed_tokens = nn.Embedding(1, config.text_config.hidden_size)
-            add_beacons(self.language_model)
+        for kind in POLICIES:
+            kind.add_modules(self)
         self.post_init()
         self._route_attention()
 
@@ -129,165 +144,127 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         inputs_embeds=None,
         pixel_values_videos=None,
         use_cache=None,
-        prompt_length=None,
-        num_expanded=1,
-        keep_hidden=0,
-        dense_chunks=None,
-        required_chunks=(),
         cache=None,
         output_attentions=None,
         output_hidden_states=None,
+        call=None,
         **unknown,
     ) -> BaseModelOutputWithPast:
-        """See `VideoXLForConditionalGeneration.forward`; with `keep_hidden` a prefill returns its last positions."""
+        """See `VideoXLForConditionalGeneration.forward`; `call` is a `Call` with what else that was told."""
         refuse_unknown("forward", unknown)
-        past_key_values = given_cache(past_key_values, cache)
+        cache = given_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None and input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length], got {tuple(input_ids.shape)}")
         use_cache = use_cache if use_cache is not None else self.config.text_config.use_cache
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        new_tokens = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length)
+        call = Call(InForce(self.config)) if call is None else call
+        past, prompt_length = 0 if cache is None else cache.get_seq_length(), call.prompt_length
+        new = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        _require_whole_past(past, new, attention_mask, position_ids, prompt_length)
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        kwargs = {name: value for name, value in wanted.items() if value is not None}
+        options = {"use_cache": use_cache, **{name: value for name, value in wanted.items() if value is not None}}
         has_videos = pixel_values_videos is not None and len(pixel_values_videos) > 0
-        if not has_videos and prompt_length is not None and 0 < prompt_length <= past_length:
+        if not has_videos and prompt_length is not None and 0 < prompt_length <= past:
             # A step of `generate` behind its whole prompt: whatever the settings say was done with it.
-            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            return self._continue_plain(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
-            )
-        settings = self.config.resolve_sparse_attention()
-        if dense_chunks is not None and settings.decode != "bilevel":
+            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            return self._decode(embeds, attention_mask, position_ids, cache, options)
+        if call.dense_chunks is not None and call.in_force.settings.decode == "full":
             raise ValueError("dense_chunks needs bi-level decoding: set config.sparse_attention with decode='bilevel'")
         if has_videos:
             if input_ids is None:
                 raise ValueError(
                     "pixel_values_videos needs input_ids: their placeholders say where the visual tokens go"
                 )
-            return self._forward_videos(
-                input_ids, attention_mask, position_ids, past_key_values, pixel_values_videos, use_cache,
-                prompt_length, num_expanded, keep_hidden, settings, (dense_chunks, required_chunks), kwargs,
-            )  # fmt: skip
-        if new_tokens > 1 and (prompt_length is None or past_length < prompt_length):
-            if attention_mask is not None and attention_mask.ndim == 2:
-                self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
-            else:
-                self.require_context(min(past_length + new_tokens, prompt_length or past_length + new_tokens))
-        if input_ids is not None and past_length == 0:
+            pixels = pixel_values_videos
+            return self._forward_videos(input_ids, attention_mask, position_ids, cache, pixels, options, call)
+        if new > 1 and (prompt_length is None or past < prompt_length):
+            padded = attention_mask is not None and attention_mask.ndim == 2
+            end = min(past + new, prompt_length or past + new)
+            require_context(self, int(attention_mask[:, :prompt_length].sum(dim=1).max()) if padded else end)
+        if input_ids is not None and past == 0:
             self._require_no_placeholders(input_ids[:, :prompt_length])
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if past_length and isinstance(past_key_values.layers[0], VideoXLCacheLayer):
-            rows = past_key_values.layers[0].rows
-            if (
-                rows < inputs_embeds.shape[0]
-                or pending_choice(past_key_values, settings)
-                or (rows == 1 and new_tokens > 1)
-            ):
-                question = None if prompt_length is None else prompt_length - past_length
-                options = (settings, question, dense_chunks, required_chunks)
-                return self._continue_rows(inputs_embeds, attention_mask, past_key_values, num_expanded, options)
-        return self._continue_plain(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if past and isinstance(cache, VideoXLCache):
+            rows = cache.rows
+            if rows < len(embeds) or waits_for_question(cache, call) or (rows == 1 and new > 1):
+                return continue_rows(self, embeds, attention_mask, cache, call)
+        return self._decode(embeds, attention_mask, position_ids, cache, options)
 
-    def _continue_plain(self, embeds, attention_mask, position_ids, cache, use_cache, kwargs):
-        """The library's way: text, and decode steps of any cache."""
-        if cache is not None and dropping_of(cache) is not None:
-            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-                raise ValueError(
-                    "output_hidden_states and output_attentions do not go with dropped visual tokens, of which layers "
-                    "hold different numbers; set mm_llm_compress to False"
-                )
-            return self.continue_stages(embeds, attention_mask, cache)
-        past_length = cache.get_seq_length() if cache is not None else 0
-        layer = cache.layers[0] if past_length else None
-        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
-            position_ids = _positions(attention_mask)[:, past_length:]
-        if isinstance(layer, VideoXLCacheLayer) and layer.row_shift is not None:
-            if position_ids is None:
-                counted = torch.arange(past_length, past_length + embeds.shape[1], device=embeds.device)
-                position_ids = counted.expand(embeds.shape[0], -1)
-            position_ids = position_ids - layer.row_shift.to(position_ids.device)[:, None]
-        if isinstance(layer, VideoXLCacheLayer) and (layer.hidden or layer.row_padding is not None):
-            # The keys that are held stand at the end of the logical past: say which of them are padding.
-            mask = torch.ones(embeds.shape[0], past_length + embeds.shape[1], dtype=torch.long, device=embeds.device)
-            if layer.row_padding is not None:
-                columns = torch.arange(mask.shape[1], device=embeds.device)
-                mask[columns < layer.hidden + layer.row_padding.to(embeds.device)[:, None]] = 0
-            if attention_mask is not None:
-                mask[:, past_length:] = attention_mask[:, past_length:]
-            attention_mask = mask
+    def _decode(self, embeds, attention_mask, position_ids, cache, options) -> BaseModelOutputWithPast:
+        """Text, and further tokens of any cache."""
+        if isinstance(cache, VideoXLCache) and cache.policy is not None:
+            return cache.policy.decode(self, embeds, attention_mask, position_ids, cache, options)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions_of(attention_mask)[:, -embeds.shape[1] :]
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=use_cache,
             **{CACHE_NAME: cache},
-            **kwargs,
+            **options,
         )
 
-    def _forward_videos(
-        self, input_ids, attention_mask, position_ids, cache, pixels, use_cache, prompt_length, num_expanded,
-        keep_hidden, settings, chunks, kwargs,
-    ):  # fmt: skip
-        past_length = cache.get_seq_length() if cache is not None else 0
+    def _forward_videos(self, input_ids, attention_mask, position_ids, cache, pixels, options, call):
+        past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
-            attention_mask = torch.ones(input_ids.shape[0], past_length + input_ids.shape[1], device=input_ids.device)
-        if attention_mask.shape != (input_ids.shape[0], past_length + input_ids.shape[1]):
+            attention_mask = torch.ones(input_ids.shape[0], past + input_ids.shape[1], device=input_ids.device)
+        if attention_mask.shape != (input_ids.shape[0], past + input_ids.shape[1]):
             raise ValueError(
-                f"attention_mask must be [{input_ids.shape[0]}, {past_length + input_ids.shape[1]}] (cached and new "
+                f"attention_mask must be [{input_ids.shape[0]}, {past + input_ids.shape[1]}] (cached and new "
                 f"tokens), got {tuple(attention_mask.shape)}"
             )
-        self.require_context(int(attention_mask[:, :prompt_length].sum(dim=1).max()))
-        if not attention_mask[:, past_length:].any(dim=1).all():
+        require_context(self, int(attention_mask[:, : call.prompt_length].sum(dim=1).max()))
+        if not attention_mask[:, past:].any(dim=1).all():
             raise ValueError("attention_mask hides every token of a prompt; at least one must be visible")
+        embeds, rows, call = self._embed_videos(input_ids, attention_mask, pixels, options["use_cache"], call)
+        filled = self._prefill(embeds, rows, cache, options, call)
+        if filled is not None:
+            return filled
+        if call.in_force.settings.prefill != "full":
+            return run_without_cache(self, embeds, rows, call.in_force.policy)
+        if call.num_expanded > 1:
+            embeds = embeds.repeat_interleave(call.num_expanded, dim=0)
+        position_ids = positions_of(attention_mask)[:, past:] if position_ids is None else position_ids
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.language_model(**inputs, **{CACHE_NAME: cache}, **options)
+
+    def _embed_videos(self, input_ids, attention_mask, pixels, use_cache, call):
+        """Embeddings [B, L, hidden] of prompts with the visual tokens in place, a `PromptRow` each, and the call."""
+        past, repeats = attention_mask.shape[1] - input_ids.shape[1], call.num_expanded
         features = self.get_video_features(pixels).pooler_output
         timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
-        prompts, masks = input_ids[::num_expanded], attention_mask[::num_expanded]
-        rows = self._rows(prompts, masks, features, timed, past_length, prompt_length)
-        if num_expanded > 1 and not use_cache:
+        prompts, masks = input_ids[::repeats], attention_mask[::repeats]
+        rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+        if repeats > 1 and not use_cache:
             # Without a cache every step comes here, and the copies of a prompt have grown apart.
-            order = [index for row in rows for _ in range(num_expanded) for index in range(row[2].start, row[2].stop)]
+            order = [index for row in rows for _ in range(repeats) for index in row.videos]
             features, timed = [features[index] for index in order], [timed[index] for index in order]
-            prompts, masks, num_expanded = input_ids, attention_mask, 1
-            rows = self._rows(prompts, masks, features, timed, past_length, prompt_length)
-        embeds = self._merge(prompts, rows, features)
-        layers = self.config.text_config.num_hidden_layers
-        detailed = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        assembled = self.leaves_only_text(settings)
-        if (use_cache or assembled) and not detailed:
+            prompts, call = input_ids, replace(call, num_expanded=1)
+            rows = self._rows(prompts, attention_mask, features, timed, past, call.prompt_length)
+        return self._merge(prompts, rows, features), rows, call
+
+    def _prefill(self, embeds, rows, cache, options, call) -> BaseModelOutputWithPast | None:
+        """Prefills prompts with videos into a cache; None where the whole sequence is to run at once without one."""
+        in_force, settings = call.in_force, call.in_force.settings
+        layers, use_cache = self.config.text_config.num_hidden_layers, options["use_cache"]
+        detailed = options.get("output_hidden_states") or options.get("output_attentions")
+        if (use_cache or in_force.text_only) and not detailed:
             # What assembles key-values has a cache inside even where the caller wants none.
-            cache = new_cache(layers) if cache is None or not use_cache else cache
-            if own_layers(cache, layers):
-                output = self._prefill_rows(
-                    embeds, rows, cache, num_expanded, keep_hidden, prompt_length, settings, *chunks
-                )  # fmt: skip
+            cache = VideoXLCache(layers) if cache is None or not use_cache else cache
+            if VideoXLCache.adopt(cache, layers):
+                output = prefill_rows(self, embeds, rows, cache, call)
                 return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
-        if assembled or (use_cache and settings.prefill != "full"):
-            cause = f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r}"
-            remedy = "set both to 'full'"
-            if settings.decode == "full" and assembled:
-                cause, remedy = (
-                    "a model that compresses, selects or drops visual tokens",
-                    "set beacon_ratio to 'none' or mm_llm_compress to False if it has one",
-                )
-            raise ValueError(
-                f"{cause} needs a dynamic cache and no output_hidden_states or output_attentions; leave "
-                f"cache_implementation unset, or {remedy}"
-            )
-        if settings.prefill != "full":
-            return self._run_rows_without_cache(embeds, rows, settings)
-        if num_expanded > 1:
-            embeds = embeds.repeat_interleave(num_expanded, dim=0)
-        return self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=_positions(attention_mask)[:, past_length:] if position_ids is None else position_ids,
-            use_cache=use_cache,
-            **{CACHE_NAME: cache},
-            **kwargs,
+        if not in_force.text_only and (not use_cache or settings.prefill == "full"):
+            return None
+        cause = f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r}"
+        remedy = "set both to 'full'"
+        if in_force.policy.text_only:
+            cause = "a model that compresses, selects or drops visual tokens"
+            remedy = "set beacon_ratio to 'none' or mm_llm_compress to False if it has one"
+        raise ValueError(
+            f"{cause} needs a dynamic cache and no output_hidden_states or output_attentions; leave "
+            f"cache_implementation unset, or {remedy}"
         )
 
     def _require_no_placeholders(self, input_ids):
@@ -320,7 +297,7 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
                 timed=timed[first:used],
             )
             layout = VisualLayout(layout.videos, past + len(columns))
-            rows.append((columns, layout, slice(first, used)))
+            rows.append(PromptRow(columns, layout, range(first, used)))
         if used != len(features):
             raise ValueError(
                 f"{len(features)} videos came, but the prompts have placeholders for {used} of them: "
@@ -333,17 +310,15 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
         embeds = self.embed_prompt(input_ids)
         is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (columns, layout, _) in enumerate(rows):
-            begin = layout.length - len(columns)
-            for group in layout.groups:
-                is_visual[row, columns[group.visual_start - begin : group.end - begin]] = True
+        for number, row in enumerate(rows):
+            begin = row.layout.length - len(row.columns)
+            for group in row.layout.groups:
+                is_visual[number, row.columns[group.visual_start - begin : group.end - begin]] = True
         visual = torch.cat([tokens.flatten(0, 1) for tokens in features]).to(embeds.device, embeds.dtype)
         return embeds.index_put((is_visual,), visual)
 
 
-class VideoXLForConditionalGeneration(
-    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLPlanningMixin, VideoXLGenerationMixin, GenerationMixin
-):
+class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLPlanningMixin, GenerationMixin):
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -442,36 +417,37 @@ class VideoXLForConditionalGeneration(
                 is unknown: nothing is ignored.
         """
         refuse_unknown("forward", unknown)
-        partial = False
+        whole = isinstance(logits_to_keep, int)
+        call = Call(
+            InForce(self.config),
+            prompt_length=prompt_length,
+            num_expanded=num_expanded,
+            keep_hidden=logits_to_keep if whole and labels is None else 0,
+            dense_chunks=dense_chunks,
+            required_chunks=required_chunks,
+        )
         if labels is not None or pixel_values_videos is not None:
-            partial = self._leaves_only_text(labels is not None, logits_to_keep)
-        if labels is not None:
-            use_cache = False if use_cache is None else use_cache
-        keep_hidden = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+            _require_fitting_logits(call.in_force, labels is not None, whole)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_values_videos=pixel_values_videos,
-            use_cache=use_cache,
-            prompt_length=prompt_length,
-            num_expanded=num_expanded,
-            keep_hidden=keep_hidden,
-            dense_chunks=dense_chunks,
-            required_chunks=required_chunks,
-            cache=cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            call=call,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             if input_ids is not None:
                 is_visual = input_ids == self.config.video_token_id
-                if partial:
+                if call.in_force.text_only:
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
                 labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
@@ -486,29 +462,124 @@ class VideoXLForConditionalGeneration(
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _leaves_only_text(self, trains, logits_to_keep) -> bool:
-        """Whether only text behind the last video has logits; refuses what does not go with that, or with labels."""
-        settings = self.config.resolve_sparse_attention()
-        partial = self.model.leaves_only_text(settings)
-        if partial and not isinstance(logits_to_keep, int):
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """The library's `generate`, with clear errors where it would go wrong over a video.
+
+        Raises:
+            ValueError: For `prefill_chunk_size` with a video (the prefill is chunked anyway), and for assisted
+                decoding or prompt lookup over a cache that already holds tokens.
+        """
+
+        def setting(name):
+            from_config = getattr(generation_config or self.generation_config, name, None)
+            return kwargs[name] if kwargs.get(name) is not None else from_config
+
+        past = given_cache(*(kwargs.pop(name, None) for name in reversed(CACHE_NAMES)))
+        if past is not None:
+            kwargs[CACHE_NAME] = past
+        prefilled = past is not None and past.get_seq_length() > 0
+        videos = kwargs.get("pixel_values_videos") is not None
+        if videos:
+            # A list: should a release expand inputs otherwise than below, it can repeat no video as if it were a row.
+            kwargs["pixel_values_videos"] = list(kwargs["pixel_values_videos"])
+        if (videos or prefilled) and setting("prefill_chunk_size") is not None:
             raise ValueError(
-                "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the "
-                "last video only: give logits_to_keep a number"
+                "prefill_chunk_size cannot be used with a video: its prefill runs in bounded segments already"
             )
-        if not trains:
-            return partial
-        if not isinstance(logits_to_keep, int):
-            raise ValueError("labels are for all positions: leave logits_to_keep out")
-        if settings.decode == "bilevel":
+        assisted = kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None
+        if prefilled and setting("use_cache") is False:
             raise ValueError(
-                "labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'"
+                "use_cache=False has no meaning beside a cache that holds the prompt; leave one of them out"
             )
-        if settings.dropping is not None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
-                "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt "
-                "ends: set it to False for training, as the published weights were trained"
+                "generate continues at the right end of every row: pad prompts on the left, not on the right"
             )
-        return partial
+        if assisted and prefilled:
+            raise ValueError(
+                "assisted decoding and prompt lookup over a prefilled cache give wrong answers in transformers; pass "
+                "the video itself (pixel_values_videos) instead of an encoded one, or decode without assistance"
+            )
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            kwargs["prompt_length"] = input_ids.shape[1]
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """Keeps the 2-D mask, also for static caches: a prefill with videos needs to know what is padding."""
+        return attention_mask
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # override: the library would repeat the tensors of videos as if their first axis were the batch
+        videos = model_kwargs.pop("pixel_values_videos", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if videos is not None:
+            model_kwargs["pixel_values_videos"] = videos
+        # A cache that came along still has one row per prompt: the first forward sees that, and repeats it.
+        model_kwargs["num_expanded"] = expand_size
+        return input_ids, model_kwargs
+
+
+# What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
+WITHOUT_EFFECT = ("tokenizer",)
+
+
+def given_cache(past_key_values, cache):
+    """The cache of a call, under whichever of its two names it came.
+
+    Raises:
+        ValueError: If both came, or something that is no `Cache`.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, Cache):
+        raise ValueError(
+            f"past_key_values (or cache) must be a transformers Cache, got {type(given).__name__}: pass on what an "
+            "earlier call returned"
+        )
+    return given
+
+
+def refuse_unknown(where: str, arguments: dict) -> None:
+    """Raises ValueError if any argument that `where` does not name holds something; None counts as absent."""
+    for name, value in arguments.items():
+        if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
+            held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
+            raise ValueError(
+                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
+                "transformers itself passed it, use a release this code was tested with (see the README)"
+            )
+
+
+def _holds_cache(value) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
+
+
+def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:
+    """Raises ValueError where logits are asked for that do not exist, or labels do not go with the settings."""
+    if in_force.text_only and not whole:
+        raise ValueError(
+            "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the last "
+            "video only: give logits_to_keep a number"
+        )
+    if not trains:
+        return
+    if not whole:
+        raise ValueError("labels are for all positions: leave logits_to_keep out")
+    if in_force.decoding.text_only:
+        raise ValueError("labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'")
+    if in_force.settings.dropping is not None:
+        raise ValueError(
+            "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt ends: set "
+            "it to False for training, as the published weights were trained"
+        )
 
 
 def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
@@ -525,9 +596,4 @@ def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, p
         )
 
 
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions counted over the tokens that are not padding."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-__all__ = ["VideoXLCacheLayer", "VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]
+__all__ = ["VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]

@@ -10,7 +10,7 @@ What is surprising:
 N visual tokens of a group, n rows that run through the language model at once.
 """
 
-from .beacon_memory_videoxl import kept_tokens, plan_windows
+from .beacon_memory_videoxl import plan_windows
 from .planning_memory_videoxl import largest, with_spare
 from .prefill_videoxl import SEGMENT_TOKENS
 from .sparse_attention import MAX_STEP_QUERIES
@@ -72,7 +72,7 @@ def _prefill(formulas, text, visual, inputs) -> tuple[int, int, dict[str, int]]:
         inputs: Rows beside those that run.
     """
     beacons = formulas.settings.beacons
-    held = keys = text + kept_tokens(visual, beacons)
+    held = keys = text + (visual if beacons is None else sum(w.count for w in plan_windows(visual, **beacons)))
     n, extra = min(text + visual, SEGMENT_TOKENS), {}
     if beacons is not None:
         *_, last = plan_windows(visual, **beacons)

@@ -15,7 +15,7 @@ F frames, G groups of frames, S side of the compressor's grid, n tokens that run
 
 import numpy as np
 
-from .cache_layers_videoxl import GROWTH, MIN_SPARE_TOKENS, ROTATED_AT_ONCE
+from .kv_cache import GROWTH, MIN_SPARE_TOKENS, ROTATED_AT_ONCE
 from .prefill_videoxl import SEGMENT_TOKENS
 from .sparse_attention import MASK_ROWS, MAX_STEP_QUERIES
 

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from .cache_layers_videoxl import MIN_SPARE_TOKENS
 from .frame_sampling_videoxl import FrameSampler
 from .image_processing_videoxl import is_image
+from .kv_cache import MIN_SPARE_TOKENS
 from .planning_dropping_videoxl import dropping_stages
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
+from .prefill_videoxl import InForce
 from .processing_videoxl import VideoXLProcessor
 from .selection_videoxl import POOLED, ChunkCost, Levels, ReloadPolicy, choose_levels
 from .video_processing_videoxl import open_video
@@ -195,7 +196,7 @@ class _Planner(MemoryFormulas):
     def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens):
         super().__init__(model)
         self.config = model.config
-        self.compressed = model.model.leaves_only_text(self.settings) and self.settings.decode == "full"
+        self.compressed = InForce(model.config).policy.text_only
         self.policy = replace(ReloadPolicy.parse(self.settings.reload), mass=None)
         self.step, self.question_tokens, self.max_new_tokens = step, question_tokens, max_new_tokens
         if tokenizer is None:

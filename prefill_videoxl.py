@@ -2,7 +2,7 @@
 
 What is surprising:
 * A family member is a `SequencePolicy`: how further tokens run into a cache, and how a question runs behind it. The
-  base class runs every token as it comes, by the plan of sparse attention; members register their own.
+  base class runs every token as it comes, by the plan of sparse attention; members add their own to `POLICIES`.
 * A cache keeps the policy that its tokens were run by. What the config says later counts for other sequences.
 * Every prompt is prefilled by itself, at its own positions, and the caches are stacked afterwards, padded on the
   left. So a batch gives what single calls give, also where each prompt keeps another part of its key-values.
@@ -13,6 +13,7 @@ B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,31 +28,20 @@ from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefi
 SEGMENT_TOKENS = 4096
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one call of `forward` is told beside its tokens.
+class InForce:
+    """The settings of one call, and the policy of new sequences under them: resolved once, where they are needed."""
 
-    Attributes:
-        settings: The `Settings` in force.
-        policy: How new sequences are run.
-        prompt_length: Positions from here on are generated tokens; None if there are none.
-        num_expanded: How many times `generate` repeated each prompt.
-        keep_hidden: How many of the last positions' hidden states are wanted; 0 for all.
-        dense_chunks: Bi-level decoding: chunks that the caller named, one list a video; None for none.
-        required_chunks: Chunks, numbered over all videos, that the automatic choice must include.
-        asked: How many of the first tokens behind the videos are the question; None for all.
-        before: Tokens in front of these, without padding; None for all that the cache counts.
-    """
+    def __init__(self, config):
+        self._config = config
 
-    settings: Any
-    policy: "SequencePolicy"
-    prompt_length: int | None = None
-    num_expanded: int = 1
-    keep_hidden: int = 0
-    dense_chunks: Any = None
-    required_chunks: tuple = ()
-    asked: int | None = None
-    before: int | None = None
+    @cached_property
+    def settings(self):
+        """The `Settings` that the config resolves to now."""
+        return self._config.resolve_sparse_attention()
+
+    @cached_property
+    def policy(self) -> "SequencePolicy":
+        return policy_of(self._config, self.settings.plan)
 
     @property
     def decoding(self) -> "Decoding":
@@ -62,6 +52,31 @@ class Call:
     def text_only(self) -> bool:
         """Whether of a video nothing but key-values is left, so that only text behind it has outputs."""
         return self.policy.text_only or self.decoding.text_only
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of `forward` is told beside its tokens.
+
+    Attributes:
+        in_force: Settings and policy.
+        prompt_length: Positions from here on are generated tokens; None if there are none.
+        num_expanded: How many times `generate` repeated each prompt.
+        keep_hidden: How many of the last positions' hidden states are wanted; 0 for all.
+        dense_chunks: Bi-level decoding: chunks that the caller named, one list a video; None for none.
+        required_chunks: Chunks, numbered over all videos, that the automatic choice must include.
+        asked: How many of the first tokens behind the videos are the question; None for all.
+        before: Tokens in front of these, without padding; None for all that the cache counts.
+    """
+
+    in_force: InForce
+    prompt_length: int | None = None
+    num_expanded: int = 1
+    keep_hidden: int = 0
+    dense_chunks: Any = None
+    required_chunks: tuple = ()
+    asked: int | None = None
+    before: int | None = None
 
     def of_row(self, row: int, layouts: list[VisualLayout]) -> "Call":
         """The call for one of several prompts with these videos."""
@@ -101,6 +116,8 @@ class SequencePolicy:
 
     # Whether of a video nothing but key-values is left, so that only text behind it has outputs.
     text_only = False
+    # Whether questions are run by its settings, too, so that later ones do not reach a video that was encoded before.
+    runs_questions = False
 
     @classmethod
     def apply(cls, config, facts: dict, policy: "SequencePolicy") -> "SequencePolicy":
@@ -124,6 +141,9 @@ class SequencePolicy:
     def unit_frames(self, config) -> int:
         """Frames behind which a video can be continued as if it had not ended."""
         return config.frames_per_group
+
+    def require_same(self, other: "SequencePolicy") -> None:
+        """Raises ValueError if a sequence under way under this policy cannot go on where another one is asked for."""
 
     def begin(self, cache: VideoXLCache) -> None:
         """Notes in a cache that was loaded what `extend` would have noted."""
@@ -215,15 +235,9 @@ class Decoding:
         """Makes of a cache of one row, in place, what the question [1, n, hidden] sees."""
 
 
-# Members' policies in the order in which they are asked, see `SequencePolicy.apply`; ways of decoding by name.
+# What members and modes add: policies in the order in which they are asked for, and ways of decoding by name.
 POLICIES: list[type[SequencePolicy]] = []
 DECODINGS: dict[str, Decoding] = {"full": Decoding()}
-
-
-def register_policy(kind: type[SequencePolicy]) -> type[SequencePolicy]:
-    """Adds a member's policy (a decorator)."""
-    POLICIES.append(kind)
-    return kind
 
 
 def policy_of(config, facts: dict) -> SequencePolicy:
@@ -236,7 +250,7 @@ def policy_of(config, facts: dict) -> SequencePolicy:
 
 def waits_for_question(cache, call: Call) -> bool:
     """Whether something in a cache waits for the next question."""
-    return cache.policy is not None and (cache.policy.waits(cache) or call.decoding.waits(cache))
+    return cache.policy is not None and (cache.policy.waits(cache) or call.in_force.decoding.waits(cache))
 
 
 def require_context(model, tokens: int) -> None:
@@ -268,15 +282,16 @@ def extend_cache(model, inputs_embeds, layout, cache, policy: SequencePolicy, ke
             "a video cannot follow a question that bi-level decoding has answered from pooled key-values; start from "
             "the dense cache"
         )
-    # A sequence that is under way goes on as it began.
-    policy = policy if cache.progress is None else cache.policy
+    if cache.progress is not None:  # it goes on as it began
+        cache.policy.require_same(policy)
+        policy = cache.policy
     cache.policy = policy
     return policy.extend(model, inputs_embeds, layout, cache, keep_hidden)
 
 
 def ask(model, cache, text, call: Call) -> torch.Tensor:
     """Runs text [1, n, hidden], of which the first `call.asked` tokens are the question, behind a cache of one row."""
-    call.decoding.prepare(model, cache, text[:, : call.asked], call)
+    call.in_force.decoding.prepare(model, cache, text[:, : call.asked], call)
     return cache.policy.ask(model, cache, text, call)
 
 
@@ -382,7 +397,7 @@ def prefill_rows(model, embeds, rows: list[PromptRow], cache, call: Call) -> Bas
     elif length > len(rows[0].columns):
         for layer in cache.layers:
             layer.hidden += length - len(rows[0].columns)
-    if not call.text_only and not call.keep_hidden:
+    if not call.in_force.text_only and not call.keep_hidden:
         hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
         for number, (row, part) in enumerate(zip(rows, states, strict=True)):
             hidden[number, row.columns] = part[0]
@@ -395,13 +410,14 @@ def _prefill_row(model, embeds, row: PromptRow, cache, call: Call):
     # What a cache that is continued holds already: its visual tokens stay out of the new videos' windows.
     earlier = () if cache.layout is None else cache.layout.videos
     layout = VisualLayout(earlier + row.layout.videos, row.layout.length)
-    if not call.text_only or not layout.videos:
-        return extend_cache(model, embeds, layout, cache, call.policy, call.keep_hidden)
+    if not call.in_force.text_only or not layout.videos:
+        policy = call.in_force.policy if layout.videos else SequencePolicy()
+        return extend_cache(model, embeds, layout, cache, policy, call.keep_hidden)
     begin = layout.length - len(row.columns)
     if layout.end == layout.length:
         raise ValueError("the prompt ends with its video; put a question behind it")
     videos = VisualLayout(layout.videos, layout.end)
-    extend_cache(model, embeds[:, : layout.end - begin], videos, cache, call.policy, keep_hidden=None)
+    extend_cache(model, embeds[:, : layout.end - begin], videos, cache, call.in_force.policy, keep_hidden=None)
     if call.prompt_length is not None:
         call = replace(call, asked=int((row.columns < call.prompt_length).sum()) + begin - layout.end)
     return ask(model, cache, embeds[:, layout.end - begin :], call)
@@ -457,26 +473,26 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
 
 
 @torch.no_grad()
-def prefill_text(model, cache, ids, settings, policy):
+def prefill_text(model, cache, ids, in_force: InForce):
     """Runs text behind a cached sequence, without outputs.
 
     Args:
         model: The `VideoXLModel`.
         cache: Extended in place; None starts a sequence.
         ids: Token ids.
-        settings, policy: See `Call`.
+        in_force: Settings and policy.
 
     Returns:
         The cache; its `layout` says where its videos are.
     """
     cache = VideoXLCache(model.config.text_config.num_hidden_layers) if cache is None else cache
-    if settings.offload:
+    if in_force.settings.offload:
         cache.offload(model.device)
     cache.layout = cache.layout or VisualLayout()
     if ids:
         embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))
         layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
-        extend_cache(model, embeds, layout, cache, policy, keep_hidden=None)
+        extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
     return cache
 
 
@@ -485,9 +501,10 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     """Encodes further frames of a video and runs them behind a cached sequence.
 
     Args:
-        model, cache, policy: See `prefill_text`; the cache is extended in place.
+        model, cache: See `prefill_text`; the cache is extended in place.
         pixels: [F, 3, H, W]; a partial group is filled by repeating the last frame.
         time_ids: Per group, the token ids of its timestamp.
+        policy: How they are run.
         continues: Whether the groups belong to the sequence's last video; else they start a new one.
 
     Returns:

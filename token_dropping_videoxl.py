@@ -6,7 +6,7 @@ What is surprising:
   layers hold different numbers of keys, and in each one tokens stand at the positions 0, 1, 2, ... of what it holds.
 * A uniform stage needs to know where a video ends, a stage by attention also the question: it keeps what the prompt's
   last token looks at. Until then a sequence waits behind the layers that it has passed, as hidden states
-  (`cache.deferred`); later layers hold only the text in front of its videos.
+  (`cache.waiting`); later layers hold only the text in front of its videos.
 * What a stage keeps is counted from the number of tokens that a video had at first, and rounded down.
 * Several videos and images of a prompt go through the stages each by itself, as if it were the only one; softmax and
   positions are over the whole sequence. (The reference takes one video a prompt.)
@@ -30,10 +30,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from .deferred_rows_videoxl import DeferredRows
-from .kv_cache import CACHE_NAME, fork_cache, move_cache
-from .selection_videoxl import attention_mass
-from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, plan_prefill
+from .kv_cache import CACHE_NAME, WaitingRows
+from .prefill_videoxl import SEGMENT_TOKENS, SequencePolicy, run_text
+from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, attention_mass, plan_prefill
 
 # How many of the first stages are uniform, by the published names of `llm_compress_type`.
 UNIFORM_STAGES = {"attention": 0, "uniform0_attention": 1, "uniform1_attention": 2, "uniform": None}
@@ -72,7 +71,7 @@ def best_choice(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class TokenDropping:
+class DropProgress:
     """How far a cache's sequence is on its way through the stages. A value: `choose` gives the next one.
 
     Attributes:
@@ -114,7 +113,7 @@ class TokenDropping:
         order = alive.cumsum(0) - 1
         return [order[places[kept]] for places, kept in zip(videos, self.kept[-1], strict=True)]
 
-    def choose(self, layout: VisualLayout, begin: int, rows: int, scores=None) -> tuple["TokenDropping", torch.Tensor]:
+    def choose(self, layout: VisualLayout, begin: int, rows: int, scores=None) -> tuple["DropProgress", torch.Tensor]:
         """What the next stage keeps.
 
         Args:
@@ -147,187 +146,218 @@ def _waiting_videos(layout: VisualLayout, begin: int) -> list[torch.Tensor]:
     ]
 
 
-def dropping_of(cache) -> TokenDropping | None:
-    """How far a cache's sequence is on its way through the stages; None if it has none, or nothing any more."""
-    state = getattr(cache, "dropping", None)
-    return state if state is not None and cache.layers[0].held else None
+@dataclass(frozen=True)
+class TokenDropping(SequencePolicy):
+    """Runs sequences with videos through the stages, and what a stage cannot do without a question when one comes.
 
+    What a cache's `progress` holds is a `DropProgress`; its `waiting` rows stand in front of the next stage.
 
-class VideoXLTokenDroppingMixin:
-    """Running sequences through the stages, for a model with a `language_model` whose attention follows plans.
-
-    `segment_tokens` rows run at once.
+    Args:
+        kind, layers, ratios: See `VideoXLConfig.resolve_llm_compression`.
     """
 
-    def defer_to_stages(self, inputs_embeds, layout, cache, stages) -> None:
-        """Runs further rows of a sequence with videos up to the first stage, where they wait for the question.
+    kind: str = "uniform"
+    layers: tuple[int, ...] = ()
+    ratios: tuple[float, ...] = ()
 
-        Args:
-            inputs_embeds: [1, n, hidden], the positions [layout.length - n, layout.length).
-            layout: `VisualLayout` of the whole sequence.
-            cache: Dynamic cache with our layers that holds all earlier positions; extended in place.
-            stages: From `drop_stages`, None for the cache's own.
+    text_only = runs_questions = True
+
+    @classmethod
+    def apply(cls, config, facts, policy):
+        dropping = facts.get("dropping")
+        if dropping is None:
+            return policy
+        stages = {"kind": dropping["type"], "layers": tuple(dropping["layers"]), "ratios": tuple(dropping["ratios"])}
+        return cls(**policy.facts(), **stages)
+
+    @property
+    def _settings(self) -> dict:
+        return {"type": self.kind, "layers": list(self.layers), "ratios": list(self.ratios)}
+
+    def facts(self):
+        return {**super().facts(), "dropping": self._settings}
+
+    def begin(self, cache):
+        super().begin(cache)
+        cache.progress = DropProgress(drop_stages(self._settings))
+
+    def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
+        """As the base's; rows from the first video on run up to the first stage, where they wait for the question.
 
         Raises:
             ValueError: If the cache's sequence went through stages already, or waits in front of other ones.
         """
-        state, begin = dropping_of(cache), layout.length - inputs_embeds.shape[1]
+        state, begin, stages = cache.progress, layout.length - inputs_embeds.shape[1], drop_stages(self._settings)
+        if state is None and layout.end <= begin:
+            return super().extend(model, inputs_embeds, layout, cache, keep_hidden)
         if state is None:
             first = next(video[0].start for video in layout.videos if video[0].start >= begin)
             if first > begin:
-                self.run_text(inputs_embeds[:, : first - begin], cache, keep_hidden=None)
+                run_text(model, inputs_embeds[:, : first - begin], cache, keep_hidden=None)
             inputs_embeds, begin = inputs_embeds[:, first - begin :], first
-            state = cache.dropping = TokenDropping(stages)
-            cache.deferred = DeferredRows(begin=begin)
-        elif cache.deferred is None or state.kept:
+            state = cache.progress = DropProgress(stages)
+            cache.waiting = WaitingRows(begin=begin)
+        elif cache.waiting is None or state.kept:
             raise ValueError(
                 "a video cannot follow text whose visual tokens were dropped already: give the whole prompt, with all "
                 "its videos, at once"
             )
-        elif stages is not None and stages != state.stages:
+        passed = state.spans(len(cache.layers))[0]
+        hidden = _run_layers(model, inputs_embeds, cache, passed)
+        cache.layout, cache.waiting = layout, cache.waiting.then(hidden[0])
+        for layer in cache.layers[passed.stop :]:
+            layer.pass_by(hidden.shape[1])
+        return None
+
+    def require_same(self, other):
+        if self != other and isinstance(other, type(self)):
             raise ValueError(
                 "the conversation's earlier video was encoded with other settings of mm_llm_compress and "
                 "llm_compress_*: set them back, or begin a new conversation"
             )
-        passed = state.spans(len(cache.layers))[0]
-        hidden = self._run_layers(inputs_embeds, cache, passed)
-        cache.layout, cache.deferred = layout, cache.deferred.then(hidden[0])
-        for layer in cache.layers[passed.stop :]:
-            layer.pass_by(hidden.shape[1])
 
-    def settle_stages(self, cache):
-        """What follows from a cache whose rows wait as far as no question is needed; the given one is unchanged."""
-        settled = fork_cache(cache)
-        move_cache(settled, self.device)
-        self.run_stages(settled)
+    def settled(self, model, cache):
+        settled = cache.fork()
+        settled.move(model.device)
+        _run_stages(model, settled)
         return settled
 
-    def run_stages(self, cache, text=None, asked=None, keep_hidden=0):
-        """Takes a cache of one row through its stages, in place, and text behind it through all layers.
+    def ask(self, model, cache, text, call):
+        if cache.progress is None:
+            return super().ask(model, cache, text, call)
+        return _run_stages(model, cache, text, call.asked)
 
-        Args:
-            cache: Its rows wait in front of a stage, or have passed them all.
-            text: [1, n, hidden] embeddings of what follows; None takes the rows as far as no question is needed.
-            asked: How many of them are the prompt's, whose last one scores; by default all.
-            keep_hidden: How many of the text's last hidden states to return; 0 for all, None for none.
-
-        Returns:
-            [1, keep_hidden or n, hidden], after the final norm; None without text or if none were asked for.
-        """
-        state, waiting = cache.dropping, cache.deferred
-        spans = state.spans(len(cache.layers))
-        for span in spans[: len(state.kept) + 1]:
-            text = text if text is None else self._run_layers(text, cache, span)
-        while not state.done and not (text is None and state.next_stage.by_attention):
-            scores = None
-            if state.next_stage.by_attention:
-                query = text if asked is None else text[:, :asked]
-                if not query.shape[1]:
-                    raise ValueError("token dropping by attention needs a question: put text behind the video")
-                scores = self._scores(cache, state.next_stage.layers, waiting, query)
-            state, places = state.choose(cache.layout, waiting.begin, len(waiting), scores)
-            waiting, span = waiting.select(places), spans[len(state.kept)]
-            for index in span:
-                cache.layers[index].pass_by(-len(places))
-            rows = torch.cat([*waiting.parts, *([] if text is None else text)])[None]
-            # Behind the last layer nobody reads what waited.
-            unread = len(places) if span.stop == len(cache.layers) else 0
-            hidden = self._run_layers(rows, cache, span, unread)
-            if unread:
-                text = text if text is None else hidden
-            else:
-                waiting = DeferredRows((hidden[0, : len(places)],), waiting.begin)
-                text = text if text is None else hidden[:, len(places) :]
-        cache.dropping, cache.deferred = state, None if state.done else waiting
-        if text is None or keep_hidden is None:
-            return None
-        return self.language_model.norm(text[:, -keep_hidden:])
-
-    def continue_stages(self, embeds, attention_mask, cache) -> BaseModelOutputWithPast:
-        """Further tokens behind a cache of any number of rows whose stages are done: each layer at its own positions.
-
-        Args:
-            embeds: [B, n, hidden].
-            attention_mask: [B, past + n]; new tokens must not be padding.
-            cache: Extended in place.
-        """
-        count, model = embeds.shape[1], self.language_model
-        if count > 1 and attention_mask is not None and not attention_mask[:, -count:].all():
+    def decode(self, model, inputs_embeds, attention_mask, position_ids, cache, options):
+        if cache.progress is None:
+            return super().decode(model, inputs_embeds, attention_mask, position_ids, cache, options)
+        if options.get("output_hidden_states") or options.get("output_attentions"):
             raise ValueError(
-                "several prompts behind a batch whose visual tokens were dropped must be of one length; ask them one "
-                "by one"
+                "output_hidden_states and output_attentions do not go with dropped visual tokens, of which layers "
+                "hold different numbers; set mm_llm_compress to False"
             )
-        hidden = embeds
-        for span in cache.dropping.spans(len(cache.layers)):
-            if not span:
-                continue
-            layer, mask, options = cache.layers[span.start], None, {}
-            positions = torch.arange(layer.held, layer.held + count, device=embeds.device).expand(len(embeds), -1)
-            if layer.row_padding is None:
-                options["plan"] = AttentionPlan([AttentionStep(layer.held, layer.held + count)])
-            else:
-                padding = layer.row_padding.to(embeds.device)[:, None]
-                positions = positions - padding
-                columns = torch.arange(layer.get_seq_length() + count, device=embeds.device)
-                # Sized by the first of these layers, as the library would by the first of all.
-                view = copy.copy(cache)
-                view.layers = cache.layers[span.start :]
-                mask = create_causal_mask(
-                    config=model.config,
-                    inputs_embeds=hidden,
-                    attention_mask=(columns >= layer.hidden + padding).long(),
-                    **{CACHE_NAME: view},
-                )
-            hidden = _run_span(model, hidden, positions, cache, span, attention_mask=mask, **options)
-        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), **{CACHE_NAME: cache})
+        return _decode_stages(model, inputs_embeds, attention_mask, cache)
 
-    def _run_layers(self, rows, cache, span: range, unread=0) -> torch.Tensor:
-        """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
 
-        Args:
-            span: The layers; they hold equally many keys.
-            unread: The first so many rows are not returned.
+def _run_stages(model, cache, text=None, asked=None):
+    """Takes a cache of one row through its stages, in place, and text behind it through all layers.
 
-        Returns:
-            [1, n - unread, hidden], without the final norm.
-        """
-        count, kept = rows.shape[1], []
-        held = cache.layers[span.start].held if span else 0
+    Args:
+        cache: Its rows wait in front of a stage, or have passed them all.
+        text: [1, n, hidden] embeddings of what follows; None takes the rows as far as no question is needed.
+        asked: How many of them are the prompt's, whose last one scores; by default all.
+
+    Returns:
+        [1, n, hidden], after the final norm; None without text.
+    """
+    state, waiting = cache.progress, cache.waiting
+    spans = state.spans(len(cache.layers))
+    for span in spans[: len(state.kept) + 1]:
+        text = text if text is None else _run_layers(model, text, cache, span)
+    while not state.done and not (text is None and state.next_stage.by_attention):
+        scores = None
+        if state.next_stage.by_attention:
+            query = text if asked is None else text[:, :asked]
+            if not query.shape[1]:
+                raise ValueError("token dropping by attention needs a question: put text behind the video")
+            scores = _scores(model, cache, state.next_stage.layers, waiting, query)
+        state, places = state.choose(cache.layout, waiting.begin, len(waiting), scores)
+        waiting, span = waiting.select(places), spans[len(state.kept)]
         for index in span:
-            cache.layers[index].reserve(held + count)
-        edges = sorted({*range(0, count, self.segment_tokens), unread, count})
-        for begin, stop in zip(edges, edges[1:], strict=False):
-            positions = torch.arange(held + begin, held + stop, device=rows.device)[None]
-            steps = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
-            plan = AttentionPlan(steps, unread=stop <= unread)
-            hidden = _run_span(self.language_model, rows[:, begin:stop], positions, cache, span, plan=plan)
-            if begin >= unread:
-                kept.append(hidden)
-        if not kept:
-            return rows[:, :0]
-        return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+            cache.layers[index].pass_by(-len(places))
+        rows = torch.cat([*waiting.parts, *([] if text is None else text)])[None]
+        # Behind the last layer nobody reads what waited.
+        unread = len(places) if span.stop == len(cache.layers) else 0
+        hidden = _run_layers(model, rows, cache, span, unread)
+        if unread:
+            text = text if text is None else hidden
+        else:
+            waiting = WaitingRows((hidden[0, : len(places)],), waiting.begin)
+            text = text if text is None else hidden[:, len(places) :]
+    cache.progress, cache.waiting = state, None if state.done else waiting
+    return None if text is None else model.language_model.norm(text)
 
-    def _scores(self, cache, index, waiting, text) -> torch.Tensor:
-        """[rows] attention of the text's last token to the rows that wait in front of layer `index`, mean over heads.
 
-        One row of the layer's attention, whose softmax is over the whole sequence: text that the layer holds, waiting
-        rows, text behind them.
-        """
-        model = self.language_model
-        layer, held = model.layers[index], cache.layers[index].held
-        attention, keys = layer.self_attn, [cache.layers[index].keys] if held else []
-        rows = torch.cat([*waiting.parts, text[0]])[None]
-        for begin in range(0, rows.shape[1], self.segment_tokens):
-            normed = layer.input_layernorm(rows[:, begin : begin + self.segment_tokens])
-            positions = torch.arange(held + begin, held + begin + normed.shape[1], device=normed.device)[None]
-            rotary = model.rotary_emb(normed, positions)
-            key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-            keys.append(apply_rotary_pos_emb(key[:, :0], key, *rotary)[1])
-        query = attention.q_proj(normed[:, -1:]).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-        query = apply_rotary_pos_emb(query, key[:, :0, :1], *(table[:, -1:] for table in rotary))[0]
-        keys = torch.cat([part.to(query.device) for part in keys], dim=2)
-        mass = attention_mass(query, keys, attention.scaling) / query.shape[1]
-        return mass[held : held + len(waiting)].cpu()
+def _decode_stages(model, embeds, attention_mask, cache) -> BaseModelOutputWithPast:
+    """Further tokens [B, n, hidden] behind rows whose stages are done: each layer at its own positions."""
+    count, language_model = embeds.shape[1], model.language_model
+    if count > 1 and attention_mask is not None and not attention_mask[:, -count:].all():
+        raise ValueError(
+            "several prompts behind a batch whose visual tokens were dropped must be of one length; ask them one by "
+            "one"
+        )
+    hidden = embeds
+    for span in cache.progress.spans(len(cache.layers)):
+        if not span:
+            continue
+        layer, mask, plan = cache.layers[span.start], None, None
+        positions = torch.arange(layer.held, layer.held + count, device=embeds.device).expand(len(embeds), -1)
+        if layer.row_padding is None:
+            plan = AttentionPlan([AttentionStep(layer.held, layer.held + count)])
+        else:
+            padding = layer.row_padding.to(embeds.device)[:, None]
+            positions = positions - padding
+            columns = torch.arange(layer.get_seq_length() + count, device=embeds.device)
+            # Sized by the first of these layers, as the library would by the first of all.
+            view = copy.copy(cache)
+            view.layers = cache.layers[span.start :]
+            mask = create_causal_mask(
+                config=language_model.config,
+                inputs_embeds=hidden,
+                attention_mask=(columns >= layer.hidden + padding).long(),
+                **{CACHE_NAME: view},
+            )
+        hidden = _run_span(language_model, hidden, positions, cache, span, plan, mask)
+    return BaseModelOutputWithPast(last_hidden_state=language_model.norm(hidden), **{CACHE_NAME: cache})
+
+
+def _run_layers(model, rows, cache, span: range, unread=0) -> torch.Tensor:
+    """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
+
+    Args:
+        span: The layers; they hold equally many keys.
+        unread: The first so many rows are not returned.
+
+    Returns:
+        [1, n - unread, hidden], without the final norm.
+    """
+    count, kept = rows.shape[1], []
+    held = cache.layers[span.start].held if span else 0
+    for index in span:
+        cache.layers[index].reserve(held + count)
+    edges = sorted({*range(0, count, SEGMENT_TOKENS), unread, count})
+    for begin, stop in zip(edges, edges[1:], strict=False):
+        positions = torch.arange(held + begin, held + stop, device=rows.device)[None]
+        steps = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
+        plan = AttentionPlan(steps, unread=stop <= unread)
+        hidden = _run_span(model.language_model, rows[:, begin:stop], positions, cache, span, plan)
+        if begin >= unread:
+            kept.append(hidden)
+    if not kept:
+        return rows[:, :0]
+    return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+
+
+def _scores(model, cache, index, waiting, text) -> torch.Tensor:
+    """[rows] attention of the text's last token to the rows that wait in front of layer `index`, mean over heads.
+
+    One row of the layer's attention, whose softmax is over the whole sequence: text that the layer holds, waiting
+    rows, text behind them.
+    """
+    language_model = model.language_model
+    layer, held = language_model.layers[index], cache.layers[index].held
+    attention, keys = layer.self_attn, [cache.layers[index].keys] if held else []
+    rows = torch.cat([*waiting.parts, text[0]])[None]
+    for begin in range(0, rows.shape[1], SEGMENT_TOKENS):
+        normed = layer.input_layernorm(rows[:, begin : begin + SEGMENT_TOKENS])
+        positions = torch.arange(held + begin, held + begin + normed.shape[1], device=normed.device)[None]
+        rotary = language_model.rotary_emb(normed, positions)
+        key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+        keys.append(apply_rotary_pos_emb(key[:, :0], key, *rotary)[1])
+    query = attention.q_proj(normed[:, -1:]).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+    query = apply_rotary_pos_emb(query, key[:, :0, :1], *(table[:, -1:] for table in rotary))[0]
+    keys = torch.cat([part.to(query.device) for part in keys], dim=2)
+    mass = attention_mass(query, keys, attention.scaling) / query.shape[1]
+    return mass[held : held + len(waiting)].cpu()
 
 
 def _run_span(model, hidden, positions, cache, span, plan=None, attention_mask=None) -> torch.Tensor:
@@ -348,4 +378,4 @@ def _run_span(model, hidden, positions, cache, span, plan=None, attention_mask=N
     return hidden
 
 
-__all__ = ["DropStage", "TokenDropping", "drop_stages", "dropping_of", "uniform_choice"]
+__all__ = ["DropProgress", "DropStage", "TokenDropping", "drop_stages", "uniform_choice"]

@@ -13,11 +13,15 @@ G groups, K rows that are kept, H the language model's width.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+from .prefill_videoxl import SequencePolicy
+from .sparse_attention import GroupSpan, VisualLayout
 
 # Base of the rotation of rows, as in the reference.
 ROW_ROPE_THETA = 1e6
@@ -176,12 +180,77 @@ def _visual_rows(groups, device) -> torch.Tensor:
     return (starts[:, None] + torch.arange(size, device=device)).flatten()
 
 
-def build_token_selector(config) -> VideoXLTokenSelector | None:
-    """The selector that `config.token_selector` names, None for families without one."""
-    if config.token_selector is None:
-        return None
-    heads = config.selector_heads if config.token_selector == "timed_query" else None
-    return VideoXLTokenSelector(config.text_config.hidden_size, heads)
+@dataclass(frozen=True)
+class TokenSelection(SequencePolicy):
+    """Puts a sequence's rows aside until a question comes, and runs those that the selector keeps for it.
+
+    Args:
+        inner: How these are run.
+    """
+
+    inner: SequencePolicy = field(default_factory=SequencePolicy)
+
+    text_only = True
+
+    @classmethod
+    def apply(cls, config, facts, policy):
+        return policy if config.token_selector is None else cls(*_plan_of(policy), inner=policy)
+
+    @classmethod
+    def add_modules(cls, model):
+        config, model.token_selector = model.config, None
+        if config.token_selector is not None:
+            heads = config.selector_heads if config.token_selector == "timed_query" else None
+            model.token_selector = VideoXLTokenSelector(config.text_config.hidden_size, heads)
+
+    def facts(self):
+        return self.inner.facts()
+
+    def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
+        if cache.held or cache.waiting is None and cache.get_seq_length():
+            raise ValueError(
+                "a video cannot follow text whose visual tokens were chosen already: give the whole prompt, with all "
+                "its videos, at once"
+            )
+        cache.layout = layout
+        cache.wait(inputs_embeds[0])
+
+    def ask(self, model, cache, text, call):
+        if cache.waiting is not None:
+            self._run_selected(model, cache, text[:, : call.asked])
+        return super().ask(model, cache, text, call)
+
+    def _run_selected(self, model, cache, question):
+        """Runs the rows that wait in a cache, of the videos' those that the selector keeps for the text."""
+        waiting, layout = cache.waiting, cache.layout
+        keep_ratio, limit = model.config.resolve_keep_ratio(), model.config.max_visual_tokens
+        # Text before, between and behind the videos, whose timestamps are theirs.
+        edges = [0, *(edge for video in layout.videos for edge in (video[0].start, video[-1].end)), layout.length]
+        pieces = [
+            waiting[start:stop].to(question) if stop > start else question[0, :0]
+            for start, stop in zip(edges[::2], edges[1::2], strict=True)
+        ]
+        text = torch.cat([*pieces, question[0]])
+        parts, videos, cursor = [pieces[0]], [], len(pieces[0])
+        for video, piece in zip(layout.videos, pieces[1:], strict=True):
+            start = video[0].start
+            groups = [tuple(place - start for place in group) for group in video]
+            _, kept = model.token_selector(waiting.until(video[-1].end).since(start), groups, text, keep_ratio, limit)
+            videos.append((GroupSpan(cursor, cursor, cursor + len(kept)),))
+            parts += [kept, piece]
+            cursor += len(kept) + len(piece)
+        cache.waiting = None
+        for layer in cache.layers:
+            layer.reset()
+        selected = VisualLayout(tuple(videos), cursor)
+        self.inner.extend(model, torch.cat(parts)[None], selected, cache, keep_hidden=None)
+        cache.layout = layout
+        for layer in cache.layers:
+            layer.pass_by(layout.length - cursor)
 
 
-__all__ = ["VideoXLTokenSelector", "build_token_selector", "kept_count", "rotate_rows"]
+def _plan_of(policy: SequencePolicy) -> tuple:
+    return policy.prefill, policy.chunk_groups, policy.window_chunks
+
+
+__all__ = ["TokenSelection", "VideoXLTokenSelector", "kept_count", "rotate_rows"]
