@@ -115,6 +115,11 @@ class EncodedVideo(str):
     def policy(self):
         return self.cache.policy
 
+    @property
+    def prefill(self) -> dict:
+        """The prefill settings it was made with, ready for JSON."""
+        return self.policy.facts()
+
     def question_cache(self, in_force: InForce | None = None) -> VideoXLCache:
         """A cache that a question may extend; of what bi-level decoding drops nothing comes to the device.
 
@@ -127,12 +132,13 @@ class EncodedVideo(str):
                 "a video was encoded with other settings of its model's compression than the config's, and is asked "
                 "with its own; encode it again to change them"
             )
-        if self._settled is None:
-            self._settled = self.policy.settled(self._model.model, self.cache)
-        whole = not in_force.decoding.text_only and self._settled.waiting is None
+        settled = self._settled or self.policy.settled(self._model.model, self.cache)
+        if settled is not self.cache:
+            self._settled = settled
+        whole = not in_force.decoding.text_only and settled.waiting is None
         device = self._model.device
-        here = self._settled.held > 0 and self._settled.layers[0].keys.device == device
-        cache = self._settled.fork(make_room=here and not in_force.decoding.text_only)
+        here = settled.held > 0 and settled.layers[0].keys.device == device
+        cache = settled.fork(make_room=here and not in_force.decoding.text_only)
         if whole:
             cache.move(device)
         return cache

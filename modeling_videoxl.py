@@ -37,10 +37,12 @@ from .planning_videoxl import VideoXLPlanningMixin
 from .prefill_videoxl import (
     DECODINGS,
     POLICIES,
+    SEGMENT_TOKENS,
     Call,
     InForce,
     PromptRow,
     continue_rows,
+    extend_cache,
     positions_of,
     prefill_rows,
     require_context,
@@ -96,6 +98,9 @@ class VideoXLPreTrainedModel(PreTrainedModel):
 class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin):
     """Vision tower, compressor, projector, token selector and language model without its head."""
 
+    # Tokens of a prompt that run through the language model at once, see `SEGMENT_TOKENS`.
+    segment_tokens = SEGMENT_TOKENS
+
     def __init__(self, config: VideoXLConfig):
         super().__init__(config)
         self.vision_tower = build_vision_tower(config)
@@ -134,6 +139,14 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin):
     @property
     def tokens_per_group(self) -> int:
         return self.config.compressor_config.tokens_per_group
+
+    def new_cache(self) -> VideoXLCache:
+        """An empty cache for this model."""
+        return VideoXLCache(self.config.text_config.num_hidden_layers)
+
+    def extend_cache(self, inputs_embeds, layout, cache, keep_hidden=0) -> torch.Tensor | None:
+        """Runs embeddings of one sequence into a cache under the settings in force, see `SequencePolicy.extend`."""
+        return extend_cache(self, inputs_embeds, layout, cache, InForce(self.config).policy, keep_hidden)
 
     def forward(
         self,

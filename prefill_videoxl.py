@@ -344,7 +344,7 @@ def run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden=0, prob
     keep_from = end if keep_hidden is None else end - keep_hidden if keep_hidden else begin
     offloaded, kept = cache is not None and cache.layers[0].is_offloaded, []
     while steps:
-        count = len(steps) if cache is None else _steps_at_once(steps, keep_from)
+        count = len(steps) if cache is None else _steps_at_once(steps, keep_from, model.segment_tokens)
         segment, steps = steps[:count], steps[count:]
         start, stop = segment[0].start, segment[-1].stop
         places, rows = beacon_places, slice(start - begin, stop - begin)
@@ -370,10 +370,10 @@ def run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden=0, prob
     return torch.cat(kept, dim=1) if kept else None
 
 
-def _steps_at_once(steps, keep_from) -> int:
-    """How many of the next steps make a segment: of bounded length, all or none of it before `keep_from`."""
+def _steps_at_once(steps, keep_from, limit) -> int:
+    """How many of the next steps make a segment: `limit` tokens at most, all or none of them before `keep_from`."""
     unread, count = steps[0].stop <= keep_from, 1
-    while count < len(steps) and steps[count].stop - steps[0].start <= SEGMENT_TOKENS:
+    while count < len(steps) and steps[count].stop - steps[0].start <= limit:
         if (steps[count].stop <= keep_from) != unread:
             break
         count += 1

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from .kv_cache import CACHE_NAME, WaitingRows
-from .prefill_videoxl import SEGMENT_TOKENS, SequencePolicy, run_text
+from .prefill_videoxl import SequencePolicy, run_text
 from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, attention_mass, plan_prefill
 
 # How many of the first stages are uniform, by the published names of `llm_compress_type`.
@@ -324,7 +324,7 @@ def _run_layers(model, rows, cache, span: range, unread=0) -> torch.Tensor:
     held = cache.layers[span.start].held if span else 0
     for index in span:
         cache.layers[index].reserve(held + count)
-    edges = sorted({*range(0, count, SEGMENT_TOKENS), unread, count})
+    edges = sorted({*range(0, count, model.segment_tokens), unread, count})
     for begin, stop in zip(edges, edges[1:], strict=False):
         positions = torch.arange(held + begin, held + stop, device=rows.device)[None]
         steps = plan_prefill(VisualLayout(length=held + stop), "full", 1, 1, held + begin)
@@ -347,8 +347,8 @@ def _scores(model, cache, index, waiting, text) -> torch.Tensor:
     layer, held = language_model.layers[index], cache.layers[index].held
     attention, keys = layer.self_attn, [cache.layers[index].keys] if held else []
     rows = torch.cat([*waiting.parts, text[0]])[None]
-    for begin in range(0, rows.shape[1], SEGMENT_TOKENS):
-        normed = layer.input_layernorm(rows[:, begin : begin + SEGMENT_TOKENS])
+    for begin in range(0, rows.shape[1], model.segment_tokens):
+        normed = layer.input_layernorm(rows[:, begin : begin + model.segment_tokens])
         positions = torch.arange(held + begin, held + begin + normed.shape[1], device=normed.device)[None]
         rotary = language_model.rotary_emb(normed, positions)
         key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)

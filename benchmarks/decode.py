@@ -3,7 +3,7 @@
 What is surprising:
 * The first question's time is prefill of the video's tokens plus question plus first token. The vision tower is left
   out, so the share that a second question takes is an upper bound of what users see.
-* Everything after the prefill goes through `generate`, over a `fork_cache` of the encoded video, as `chat` does; so
+* Everything after the prefill goes through `generate`, over a fork of the encoded video, as `chat` does; so
   the times include `generate`'s own.
 * With `bilevel` each question chooses its chunks and runs over dense and pooled key-values. Its first question also
   pools the video once, which later questions find done.
@@ -46,8 +46,6 @@ examples:
 
 def measure(decode: str, length: int, args) -> dict:
     """Times questions about a video of one length, in this process."""
-    from videoxl.kv_cache import fork_cache, new_cache
-
     config = load_config(args)
     model = build_model(config, args)
     set_sparse_attention(model, args, prefill=args.prefill, decode=decode)
@@ -63,7 +61,7 @@ def measure(decode: str, length: int, args) -> dict:
     generator = torch.Generator().manual_seed(0)
 
     def encode():
-        cache = new_cache(config.text_config.num_hidden_layers)
+        cache = model.model.new_cache()
         model.model.extend_cache(embeds, layout, cache, keep_hidden=1)
         return cache
 
@@ -74,7 +72,7 @@ def measure(decode: str, length: int, args) -> dict:
         )
         ids = torch.cat([video_ids, question.to(args.device)])[None]
         started = clock(args.device)
-        cache = fork_cache(cache)
+        cache = cache.fork()
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

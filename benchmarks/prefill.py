@@ -140,14 +140,12 @@ def measure(mode: str, length: int, runs: int, args) -> dict:
             model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
             return cache, built
     else:
-        from videoxl.kv_cache import new_cache
-
         model = build_model(config, args)
         language_model = model.model.language_model
         set_sparse_attention(model, args, prefill=mode)
 
         def prefill(embeds, layout):
-            cache = new_cache(config.text_config.num_hidden_layers)
+            cache = model.model.new_cache()
             model.model.extend_cache(embeds, layout, cache, keep_hidden=1 if args.hidden_states == "last" else 0)
             return cache, 0.0
 

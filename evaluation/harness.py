@@ -303,7 +303,7 @@ def kept_visual_tokens(model, video, chunks: Sequence[dict], chunk_groups: int, 
 
     Members of the family that compress or select visual tokens keep what their plan says, whatever the chunks.
     """
-    if getattr(video.cache, "deferred", None) is not None or video.prefill.get("beacons"):
+    if video.cache.waiting is not None or video.prefill.get("beacons"):
         plan = model.plan(video.num_frames)
         return plan.mixed_tokens - plan.text_tokens - plan.timestamp_tokens
     groups = [group.end - group.visual_start for group in video.layout.videos[-1]]

@@ -28,7 +28,7 @@ def state(video):
     tensors = [video.input_ids, *(() if video._tail is None else (video._tail,))]
     for layer in video.cache.layers:
         tensors += [layer.keys, layer.values] if layer.held else []
-    waiting = getattr(video.cache, "deferred", None)
+    waiting = video.cache.waiting
     tensors += [] if waiting is None or not len(waiting) else [waiting[:]]
     facts = (video.num_frames, video.duration, video.start, video.end, video.appended, video.mark, video.layout)
     facts += (list(video.timestamps), video.nbytes, str(layers), video.cache.get_seq_length(), video.prefill)
@@ -60,8 +60,8 @@ def failing(model, where, error, call=1):
     with pytest.MonkeyPatch.context() as patch:
         hook = None
         if where == "tower":
-            features = model.get_video_features
-            patch.setattr(model, "get_video_features", lambda *args: fail() or features(*args), raising=False)
+            features = model.model.get_video_features
+            patch.setattr(model.model, "get_video_features", lambda *args: fail() or features(*args), raising=False)
         elif where == "first layer":
             hook = layers[0].register_forward_pre_hook(fail)
         elif where == "attention":

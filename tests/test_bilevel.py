@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modeling import logits_of, pixels, prompt
-from videoxl.bilevel_videoxl import chunks_of, explicit_chunks, kept_spans
-from videoxl.cache_layers_videoxl import rotate
-from videoxl.kv_cache import KeptSpan, fork_cache, mix_cache, new_cache
+from videoxl.bilevel_videoxl import KeptSpan, chunks_of, explicit_chunks, kept_spans, mix_cache
+from videoxl.kv_cache import VideoXLCache, rotate
 from videoxl.selection_videoxl import Levels
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 
@@ -49,7 +48,7 @@ def test_a_pooled_group_keeps_what_fills_whole_windows(model, tokenizer, video, 
     model.config.sparse_attention = {**BILEVEL, "pool_size": pool_size, "reload": "none"}
     ids = torch.cat([video.input_ids, torch.tensor([20, 21])])[None]
     with torch.no_grad():
-        out = model(ids[:, -2:], past_key_values=fork_cache(video.cache), attention_mask=torch.ones_like(ids))
+        out = model(ids[:, -2:], past_key_values=video.cache.fork(), attention_mask=torch.ones_like(ids))
     tokens, groups = model.config.compressor_config.tokens_per_group, len(video.layout.groups)
     text = len(video.input_ids) - groups * tokens
     # The bundled checkpoint's 9 tokens and the default pool size 4 leave 2, the ninth token is left out.
@@ -189,7 +188,7 @@ def test_token_budget_holds(model, tokenizer, video, budget):
     ids = torch.cat([video.input_ids, torch.tensor([20, 21])])[None]
 
     with torch.no_grad():
-        out = model(ids[:, -2:], past_key_values=fork_cache(video.cache), attention_mask=torch.ones_like(ids))
+        out = model(ids[:, -2:], past_key_values=video.cache.fork(), attention_mask=torch.ones_like(ids))
     chunk = video.layout.groups[1].end - video.layout.groups[0].end
     kept = {layer.held - 2 for layer in out.past_key_values.layers}
     assert len(video.input_ids) > 110, "a budget must bind, or it is not tested"
@@ -295,7 +294,7 @@ def test_mixed_cache_is_what_the_spans_say(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     keys, values = (torch.randn(1, 2, cursor, 8, generator=generator) for _ in range(2))
     inv_freq = 1.0 / 10000.0 ** (torch.arange(4) / 4)
-    cache = new_cache(1)
+    cache = VideoXLCache(1)
     cache.layers[0].set_content(keys.clone(), values.clone())
     spans = kept_spans(layout, chunks, levels, cursor)
     groups = [(group.visual_start, group.end) for group in layout.groups]
@@ -369,14 +368,14 @@ def test_forks_of_forks_never_see_each_other():
     def content(cache):
         return cache.layers[0].keys[0, 0, :, 0].tolist()
 
-    cache = new_cache(1)
+    cache = VideoXLCache(1)
     cache.update(states(0, 3), states(0, 3), 0)
-    first = fork_cache(cache, make_room=True)
-    second = fork_cache(first)
+    first = cache.fork(make_room=True)
+    second = first.fork()
     del first
     second.update(states(1, 2), states(1, 2), 0)
     cache.update(states(2, 2), states(2, 2), 0)
-    third = fork_cache(second)
+    third = second.fork()
     third.crop(-1)
     third.update(states(3, 1), states(3, 1), 0)
     assert content(cache) == [0, 0, 0, 2, 2]
@@ -390,7 +389,7 @@ def test_a_question_copies_nothing_of_the_video(model, tokenizer, video, tmp_pat
     for each in (video, loaded):
         model.chat(each, tokenizer, "What?", generation_config=SHORT)
         keys = each.cache.layers[0].keys
-        fork = fork_cache(each.cache, make_room=True)
+        fork = each.cache.fork(make_room=True)
         fork.update(keys[:, :, :1], keys[:, :, :1], 0)
         assert fork.layers[0].keys.data_ptr() == each.cache.layers[0].keys.data_ptr()
 

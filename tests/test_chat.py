@@ -25,8 +25,8 @@ def counted(model):
 
         return call
 
-    names = ("get_video_features", "prefill_frames", "prefill_text")
-    return calls, [patch.object(type(model), name, count(name, getattr(type(model), name))) for name in names]
+    kind, names = type(model.model), ("get_video_features", "embed_prompt")
+    return calls, [patch.object(kind, name, count(name, getattr(kind, name))) for name in names]
 
 
 def test_published_quick_start(model, tokenizer, clips):
@@ -64,7 +64,7 @@ def test_second_turn_touches_no_video(model, tokenizer, clips):
     first, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
     before = copy.deepcopy(history)
     calls, patches = counted(model)
-    with patches[0], patches[1], patches[2]:
+    with patches[0], patches[1]:
         second, longer = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
         without_path, _ = model.chat(None, tokenizer, "And then?", chat_history=history, generation_config=SHORT)
         third, _ = model.chat(clips[0], tokenizer, "Why?", chat_history=longer, generation_config=SHORT)
@@ -83,7 +83,7 @@ def test_history_through_json_encodes_anew(model, tokenizer, clips):
     expected, _ = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
     restored = json.loads(json.dumps(history))
     calls, patches = counted(model)
-    with patches[0], patches[1], patches[2]:
+    with patches[0], patches[1]:
         answers = [
             model.chat(p, tokenizer, "And then?", restored, False, generation_config=SHORT) for p in (clips[0], None)
         ]
@@ -133,7 +133,7 @@ def test_interleaved_videos_equal_separate_runs(model, tokenizer, clips):
 def test_another_path_adds_a_video_to_the_conversation(model, tokenizer, processor, clips):
     _, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
     calls, patches = counted(model)
-    with patches[0], patches[1], patches[2]:
+    with patches[0], patches[1]:
         answer, longer = model.chat(clips[1], tokenizer, "And here?", chat_history=history, generation_config=SHORT)
         videos = [
             item["video"]
@@ -141,9 +141,9 @@ def test_another_path_adds_a_video_to_the_conversation(model, tokenizer, process
             for item in message["content"]
             if isinstance(item, dict) and "video" in item
         ]
-        frames_encoded = calls.count("prefill_frames")
+        frames_encoded = calls.count("embed_prompt")
         follow_up, _ = model.chat(clips[0], tokenizer, "Compare.", chat_history=longer, generation_config=SHORT)
-        assert calls.count("prefill_frames") == frames_encoded
+        assert calls.count("embed_prompt") == frames_encoded
     assert videos == list(clips) and videos[0] is history[0]["content"][0]["video"]
     plain = json.loads(json.dumps(longer[:3]))
     inputs = processor.apply_chat_template(

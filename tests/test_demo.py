@@ -65,7 +65,7 @@ def test_answers_stream_and_equal_chat(chat, clips):
     alone = direct(chat, clips[0], "And then?")[0]
     assert follow_up != alone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(chat.model), "prefill_frames", None)
+        patch.setattr(type(chat.model.model), "get_video_features", None)
         assert list(chat.ask(reply.session, "And then?"))[-1].text == follow_up
         assert list(chat.ask(reply.session, "And then?", remember=False))[-1].text == alone
 

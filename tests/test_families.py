@@ -26,7 +26,7 @@ def first_logits(model, processor, video, question=QUESTION):
     """Logits of the first token of the answer about an encoded video."""
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     suffix = processor.prompt_pieces(processor.render([{"role": "user", "content": content}]), [video.shown])[-1]
-    cache = model._question_cache(video)
+    cache = video.question_cache()
     return model(input_ids=torch.tensor([suffix]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
 
@@ -307,7 +307,7 @@ def test_timestamps_of_many_hours(family_models, tokenizer):
         assert len(set(stamps)) == 2
         model.config.keep_ratio = 0.9
         assert ask(model, tokenizer, video) == ask(model, tokenizer, video)
-        cache = model._question_cache(video)
+        cache = video.question_cache()
         with torch.no_grad():
             model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
         kept = int(4 * 9 * 0.9) // 16 * 16

@@ -165,7 +165,7 @@ def test_second_turns_carry_no_sentence_and_reuse_the_video(flash, tokenizer, cl
     answer, history = flash.chat(clips[0], tokenizer, "What?", **GREEDY)
     video = history[0]["content"][0]["video"]
     assert history[0]["content"][1]["text"] == "What?"
-    monkeypatch.setattr(flash, "prefill_frames", None)
+    monkeypatch.setattr(flash.model, "get_video_features", None)
     second, longer = flash.chat(clips[0], tokenizer, "And then?", chat_history=history, **GREEDY)
     assert longer[0]["content"][0]["video"] is video
     assert [message["content"] for message in longer[1:]] == [answer, "And then?", second]
@@ -301,7 +301,7 @@ def test_only_words_of_the_answer_count_as_repeated(flash, tokenizer, clips):
     processor = VideoXLProcessor.from_config(flash.config, tokenizer)
     text = processor.render([{"role": "user", "content": content}])
     ids, said = torch.tensor([processor.prompt_pieces(text, [video.shown])[1]]), []
-    cache = flash._question_cache(video)
+    cache = video.question_cache()
     with torch.no_grad():
         for _ in range(6):
             scores = flash(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()

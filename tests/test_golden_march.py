@@ -15,7 +15,6 @@ from goldens import FIXTURES, assert_close, open_golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from videoxl.convert_weights import convert, read_source, recognise_family
-from videoxl.kv_cache import new_cache
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 
 FEATURES, LOGITS = 1e-4, 3e-4
@@ -89,7 +88,7 @@ def test_selection_and_beacons_compose(march, model, ratio, limit):
     embeddings = reference.get_input_embeddings().weight
     embeds = torch.cat([embeddings[PREFIX], rows, embeddings[SUFFIX]])[None]
     video = GroupSpan(len(PREFIX), len(PREFIX), len(PREFIX) + len(rows))
-    cache = new_cache(3)
+    cache = reference.model.new_cache()
     layout = VisualLayout(((video,),), embeds.shape[1])
     hidden = reference.model.extend_cache(embeds, layout, cache, keep_hidden=len(SUFFIX))
     expected = reference.lm_head(hidden[0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from goldens import assert_close, open_golden
-from videoxl.beacon_memory_videoxl import kept_tokens, plan_windows
-from videoxl.cache_layers_videoxl import rotate
+from videoxl.beacon_memory_videoxl import plan_windows
+from videoxl.kv_cache import rotate
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
 
 # Absolute, as the golden's notes suggest.
@@ -88,7 +88,7 @@ def test_windows_and_their_embeddings(case):
     visual, beacon = case.tensor("visual_tokens"), case.model.model.beacon_embed_tokens.weight.detach()
     for run, tensor in runs(case):
         beacons = case.model.config.resolve_beacons()
-        assert kept_tokens(tokens, beacons) == run["memory_after_prefill"]["beacon"]
+        assert sum(window.count for window in plan_windows(tokens, **beacons)) == run["memory_after_prefill"]["beacon"]
         places, memory, stream = [], prefix, prefix
         windows = plan_windows(tokens, **beacons)
         for number, (window, facts) in enumerate(zip(windows, run["windows"], strict=True)):

@@ -1,7 +1,6 @@
 """forward and generate: counts, modes of running, precision, gradients, batches, beams."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -301,8 +300,7 @@ def test_padding_that_all_rows_share(model, settings, rows):
 
 
 def test_sparse_prefill_of_several_segments_with_and_without_cache(model, monkeypatch):
-    for module in {type(model.model).extend_cache.__module__, "videoxl.prefill_videoxl"} & set(sys.modules):
-        monkeypatch.setattr(sys.modules[module], "SEGMENT_TOKENS", 50)
+    monkeypatch.setattr(model.model, "segment_tokens", 50)
     ids, video = prompt(model, [9]), pixels(model, 36)
     for settings in PREFILLS:
         model.config.sparse_attention = settings

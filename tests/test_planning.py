@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Tokenizer
-from videoxl.bilevel_videoxl import choose_for_question
 from videoxl.planning_videoxl import parse_memory
 from videoxl.sparse_attention import MASK_ROWS
 
@@ -78,12 +77,12 @@ def test_mixed_key_values_are_exact(model, tokenizer, count, settings):
     model.config.sparse_attention = {"prefill": "streaming", "decode": "bilevel", **settings}
     video = encode(model, tokenizer, count)
     plan = model.plan(count, tokenizer=tokenizer)
-    question = model.get_input_embeddings()(torch.tensor([tokenizer("What moves?")["input_ids"]]))
+    question = torch.tensor([tokenizer("What moves?")["input_ids"]])
+    resolved, mixed = model.config.resolve_sparse_attention(), video.question_cache()
     with torch.no_grad():
-        resolved = model.config.resolve_sparse_attention()
-        mixed, _ = choose_for_question(model.model, video.cache, question, resolved)
-    assert plan.mixed_tokens == mixed.layers[0].held
-    assert plan.mixed_kv_bytes == kv_bytes(mixed)
+        model(input_ids=question, past_key_values=mixed)
+    assert plan.mixed_tokens == mixed.held - question.shape[1]
+    assert plan.mixed_kv_bytes == kv_bytes(mixed) * plan.mixed_tokens // mixed.held
     assert plan.kv_bytes == kv_bytes(video.cache)
     visual = [(group.visual_start, group.end) for group in video.layout.groups]
     inv_freq = model.model.language_model.rotary_emb.inv_freq
@@ -131,7 +130,7 @@ def test_other_members_tokens_and_sizes_are_exact(member, tokenizer, count):
     assert (plan.frames, plan.groups) == (count, len(video.layout.groups))
     assert plan.total_tokens == len(video.input_ids) and plan.visual_tokens == video.num_visual_tokens
     assert plan.kv_bytes == video.nbytes
-    cache = member._question_cache(video)
+    cache = video.question_cache()
     with torch.no_grad():
         member(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
     seen = [layer.held - 3 for layer in cache.layers]
@@ -162,7 +161,7 @@ def test_other_members_peaks_are_what_the_allocator_sees(member, tokenizer):
     if member.config.token_selector or member.config.mm_llm_compress:
         ids = {"input_ids": torch.tensor([[5, 6, 7]])}
         with torch.no_grad():
-            peak = allocated_peak(lambda: member(**ids, past_key_values=member._question_cache(videos[0])))
+            peak = allocated_peak(lambda: member(**ids, past_key_values=videos[0].question_cache()))
         expected = plan.beyond("question") - videos[0].nbytes
         assert 0.7 < expected / peak < 1.4, (expected, peak)
 
@@ -185,7 +184,7 @@ def test_other_members_run_in_bounded_memory(member, tokenizer):
     assert long_peak - short_peak < allowed, (short_peak, long_peak, short.nbytes, long.nbytes)
     if member.config.max_visual_tokens is not None:
         question = {"input_ids": torch.tensor([[5, 6, 7]])}
-        caches = [member._question_cache(video) for video in (short, long)]
+        caches = [video.question_cache() for video in (short, long)]
         with torch.no_grad():
             peaks = [allocated_peak(lambda cache=cache: member(**question, past_key_values=cache)) for cache in caches]
         assert caches[0].layers[0].held == caches[1].layers[0].held, "the same number of tokens, whatever the length"

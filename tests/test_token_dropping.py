@@ -1,12 +1,12 @@
 """Dropping visual tokens between layers: against a slow oracle, in chunks, in every door, and what it refuses."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from dropping_oracle import run_oracle
 from transformers import AutoModel, Qwen2Config, Qwen2Model
+from videoxl.sparse_attention import GroupSpan, VisualLayout
 
 SETTINGS = [
     ("uniform0_attention", [2, 4], [1, 0.75, 0.25]),
@@ -89,7 +89,7 @@ def test_prefill_and_decode_equal_the_slow_oracle(flash, settings, groups):
     assert behind == 6  # the question
     close(outputs.logits[0], expected[-behind:])
     assert [layer.held for layer in cache.layers] == lengths
-    assert [[tokens.tolist() for tokens in stage] for stage in cache.dropping.kept] == kept
+    assert [[tokens.tolist() for tokens in stage] for stage in cache.progress.kept] == kept
     more = [7, 23, 11]
     for count, token in enumerate(more, 1):
         with torch.no_grad():
@@ -120,12 +120,11 @@ def test_chunks_of_any_size_equal_at_once(flash, monkeypatch, settings):
     with torch.no_grad():
         expected = flash(ids[None], pixel_values_videos=videos)
         for size in (1, 7, 50):
-            for module in {type(flash.model).extend_cache.__module__, "videoxl.prefill_videoxl"} & set(sys.modules):
-                monkeypatch.setattr(sys.modules[module], "SEGMENT_TOKENS", size)
+            monkeypatch.setattr(flash.model, "segment_tokens", size)
             found = flash(ids[None], pixel_values_videos=videos)
             close(found.logits, expected.logits)
             for stages in zip(
-                found.past_key_values.dropping.kept, expected.past_key_values.dropping.kept, strict=True
+                found.past_key_values.progress.kept, expected.past_key_values.progress.kept, strict=True
             ):
                 assert all(map(torch.equal, *stages))
 
@@ -266,7 +265,7 @@ TIMES = [float(second) for second in range(23)]
 @torch.no_grad()
 def asked(model, video, suffix=(5, 6, 7, 8)):
     """Logits of the first token behind a question about an encoded video, and the keys that each layer holds."""
-    cache = model._question_cache(video)
+    cache = video.question_cache()
     logits = model(torch.tensor([suffix]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
     return logits, [layer.held for layer in cache.layers]
 
@@ -315,19 +314,21 @@ def test_encoded_videos_equal_whole_prompts(flash, tokenizer, tmp_path, settings
     assert torch.equal(asked(flash, plain)[0], expected[0]) and len(set(expected[1])) == 1
 
 
-def test_uniform_stages_are_done_once_for_all_questions(flash, tokenizer, monkeypatch):
+def test_uniform_stages_are_done_once_for_all_questions(flash, tokenizer):
     switch(flash, *SETTINGS[0])
     video = flash.encode_video(FRAMES, tokenizer, timestamps=TIMES)
     asked(flash, video)
     rows = []
-    run = type(flash.model)._run_layers
-    monkeypatch.setattr(
-        type(flash.model), "_run_layers", lambda self, given, cache, span, *rest: rows.append((given.shape[1], span))
-        or run(self, given, cache, span, *rest),
-    )  # fmt: skip
+    layers = flash.model.language_model.layers
+    hooks = [
+        layers[first].register_forward_pre_hook(lambda _, given, first=first: rows.append((first, given[0].shape[1])))
+        for first in (0, 2, 4)
+    ]
     asked(flash, video)
+    for hook in hooks:
+        hook.remove()
     visual, text = video.num_visual_tokens, 4
-    assert rows == [(text, range(0, 2)), (text, range(2, 4)), (int(visual * 0.25) + text, range(4, 6))]
+    assert rows == [(0, text), (2, text), (4, int(visual * 0.25)), (4, text)]
 
 
 def test_a_conversation_with_two_videos_and_batches(flash, tokenizer):
@@ -370,12 +371,11 @@ def test_memory_is_linear_and_scores_are_one_row(flash):
     switch(flash, *SETTINGS[1])
     cache, layout_length = None, 6000
     embeds = torch.randn(1, layout_length, flash.config.text_config.hidden_size, generator=torch.manual_seed(0))
-    room = sys.modules[type(flash.model).extend_cache.__module__]
-    layout = room.VisualLayout(((room.GroupSpan(4, 4, layout_length),),), layout_length)
-    cache = room.new_cache(6)
+    layout = VisualLayout(((GroupSpan(4, 4, layout_length),),), layout_length)
+    cache = flash.model.new_cache()
     with torch.no_grad(), Largest():
         flash.model.extend_cache(embeds, layout, cache, keep_hidden=None)
-        flash.model.run_stages(cache, embeds[:, :5])
+        flash(inputs_embeds=embeds[:, :5], past_key_values=cache)
     widest = flash.config.text_config.intermediate_size
     assert Largest.size <= max(4096 * widest, layout_length * flash.config.text_config.hidden_size * 2)
     assert Largest.size < layout_length**2 // 2
