@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from margins import watch_answers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -146,6 +147,7 @@ def open_golden(request, family, source, folders=("checkpoint", "checkpoint"), *
     The checkpoint's config and weights may come from two of its `folders`; `config` replaces entries of the published
     config.json.
     """
+    watch_answers()
     key = (family, source, *folders, *sorted(config.items()))
     if key not in _opened:
         folder = FIXTURES if source == "shipped" else request.getfixturevalue("test_data") / "golden"

@@ -29,6 +29,7 @@ def counted(model):
     return calls, [patch.object(type(model), name, count(name, getattr(type(model), name))) for name in names]
 
 
+@pytest.mark.ties  # the same computation twice
 def test_published_quick_start(model, tokenizer, clips):
     gen_kwargs = {
         "do_sample": False,
@@ -280,6 +281,7 @@ def test_encode_needs_a_video(model, tokenizer):
         model.encode_video(None, tokenizer)
 
 
+@pytest.mark.ties
 def test_every_real_file(model, tokenizer, test_data):
     from videoxl.video_processing_videoxl import VideoDecodeError
 

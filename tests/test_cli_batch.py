@@ -95,7 +95,9 @@ def test_answers_are_those_of_single_questions(cli, folder):  # noqa: F811
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
     # Seconds of work: it is stopped after the third line.
-    questions = [{"video": name, "question": f"What is {i}?"} for i in range(LINES // 2) for name in ("a.mp4", "b.mp4")]
+    questions = [
+        {"video": name, "question": f"What is {i}?"} for i in range(LINES // 2) for name in ("a.mp4", "b.mp4")
+    ]
     ask(folder, questions)
     arguments = ["batch", folder / "questions.jsonl", "--out", folder / "answers.jsonl", *QUICK]
     process = subprocess.Popen(

@@ -106,7 +106,11 @@ def test_files(member, tokenizer, own_processor, clips, tmp_path):
     video.save(tmp_path / "clip.videoxl")
     loaded = member.load_video(tmp_path / "clip.videoxl", tokenizer)
     assert loaded.nbytes == video.nbytes and loaded.layout == video.layout and loaded.prefill == video.prefill
-    assert torch.equal(first_logits(member, own_processor, loaded), first_logits(member, own_processor, video))
+    for mine, theirs in zip(loaded.cache.layers, video.cache.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    # Equal numbers elsewhere in memory may be added up in another order.
+    logits = [first_logits(member, own_processor, each) for each in (loaded, video)]
+    torch.testing.assert_close(*logits, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("cuts", [[9], [3, 4, 14], [1, 2, 3, 5, 22]])
