@@ -89,7 +89,7 @@ notebook: $(VENV)/.installed ## execute the notebook again and save its outputs
 	$(BIN)/python notebooks/execute.py notebooks/quickstart.ipynb
 
 test-without: $(VENV)/.installed ## the tests with each optional package that is installed missing in turn
-	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PYTEST_ARGS); done
+	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PARALLEL) $(PYTEST_ARGS); done
 
 train-small: $(VENV)/.installed ## train the bundled checkpoint from nothing (hours on two cores; goes on where it stopped)
 	$(BIN)/python training/train_small.py --install

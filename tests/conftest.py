@@ -4,9 +4,12 @@ The flat root is imported as a package `videoxl`, so that `from videoxl import s
 imports between the remote files work without installing anything.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -19,6 +22,12 @@ _package.__path__ = [str(ROOT)]
 sys.modules.setdefault("videoxl", _package)
 # Scripts of the root import each other plainly.
 sys.path.insert(0, str(ROOT))
+
+
+# Read when transformers is imported, and by every process that a test starts. Of their own: of two workers that copy
+# remote code into one folder, one could import what the other has half written.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="videoxl-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,11 @@ def test_token_budget_holds(model, tokenizer, video, budget):
 @pytest.mark.parametrize("sparse", [{}, {**BILEVEL, "reload": {"count": 2}}])
 def test_several_questions_in_one_call(model, tokenizer, video, sparse):
     model.config.sparse_attention = sparse
-    questions = ["What moves?", "How many red circles are there at the end of the video?", "Why?"]
+    questions = [
+        "Please say: What moves?",
+        "Please say: How many red circles are there at the end of the video?",
+        "Please say: Why?",
+    ]
     alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
     assert model.chat_batch(video, tokenizer, questions, generation_config=SHORT) == alone
     beams = {**SHORT, "num_beams": 2}
@@ -391,13 +395,15 @@ def test_pooled_keys_do_not_leak_between_branches_of_one_video(model, tokenizer,
     branches = [copy.deepcopy(video), copy.deepcopy(video)]
     model.config.sparse_attention = {**BILEVEL, "reload": "none"}
     for branch, frames in zip(branches, (FRAMES[:8], FRAMES[8:16]), strict=True):
-        model.chat(branch, tokenizer, "What?", generation_config=SHORT)
+        model.chat(branch, tokenizer, "Tell me: What?", generation_config=SHORT)
         branch.append(frames, [20.0 + 0.5 * index for index in range(8)])
     fresh = copy.deepcopy(video)
     fresh.append(FRAMES[8:16], [20.0 + 0.5 * index for index in range(8)])
     options = {"return_history": False, "generation_config": SHORT}
-    model.chat(branches[0], tokenizer, "What?", **options)
-    assert model.chat(branches[1], tokenizer, "What?", **options) == model.chat(fresh, tokenizer, "What?", **options)
+    model.chat(branches[0], tokenizer, "Tell me: What?", **options)
+    assert model.chat(branches[1], tokenizer, "Tell me: What?", **options) == model.chat(
+        fresh, tokenizer, "Tell me: What?", **options
+    )
 
 
 def test_append_keeps_the_plan_the_video_was_made_with(model, tokenizer):

@@ -62,31 +62,36 @@ def test_chat_is_generate_on_the_processors_prompt(model, tokenizer, processor, 
 
 
 def test_second_turn_touches_no_video(model, tokenizer, clips):
-    first, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
+    first, history = model.chat(clips[0], tokenizer, "Tell me: What moves?", generation_config=SHORT)
     before = copy.deepcopy(history)
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
-        second, longer = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
-        without_path, _ = model.chat(None, tokenizer, "And then?", chat_history=history, generation_config=SHORT)
-        third, _ = model.chat(clips[0], tokenizer, "Why?", chat_history=longer, generation_config=SHORT)
+        second, longer = model.chat(
+            clips[0], tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT
+        )
+        without_path, _ = model.chat(
+            None, tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT
+        )
+        third, _ = model.chat(clips[0], tokenizer, "Tell me: Why?", chat_history=longer, generation_config=SHORT)
     assert calls == []
     assert second == without_path
     assert history == before and len(longer) == 4
     assert longer[0]["content"][0]["video"] is history[0]["content"][0]["video"]
     assert [message["role"] for message in longer] == ["user", "assistant"] * 2
     # The text of earlier turns is really there.
-    alone = model.chat(clips[0], tokenizer, "And then?", return_history=False, generation_config=SHORT)
+    alone = model.chat(clips[0], tokenizer, "Tell me: And then?", return_history=False, generation_config=SHORT)
     assert third and second != alone
 
 
 def test_history_through_json_encodes_anew(model, tokenizer, clips):
     _, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
-    expected, _ = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
+    expected, _ = model.chat(clips[0], tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT)
     restored = json.loads(json.dumps(history))
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
         answers = [
-            model.chat(p, tokenizer, "And then?", restored, False, generation_config=SHORT) for p in (clips[0], None)
+            model.chat(p, tokenizer, "Tell me: And then?", restored, False, generation_config=SHORT)
+            for p in (clips[0], None)
         ]
     assert answers == [expected] * 2
     assert calls.count("get_video_features") > 0
@@ -94,7 +99,7 @@ def test_history_through_json_encodes_anew(model, tokenizer, clips):
         {"role": "<|im_start|>user", "content": "<image>\nWhat moves?"},
         {"role": "<|im_start|>assistant", "content": history[1]["content"]},
     ]
-    assert model.chat(clips[0], tokenizer, "And then?", published, False, generation_config=SHORT) == expected
+    assert model.chat(clips[0], tokenizer, "Tell me: And then?", published, False, generation_config=SHORT) == expected
 
 
 def test_encode_once_equals_chat_on_the_path(model, tokenizer, clips):
