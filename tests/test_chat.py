@@ -119,19 +119,19 @@ def test_encode_once_equals_chat_on_the_path(model, tokenizer, clips):
 
 def test_interleaved_videos_equal_separate_runs(model, tokenizer, clips):
     def two_turns(path):
-        first, history = model.chat(path, tokenizer, "What moves?", generation_config=SHORT)
-        return [first, model.chat(path, tokenizer, "And then?", history, False, generation_config=SHORT)]
+        first, history = model.chat(path, tokenizer, "Now, what moves?", generation_config=SHORT)
+        return [first, model.chat(path, tokenizer, "Now, and then?", history, False, generation_config=SHORT)]
 
     separate = [two_turns(path) for path in clips]
     assert separate[0] != separate[1]
     histories, interleaved = [], [[], []]
     for number, path in enumerate(clips):
-        answer, history = model.chat(path, tokenizer, "What moves?", generation_config=SHORT)
+        answer, history = model.chat(path, tokenizer, "Now, what moves?", generation_config=SHORT)
         interleaved[number].append(answer)
         histories.append(history)
     for number in (1, 0):
         interleaved[number].append(
-            model.chat(clips[number], tokenizer, "And then?", histories[number], False, generation_config=SHORT)
+            model.chat(clips[number], tokenizer, "Now, and then?", histories[number], False, generation_config=SHORT)
         )
     assert interleaved == separate
 

@@ -198,12 +198,14 @@ def test_published_call_by_keywords(flash, tokenizer, clips):
 
 def test_parts_of_a_video(flash, flash_processor, tokenizer, clips, tmp_path):
     part = {"video_read_type": "decord", "start": 2, "end": 5.5}
-    answer, history = flash.chat(clips[0], tokenizer, "What?", media_dict=part, **GREEDY)
+    answer, history = flash.chat(clips[0], tokenizer, "Please say: What?", media_dict=part, **GREEDY)
     video = history[0]["content"][0]["video"]
     assert (video.start, video.duration, video.end) == (2.0, 3.5, 5.5)
     assert video.num_frames == 32 and video.timestamps[0] >= 2 and video.timestamps[-1] < 5.5
-    assert "lasts for 3.50 seconds, and 32 frames" in suffix_of(flash_processor, video, "What?")
-    assert answer == ask(flash, tokenizer, flash.encode_video(clips[0], tokenizer, media_dict=part), "What?")
+    assert "lasts for 3.50 seconds, and 32 frames" in suffix_of(flash_processor, video, "Please say: What?")
+    assert answer == ask(
+        flash, tokenizer, flash.encode_video(clips[0], tokenizer, media_dict=part), "Please say: What?"
+    )
     # The same part is reused, with and without saying so; another part, or the whole, is another video.
     for same in ({}, {"media_dict": part}):
         _, longer = flash.chat(clips[0], tokenizer, "Then?", chat_history=history, **same, **GREEDY)
@@ -215,12 +217,14 @@ def test_parts_of_a_video(flash, flash_processor, tokenizer, clips, tmp_path):
     kept = json.loads(json.dumps(history))
     _, longer = flash.chat(None, tokenizer, "Then?", chat_history=kept, **GREEDY)
     assert longer[0]["content"][0]["video"].duration == 3.5
-    _, own = flash.chat(video, tokenizer, "What?", **GREEDY)
+    _, own = flash.chat(video, tokenizer, "Please say: What?", **GREEDY)
     _, longer = flash.chat(None, tokenizer, "Then?", chat_history=json.loads(json.dumps(own)), **GREEDY)
     assert longer[0]["content"][0]["video"].num_frames == 32
     video.save(tmp_path / "part.videoxl")
     loaded = flash.load_video(tmp_path / "part.videoxl", tokenizer, start=2, end=5.5)
-    assert (loaded.start, loaded.duration) == (2.0, 3.5) and ask(flash, tokenizer, loaded, "What?") == answer
+    assert (loaded.start, loaded.duration) == (2.0, 3.5) and ask(
+        flash, tokenizer, loaded, "Please say: What?"
+    ) == answer
     with pytest.raises(ValueError, match="does not fit"):
         flash.load_video(tmp_path / "part.videoxl", tokenizer, start=1)
 

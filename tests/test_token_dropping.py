@@ -335,7 +335,7 @@ def test_a_conversation_with_two_videos_and_batches(flash, tokenizer):
     switch(flash, *SETTINGS[0])
     greedy = {"max_new_tokens": 4, "do_sample": False}
     video = flash.encode_video(FRAMES, tokenizer, timestamps=TIMES)
-    questions = ["What moves?", "Which colour is it, and where does it stand?"]
+    questions = ["Please say: What moves?", "Please say: Which colour is it, and where does it stand?"]
     singles = [
         flash.chat(video, tokenizer, each, return_history=False, generation_config=greedy) for each in questions
     ]
