@@ -48,11 +48,11 @@ def watch_answers() -> None:
     GenerationMixin.generate = watched
 
 
-def greedy_choice(scores: torch.Tensor) -> int:
-    """The best of `scores` [vocabulary], which must lead by `CHOSEN`."""
+def greedy_choice(scores: torch.Tensor, least: float = CHOSEN) -> int:
+    """The best of `scores` [vocabulary], which must lead by `least`."""
     best = scores.topk(2)
     lead = (best.values[0] - best.values[1]).item()
-    assert lead > CHOSEN, f"the best word leads by {lead:.2g} only: choose another seed or question"
+    assert lead > least, f"the best word leads by {lead:.2g} only: choose another seed or question"
     return best.indices[0].item()
 
 
