@@ -106,6 +106,12 @@ class Case:
                 rows.append(output.logits[0, -1])
         return torch.stack(rows)
 
+    def leads(self, outputs, greedy):
+        """By how much each word of the reference's answer leads over all others, behind a prefill: [n]."""
+        logits = torch.cat([outputs.logits[0, -1:], self.decode_logits(outputs.past_key_values, greedy[:-1])])
+        words = torch.tensor(greedy)[:, None]
+        return logits.gather(1, words)[:, 0] - logits.scatter(1, words, -torch.inf).amax(1)
+
 
 @dataclass(frozen=True)
 class FlashCase(Case):

@@ -26,8 +26,10 @@ class Watch(LogitsProcessor):
     def __call__(self, input_ids, scores):
         best, next_best = scores.float().topk(2, dim=-1).values.unbind(-1)
         # What follows the end of a row in a batch is padding.
-        going_on = ~torch.isin(input_ids[:, -1], self.ended)
-        leads.extend((best - next_best)[going_on & best.isfinite()].tolist())
+        going_on = best.isfinite()
+        if input_ids.shape[1]:  # a prompt of embeddings has no ids
+            going_on &= ~torch.isin(input_ids[:, -1], self.ended)
+        leads.extend((best - next_best)[going_on].tolist())
         return scores
 
 

@@ -78,11 +78,11 @@ def test_two_calls_give_one_answer_and_videos_may_be_interleaved(member, tokeniz
 
 
 def test_histories_and_other_system_messages(member, tokenizer, clips):
-    question = f"So, {QUESTION}"
+    question = f"Tell me: {QUESTION}"
     answer, history = member.chat(clips[0], tokenizer, question, **GREEDY, **ONE_PER_SECOND)
     before = copy.deepcopy([message["role"] for message in history])
-    second = member.chat(None, tokenizer, "So, And then?", chat_history=history, return_history=False, **GREEDY)
-    again = member.chat(None, tokenizer, "So, And then?", chat_history=history, return_history=False, **GREEDY)
+    second = member.chat(None, tokenizer, "Tell me: And then?", chat_history=history, return_history=False, **GREEDY)
+    again = member.chat(None, tokenizer, "Tell me: And then?", chat_history=history, return_history=False, **GREEDY)
     assert second == again and [message["role"] for message in history] == before
     for system in ("You see films.", "Time : Time 0000.0s: watch closely and answer in one word, please."):
         video = member.encode_video(clips[0], tokenizer, system_prompt=system, **ONE_PER_SECOND)
@@ -108,6 +108,9 @@ def test_files(member, tokenizer, own_processor, clips, tmp_path):
     loaded = member.load_video(tmp_path / "clip.videoxl", tokenizer)
     assert loaded.nbytes == video.nbytes and loaded.layout == video.layout and loaded.prefill == video.prefill
     for mine, theirs in zip(loaded.cache.layers, video.cache.layers, strict=True):
+        if theirs.keys is None:  # its rows wait for a question
+            assert mine.keys is None
+            continue
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
     # Equal numbers elsewhere in memory may be added up in another order.
     logits = [first_logits(member, own_processor, each) for each in (loaded, video)]
