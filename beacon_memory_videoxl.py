@@ -139,12 +139,11 @@ class BeaconMemory(SequencePolicy):
     seed: int = 42
 
     text_only = True
+    switch = "beacons"
 
     @classmethod
     def apply(cls, config, facts, policy):
-        beacons = facts.get("beacons")
-        if beacons is None:
-            return policy
+        beacons = facts["beacons"]
         return cls(**policy.facts(), **{**beacons, "ratios": tuple(beacons["ratios"])})
 
     @classmethod

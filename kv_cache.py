@@ -324,7 +324,10 @@ class VideoXLCacheLayer(DynamicLayer):
         return self.held + query_length, self.hidden
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        # override: append in place instead of concatenating
+        # override: append in place instead of concatenating. Under autocast keys come rotated in float32, values do not
+        # come so; a layer keeps both in one dtype, that of its first values.
+        dtype = self.keys.dtype if self.held else value_states.dtype
+        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._leave_room()
             self._pooled = {}

@@ -13,7 +13,7 @@ V visual tokens of the video.
 from .planning_memory_videoxl import largest, with_spare
 from .prefill_videoxl import SEGMENT_TOKENS
 from .sparse_attention import MAX_STEP_QUERIES
-from .token_dropping_videoxl import TokenDropping, drop_stages
+from .token_dropping_videoxl import DropProgress, drop_stages
 
 
 def dropping_stages(formulas, config, frames, groups, total, question_tokens, new_tokens):
@@ -30,7 +30,7 @@ def dropping_stages(formulas, config, frames, groups, total, question_tokens, ne
         `(stages, bytes of the encoded video, bytes of the key-values that a question runs behind)`.
     """
     stages = drop_stages(formulas.settings.dropping)
-    layers = [len(span) for span in TokenDropping(stages).spans(config.text_config.num_hidden_layers)]
+    layers = [len(span) for span in DropProgress(stages).spans(config.text_config.num_hidden_layers)]
     visual, width = groups * formulas.visual, formulas.text_config.hidden_size * formulas.bytes
     text = total - visual
     left = [visual, *(int(visual * stage.after) for stage in stages)]  # in each span of layers

@@ -119,16 +119,19 @@ class SequencePolicy:
     # Whether questions are run by its settings, too, so that later ones do not reach a video that was encoded before.
     runs_questions = False
 
+    # The entry of `facts`, or of the config, that asks for it.
+    switch = None
+
     @classmethod
     def apply(cls, config, facts: dict, policy: "SequencePolicy") -> "SequencePolicy":
-        """The policy that `config` asks for in place of `policy`, or that one.
+        """The policy in place of `policy`, where its `switch` is on.
 
         Args:
             config: The model's.
             facts: What `facts` gave for this sequence, or would give under the settings in force.
             policy: What was asked for so far.
         """
-        return policy
+        return cls(**policy.facts())
 
     @classmethod
     def add_modules(cls, model) -> None:
@@ -244,7 +247,8 @@ def policy_of(config, facts: dict) -> SequencePolicy:
     """The policy that a config asks for, see `SequencePolicy.apply`."""
     policy = SequencePolicy(*(facts[name] for name in ("prefill", "chunk_groups", "window_chunks")))
     for kind in POLICIES:
-        policy = kind.apply(config, facts, policy)
+        if facts.get(kind.switch) or getattr(config, kind.switch, None):
+            policy = kind.apply(config, facts, policy)
     return policy
 
 

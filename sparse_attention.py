@@ -314,7 +314,8 @@ def register_attention(base: str) -> str:
                 caller = module if base in ("eager", "sdpa") else _NamedCaller(module, base)
                 # The library keeps no global eager function: each model file has its own.
                 attend = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-                return attend(caller, query, key, value, attention_mask, **kwargs)
+                output, weights = attend(caller, query.to(key.dtype), key, value, attention_mask, **kwargs)
+                return output.to(query.dtype), weights
             return follow_plan(module, query, key, value, attention_plan, **kwargs), None
 
         AttentionInterface.register(name, forward)
@@ -344,7 +345,9 @@ def follow_plan(module, query, key, value, plan: AttentionPlan, dropout=0.0, sca
         # Its keys and values are cached by now, and nobody reads what the last layer makes of them.
         return torch.zeros_like(query).transpose(1, 2)
     layer = None if plan.layers is None else plan.layers[module.layer_idx]
-    return planned_attention(query, key, value, plan.steps, dropout, scaling, layer)
+    # In the dtype of what is kept, which autocast, or the lack of it since, may have made another one.
+    output = planned_attention(query.to(key.dtype), key, value, plan.steps, dropout, scaling, layer)
+    return output.to(query.dtype)
 
 
 def planned_attention(query, key, value, steps, dropout=0.0, scaling=None, layer=None) -> torch.Tensor:
@@ -469,7 +472,8 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, scaling: float | None
             weights = buffer[: len(block)]
             for column in range(0, length, columns):
                 keys = key[0, head, column : column + columns].float()
-                torch.mm(block, keys.T, out=weights[:, column : column + columns])
+                with torch.autocast(key.device.type, enabled=False):
+                    torch.mm(block, keys.T, out=weights[:, column : column + columns])
             weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)
             weights.sub_(weights.amax(dim=1, keepdim=True)).exp_()
             yield weights.div_(weights.sum(dim=1, keepdim=True))

@@ -161,12 +161,11 @@ class TokenDropping(SequencePolicy):
     ratios: tuple[float, ...] = ()
 
     text_only = runs_questions = True
+    switch = "dropping"
 
     @classmethod
     def apply(cls, config, facts, policy):
-        dropping = facts.get("dropping")
-        if dropping is None:
-            return policy
+        dropping = facts["dropping"]
         stages = {"kind": dropping["type"], "layers": tuple(dropping["layers"]), "ratios": tuple(dropping["ratios"])}
         return cls(**policy.facts(), **stages)
 

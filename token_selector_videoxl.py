@@ -191,10 +191,11 @@ class TokenSelection(SequencePolicy):
     inner: SequencePolicy = field(default_factory=SequencePolicy)
 
     text_only = True
+    switch = "token_selector"
 
     @classmethod
     def apply(cls, config, facts, policy):
-        return policy if config.token_selector is None else cls(*_plan_of(policy), inner=policy)
+        return cls(policy.prefill, policy.chunk_groups, policy.window_chunks, inner=policy)
 
     @classmethod
     def add_modules(cls, model):
@@ -247,10 +248,6 @@ class TokenSelection(SequencePolicy):
         cache.layout = layout
         for layer in cache.layers:
             layer.pass_by(layout.length - cursor)
-
-
-def _plan_of(policy: SequencePolicy) -> tuple:
-    return policy.prefill, policy.chunk_groups, policy.window_chunks
 
 
 __all__ = ["TokenSelection", "VideoXLTokenSelector", "kept_count", "rotate_rows"]

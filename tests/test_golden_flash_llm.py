@@ -36,7 +36,7 @@ def runs(case):
 
 def test_dropping_is_the_references(case, monkeypatch):
     suffix, scores = case.settings["sequence"]["suffix_len"], []
-    room = sys.modules[type(case.model.model).run_stages.__module__]
+    room = sys.modules[type(case.model).__module__.replace("modeling_videoxl", "token_dropping_videoxl")]
     choose = room.best_choice
     monkeypatch.setattr(room, "best_choice", lambda given, keep: scores.append(given) or choose(given, keep))
     for run, entry in runs(case):
@@ -48,7 +48,7 @@ def test_dropping_is_the_references(case, monkeypatch):
         assert_close(outputs.logits[0], case.tensor(f"logits.{name}"), TOLERANCE)
         assert [layer.held for layer in cache.layers] == run["kv_len_prefill"]
         assert {layer.get_seq_length() for layer in cache.layers} == {case.settings["sequence"]["total"]}
-        kept = cache.dropping.kept if entry["mm_llm_compress"] else ()
+        kept = cache.progress.kept if entry["mm_llm_compress"] else ()
         assert len(kept) == len(run["stages"])
         for number, (tokens,) in enumerate(kept):
             assert torch.equal(tokens, case.tensor(f"kept.{name}.stage{number}"))
