@@ -8,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-from test_cli import cli, one_line_error  # noqa: F401 (a fixture)
-
 import cli_batch
+import pytest
 from cli_batch import Clock, Journal, Question, Video, read_questions
+from test_cli import cli, one_line_error  # noqa: F401 (a fixture)
 
 QUICK = ["--max-new-tokens", "4", "--max-num-frames", "8"]
 QUESTIONS = [

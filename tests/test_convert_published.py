@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import EMBEDDING, HEAD, converted_tensors
 from test_convert_flash import published_config, published_tensors
 from transformers import AutoModel
-from videoxl import convert_weights
 from videoxl.configuration_videoxl import VideoXLConfig
-from videoxl.convert_weights import SourceTensor, convert, match_tensors, name_table
+from videoxl.hub import convert as convert_weights
+from videoxl.hub.convert import SourceTensor, convert, match_tensors, name_table
 
 TWO_B, ONE_M = "videochat-flash-2b-448", "videochat-flash-7b-1m-224"
 # A tiny checkpoint of the same layout gives what has a size; every other key stays as published.
@@ -104,7 +104,7 @@ def test_every_tensor_of_a_published_index_has_its_place(name, shards, total, tm
 
 @pytest.mark.parametrize("name", [TWO_B, ONE_M])
 def test_presets_say_what_the_published_files_say(name):
-    preset, published = convert_weights._read_preset(name), published_config(name)
+    preset, published = convert_weights.read_preset(name), published_config(name)
     read, known = VideoXLConfig.from_published(published, preset), VideoXLConfig.from_dict(preset)
     side = known.vision_config.image_size
     grids = [[side * columns, side * rows] for columns in range(1, 7) for rows in range(1, 7)]
@@ -119,7 +119,7 @@ def test_presets_say_what_the_published_files_say(name):
 def test_what_the_two_published_models_are():
     read = {}
     for name in (TWO_B, ONE_M):
-        read[name] = VideoXLConfig.from_published(published_config(name), convert_weights._read_preset(name))
+        read[name] = VideoXLConfig.from_published(published_config(name), convert_weights.read_preset(name))
     two_b, one_m = read[TWO_B], read[ONE_M]
     assert (two_b.tie_word_embeddings, one_m.tie_word_embeddings) == (True, False)
     assert (two_b.text_config.rms_norm_eps, one_m.text_config.rms_norm_eps) == (1e-6, 1e-5)

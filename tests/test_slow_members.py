@@ -12,7 +12,7 @@ from goldens import FIXTURES, assert_close, open_golden
 from safetensors.torch import load_file, save_file
 from slow_members import SlowMember
 from transformers import AutoModel
-from videoxl.convert_weights import convert
+from videoxl.hub.convert import convert
 
 FEATURES, LOGITS = 1e-4, 3e-4
 PRO_TOKENS = 144

@@ -424,7 +424,7 @@ class _WorldSamples:
         return f"{self.split}:{self.first_seed + index}"
 
     def load(self, index):
-        from video_world import make_clip
+        from videoxl.video_world import make_clip
 
         rng = random.Random(f"{self.seed}-{index}")
         rate = rng.choice(self.rates)

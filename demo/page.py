@@ -1,15 +1,16 @@
 """The demo page: give a video, ask, watch the answer come, see which chunks of the video it saw in full.
 
-    python demo_gradio.py                                   # the checkpoint in this folder; --help: others, limits
+    python -m videoxl.demo                                  # the bundled checkpoint; --help: others, limits
 
-gradio is optional: `pip install "gradio>=6"`, or `make page`, which installs pinned versions. As a Space of the Hub it
-needs this file, a `requirements.txt` with `torch`, `transformers`, `av` and `einops`, an `app.py`
+gradio is optional: `pip install ".[demo]"`, or `make page`, which installs pinned versions. A Space of the Hub needs
+an `app.py`
 
-    from demo_gradio import main
+    from videoxl.demo import main
 
     main(["--model", "org/name", "--trust-remote-code"])
 
-and a `README.md` that begins with
+a `requirements.txt` with `videoxl[demo] @ git+ADDRESS`, where ADDRESS is this repository's, and a `README.md` that
+begins with
 
     ---
     title: Video-XL
@@ -18,8 +19,6 @@ and a `README.md` that begins with
     python_version: "3.11"
     app_file: app.py
     ---
-
-(In a Space that holds the model's own files, `app_file: demo_gradio.py` is enough.)
 
 What is surprising:
 * A visitor's encoded video and conversation are a value in the visitor's session (`Session` in `gr.State`); the model
@@ -36,14 +35,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
+from videoxl import open_video, times_in_text
 
-HERE = Path(__file__).resolve().parent
-EXAMPLE_CLIP = HERE / "assets" / "demo.mp4"
+# The bundled checkpoint: the root of a clone, or the installed package.
+BUNDLED = Path(__file__).resolve().parent.parent
+EXAMPLE_CLIP = BUNDLED / "assets" / "demo.mp4"
 EXAMPLE_QUESTIONS = (
     "What color is the star?",
     "When does the triangle first appear?",
@@ -173,7 +173,7 @@ class VideoChat:
         Raises:
             FileNotFoundError, ValueError: If it cannot be read, or is too long.
         """
-        with self._remote("video_processing_videoxl").open_video(path, size=1) as reader:
+        with open_video(path, size=1) as reader:
             duration = reader.duration
         if duration > 60 * self.limits.max_minutes:
             raise ValueError(
@@ -218,16 +218,12 @@ class VideoChat:
             finally:
                 streamer.stopped = True
             answer, history, chunks = answering.result()
-        cited = self._remote("selection_videoxl").times_in_text(answer)
+        cited = times_in_text(answer)
         duration = session.video.duration
         # A negative start counts from the end of the video.
         cited = [(max(duration + start, 0) if start < 0 else start, min(end, duration)) for start, end in cited]
         cited = [(start, end) for start, end in cited if start <= end]
         yield Reply(answer, replace(session, history=history), chunks, cited)
-
-    def _remote(self, name: str):
-        """A module of the model's own code, wherever transformers has put it."""
-        return import_module(f"{type(self.model).__module__.rpartition('.')[0]}.{name}")
 
 
 def clock(seconds: float) -> str:
@@ -441,8 +437,10 @@ def load(options: argparse.Namespace) -> VideoChat:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Serves a page on which a video can be asked about.")
-    parser.add_argument("--model", default=str(HERE), help="folder or Hub id (default: the folder of this file)")
+    parser = argparse.ArgumentParser(
+        "python -m videoxl.demo", description="Serves a page on which a video can be asked about."
+    )
+    parser.add_argument("--model", default=str(BUNDLED), help="folder or Hub id (default: the bundled one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the Hub; needed for a Hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="precision, such as bfloat16 (default: that of the weights)")
@@ -471,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit('error: the page needs gradio: pip install "gradio>=6"')
     chat = load(options)
     parameters = sum(parameter.numel() for parameter in chat.model.parameters())
-    name = "" if options.model == str(HERE) else f"{options.model}, "
+    name = "" if options.model == str(BUNDLED) else f"{options.model}, "
     page = build_page(chat, f"Model: {name}{parameters / 1e6:,.0f} million parameters.")
     # Fonts of the visitor's own: the page loads nothing from elsewhere.
     theme = gr.themes.Soft(primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -488,7 +486,3 @@ def main(arguments: list[str] | None = None) -> int:
         footer_links=[],
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
