@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from videoxl import open_video, video_world
 
 KINDS = ("single", "multi_hop", "ordering", "counting")
 # Seeds go by place: new ones to the end. The last two are `published_needles`'.

@@ -658,7 +658,7 @@ def test_an_interruption_leaves_nothing(make_source, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_weights, "save_file", save_file)
+    monkeypatch.setattr("videoxl.hub.tensors.save_file", save_file)
     with pytest.raises(KeyboardInterrupt):
         convert(make_source(), tmp_path / "output")
     assert_nothing_left(tmp_path)
