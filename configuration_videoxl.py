@@ -144,9 +144,9 @@ class VideoXLConfig(PreTrainedConfig):
     ):
         if text_config is None and "hidden_size" in kwargs:
             raise ValueError(
-                "expected a config.json of ours; this one has no text_config, and hidden_size at top level. A checkpoint "
-                "as published has to be converted first (python convert_weights.py SOURCE OUTPUT in a clone, videoxl "
-                "convert SOURCE OUTPUT where the package is installed); then load OUTPUT."
+                "expected a config.json of ours; this one has no text_config, and hidden_size at top level. A "
+                "published checkpoint is to be converted first (python convert_weights.py SOURCE OUTPUT in a clone, "
+                "or videoxl convert SOURCE OUTPUT where the package is installed); then load OUTPUT."
             )
         self.vision_config = _sub_config(vision_config, _SIGLIP_SO400M)
         self.compressor_config = _sub_config(compressor_config, {}, VideoXLCompressorConfig)

@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import cli_batch
 import pytest
-from cli_batch import Clock, Journal, Question, Video, read_questions
 from test_cli import cli, one_line_error  # noqa: F401 (a fixture)
+from videoxl.shell import batch as cli_batch
+from videoxl.shell.batch import Clock, Journal, Video
+from videoxl.shell.records import Question, read_questions
 
 QUICK = ["--max-new-tokens", "4", "--max-num-frames", "8"]
 QUESTIONS = [
