@@ -2,8 +2,8 @@
 
 What is surprising:
 * Names are imported when they are first used, so `import videoxl` takes no time and needs no torch.
-* Nothing is registered with `Auto*`: a checkpoint's folder brings its own code there, under `trust_remote_code=True`.
-  The classes here load the same folders without it: `videoxl.VideoXLForConditionalGeneration.from_pretrained(folder)`.
+* Importing it changes nothing in transformers: `Auto*` takes the code in a checkpoint's own folder, which needs
+  `trust_remote_code=True`. After `videoxl.register()` it takes the code here, for every folder, and needs no trust.
 * `pip install .` makes this package; in a clone, `videoxl.py` does. The Hub needs neither.
 """
 
@@ -19,7 +19,23 @@ PUBLIC = {
     "open_video": "video_processing_videoxl",
     "times_in_text": "selection_videoxl",
 }
-__all__ = list(PUBLIC)
+__all__ = [*PUBLIC, "register"]
+
+
+def register() -> None:
+    """Lets `AutoModel`, `AutoTokenizer`, `AutoProcessor` ... load checkpoints of the family with the installed code.
+
+    From then on the code in checkpoints' folders is not looked at in this process, `trust_remote_code` or not.
+    """
+    import transformers
+
+    names = ("VideoXLConfig", "VideoXLForConditionalGeneration", "VideoXLProcessor")
+    config, model, processor = (__getattr__(name) for name in names)
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        if auto_class := getattr(transformers, name, None):  # the last one is younger than the oldest release
+            auto_class.register(config, model, exist_ok=True)
+    transformers.AutoProcessor.register(config, processor, exist_ok=True)
 
 
 def __getattr__(name):
