@@ -93,7 +93,7 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
 
 def load_config(args):
     """The `VideoXLConfig` that the flags describe."""
-    config_class = import_module("videoxl.configuration_videoxl").VideoXLConfig
+    config_class = import_module("videoxl").VideoXLConfig
     if args.preset:
         return config_class(**json.loads((ROOT / "presets" / f"{args.preset}.json").read_text()))
     side = {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -122,7 +122,7 @@ def load_config(args):
 def build_model(config, args):
     """A model with random weights (seed 0) through the Auto classes, of our config or of its `text_config`."""
     if config.model_type == "videoxl":
-        model_class = import_module("videoxl.modeling_videoxl").VideoXLForConditionalGeneration
+        model_class = import_module("videoxl").VideoXLForConditionalGeneration
         AutoConfig.register("videoxl", type(config), exist_ok=True)
         AutoModel.register(type(config), model_class, exist_ok=True)
     torch.manual_seed(0)

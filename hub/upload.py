@@ -114,20 +114,12 @@ def assemble(
         FileNotFoundError, ValueError: If something is missing, unknown, damaged or not meant for others.
     """
     folder, output = Path(folder).resolve(), Path(output)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; give a folder that does not exist yet")
-    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}{_advice(missing)}")
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
-        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-    if not any((folder / name).is_file() for name in LICENSES):
-        raise FileNotFoundError(f"{folder} has no licence: neither {' nor '.join(LICENSES)}")
+    _check_complete(folder)
     tensors = read_source(folder)
     shards = sorted({tensor.file.name for tensor in tensors.values()})
     pages = _pages(folder)
-    card = pages["README.md"]
     names = [
         *REQUIRED,
         *(name for name in OPTIONAL if (folder / name).is_file()),
@@ -137,7 +129,7 @@ def assemble(
     ]
     if folder != ROOT:
         _refuse_others(folder, {*names, *shards, INDEX})
-    check_card(card, needs_base_model=folder != ROOT)
+    check_card(pages["README.md"], needs_base_model=folder != ROOT)
     for page, text in pages.items():
         if dead := sorted(_links(page, text) - set(names)):
             raise ValueError(f"{page} links to {', '.join(dead)}, which a model repository has not")
@@ -146,31 +138,47 @@ def assemble(
     for name in names:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, output / name)
-    sizes = {name: (folder / name).stat().st_size for name in shards}
-    if max(sizes.values()) > shard_size and len(tensors) > 1:
-        if (free := shutil.disk_usage(output).free) < sum(sizes.values()):
-            raise ValueError(
-                f"new shards take {_size(sum(sizes.values()))}, and {output} has room for {_size(free)}: "
-                "set TMPDIR to a folder with more"
-            )
-        try:
-            write_weights(tensors, output, None, shard_size, log)
-        except KeyError as error:
-            raise ValueError(
-                f"weights of type {error} cannot be put into new shards: save them with max_shard_size='5GB'"
-            ) from error
-    else:
-        for name in [*shards, *([INDEX] if shards != ["model.safetensors"] else [])]:
-            link_or_copy(folder / name, output / name)
-    card, results = with_results(card, RESULTS.glob("*.json"), weights_hash(folder / name for name in shards))
+    _place_weights(tensors, output, shard_size, log)
+    weights = weights_hash(folder / name for name in shards)
+    card, results = with_results(pages["README.md"], RESULTS.glob("*.json"), weights)
     (output / "README.md").write_text(card, encoding="utf-8")
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))
-    files = {
-        path.relative_to(output).as_posix(): path.stat().st_size
-        for path in sorted(output.rglob("*"))
-        if path.is_file()
-    }
-    return Assembly(output, files, results)
+    found = sorted(path for path in output.rglob("*") if path.is_file())
+    return Assembly(output, {path.relative_to(output).as_posix(): path.stat().st_size for path in found}, results)
+
+
+def _check_complete(folder):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
+    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}{_advice(missing)}")
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    if not any((folder / name).is_file() for name in LICENSES):
+        raise FileNotFoundError(f"{folder} has no licence: neither {' nor '.join(LICENSES)}")
+
+
+def _place_weights(tensors, output, shard_size, log):
+    """Links the files of weights, or writes them anew where one is too large."""
+    files = {tensor.file for tensor in tensors.values()}
+    sizes = [file.stat().st_size for file in files]
+    if max(sizes) <= shard_size or len(tensors) == 1:
+        folder = next(iter(files)).parent
+        index = [folder / INDEX] if {file.name for file in files} != {"model.safetensors"} else []
+        for file in [*files, *index]:
+            link_or_copy(file, output / file.name)
+        return
+    if (free := shutil.disk_usage(output).free) < sum(sizes):
+        raise ValueError(
+            f"new shards take {_size(sum(sizes))}, and {output} has room for {_size(free)}: "
+            "set TMPDIR to a folder with more"
+        )
+    try:
+        write_weights(tensors, output, None, shard_size, log)
+    except KeyError as error:
+        raise ValueError(
+            f"weights of type {error} cannot be put into new shards: save them with max_shard_size='5GB'"
+        ) from error
 
 
 def _advice(missing):

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 from videoxl.demo import page as demo_page
-from videoxl.demo.page import Limits, VideoChat, build_parser, clock, explain, load, timeline
+from videoxl.demo.page import Limits, VideoChat, build_parser, explain, load
+from videoxl.demo.timeline import MAX_TICKS, clock, timeline
 
 BILEVEL = {"decode": "bilevel", "decode_chunk_groups": 1, "pool_size": 3}
 LENGTH = 14
@@ -154,7 +155,7 @@ def test_clock():
 def test_ticks_are_few_and_round(duration):
     chunk = {"video": 0, "index": 0, "start": 0.0, "end": duration, "level": "dense", "score": None}
     ticks = re.search(r'<div class="ticks">(.*?)</div>', timeline([chunk], duration))[1]
-    assert 1 <= ticks.count("<span") <= demo_page.MAX_TICKS + 1
+    assert 1 <= ticks.count("<span") <= MAX_TICKS + 1
 
 
 def test_the_folder_of_the_file_is_the_default_model(root):
