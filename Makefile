@@ -83,7 +83,7 @@ browser:
 		echo "chromium and chromium-driver are missing and could not be installed; install them as root"
 
 page: $(DEMO)/.installed ## serve the demo page, with the bundled checkpoint
-	$(DEMO)/bin/python demo_gradio.py $(PAGE_ARGS)
+	$(DEMO)/bin/python -m videoxl.demo $(PAGE_ARGS)
 
 notebook: $(VENV)/.installed ## execute the notebook again and save its outputs
 	$(BIN)/python notebooks/execute.py notebooks/quickstart.ipynb

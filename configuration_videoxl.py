@@ -7,8 +7,8 @@ What is surprising:
   at call time, and the switches of the published code (`enable_sparse`, `enable_chunk_prefill`) win over its prefill
   fields while
   they are on: `resolve_sparse_attention` is the one place that knows.
-* A published `config.json` is flat (`mm_*` keys and the language model's sizes at top level);
-  `VideoXLConfig.from_published` reads it, and `from_dict` sends flat dicts there.
+* A published `config.json` is flat (`mm_*` keys and the language model's sizes at top level) and is refused: the
+  converter reads it, where it has the weights to go with it.
 """
 
 import math
@@ -17,7 +17,6 @@ import random
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
 from .part_configs_videoxl import VideoXLCompressorConfig, VideoXLSparseAttentionConfig
-from .published_config_videoxl import is_published, read_published
 from .tower_config_videoxl import VIDEO_TOWERS
 
 FRAME_FITS = ("stretch", "crop")
@@ -145,8 +144,9 @@ class VideoXLConfig(PreTrainedConfig):
     ):
         if text_config is None and "hidden_size" in kwargs:
             raise ValueError(
-                "This looks like a published, flat config.json (hidden_size at top level, no text_config). Read it "
-                "with VideoXLConfig.from_published, or convert the checkpoint with convert_weights.py."
+                "expected a config.json of ours; this one has no text_config, and hidden_size at top level. A "
+                "published checkpoint is to be converted first (python convert_weights.py SOURCE OUTPUT in a clone, "
+                "or videoxl convert SOURCE OUTPUT where the package is installed); then load OUTPUT."
             )
         self.vision_config = _sub_config(vision_config, _SIGLIP_SO400M)
         self.compressor_config = _sub_config(compressor_config, {}, VideoXLCompressorConfig)
@@ -372,27 +372,6 @@ class VideoXLConfig(PreTrainedConfig):
         if not isinstance(frames, int) or frames < 1:
             raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r}")
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """Like the library's, but also reads a published flat config.json (see `from_published`)."""
-        if is_published(config_dict):
-            config_dict = cls.from_published(config_dict).to_dict()
-        return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def from_published(cls, published, preset=None):
-        """Builds our config from a published config.json.
-
-        Args:
-            published: The parsed config.json of a published checkpoint (flat, `mm_*` keys).
-            preset: What that file does not spell out, as the dict of a complete config (`presets/*.json`); None takes
-                this class's defaults. Sizes that the published file states win over the preset's.
-
-        Returns:
-            A `VideoXLConfig`.
-        """
-        return cls(**read_published(published, preset, lambda: cls().to_dict()))
 
 
 def _sub_config(value, defaults, config_class=None):

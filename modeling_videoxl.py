@@ -337,6 +337,8 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     # For `Trainer`: the loss is divided by `num_items_in_batch` where that comes.
     accepts_loss_kwargs = True
+    # What `save_pretrained` writes brings its code with it, however the model was loaded.
+    _auto_class = "AutoModel"
 
     def __init__(self, config: VideoXLConfig):
         super().__init__(config)

@@ -3,8 +3,7 @@
 What is surprising:
 * One class of values serves both; the class names the tower, as `model_type` does for the towers of transformers.
 * The width of the MLP is `int(hidden_size * mlp_ratio)`, as in the public references: 418 for 96 * 48 / 11.
-* `PUBLISHED_TOWERS` tells what `mm_vision_tower` of a published config.json means. The towers' sizes stand nowhere in
-  the published files, so they are the defaults here.
+* The towers' sizes stand nowhere in the published files, so they are the defaults here.
 """
 
 from transformers import PreTrainedConfig
@@ -110,10 +109,3 @@ class VideoXLInternVideo2Config(VideoXLVideoTowerConfig):
 
 
 VIDEO_TOWERS = {config.model_type: config for config in (VideoXLUMTConfig, VideoXLInternVideo2Config)}
-
-# `mm_vision_tower` of published VideoChat-Flash checkpoints: the tower, with what differs from its defaults.
-PUBLISHED_TOWERS = {
-    "umt-large": {"model_type": "videoxl_umt", "image_size": 224},
-    "umt-hd-large": {"model_type": "videoxl_umt", "image_size": 448},
-    "internvideo2": {"model_type": "videoxl_internvideo2"},
-}

@@ -1,7 +1,7 @@
 """What the benchmarks share: flags, a model with random weights, layouts, clocks, memory and result files.
 
 What is surprising:
-* The flat root is imported as a package named `videoxl`, as the tests do; import this module before `videoxl.*`.
+* Importing this module makes the package `videoxl` importable in a clone; import it before `videoxl.*`.
 * The small model of the CPU runs has the language model of issue 3 and a toy vision tower, so that a prefill benchmark
   measures the language model. `--preset` takes a published model's sizes instead.
 * Memory on a CPU is resident memory, which only grows usefully in a fresh process: `in_fresh_process` gives one.
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
@@ -38,9 +37,8 @@ SMALL_VOCABULARY = 2048
 # Tokens of the prompt header in front of a video (the published template, spec of Video-XL-2).
 HEADER_TOKENS = 14
 
-_package = types.ModuleType("videoxl")
-_package.__path__ = [str(ROOT)]
-sys.modules.setdefault("videoxl", _package)
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `videoxl`
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -95,7 +93,7 @@ def parse(arguments: argparse.ArgumentParser) -> argparse.Namespace:
 
 def load_config(args):
     """The `VideoXLConfig` that the flags describe."""
-    config_class = import_module("videoxl.configuration_videoxl").VideoXLConfig
+    config_class = import_module("videoxl").VideoXLConfig
     if args.preset:
         return config_class(**json.loads((ROOT / "presets" / f"{args.preset}.json").read_text()))
     side = {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -124,7 +122,7 @@ def load_config(args):
 def build_model(config, args):
     """A model with random weights (seed 0) through the Auto classes, of our config or of its `text_config`."""
     if config.model_type == "videoxl":
-        model_class = import_module("videoxl.modeling_videoxl").VideoXLForConditionalGeneration
+        model_class = import_module("videoxl").VideoXLForConditionalGeneration
         AutoConfig.register("videoxl", type(config), exist_ok=True)
         AutoModel.register(type(config), model_class, exist_ok=True)
     torch.manual_seed(0)

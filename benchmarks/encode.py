@@ -102,7 +102,7 @@ def make_clip(path: Path) -> None:
 
 def measure_decoding(path: str, sample_fps: float, args) -> dict:
     """Times reading a file's chosen frames."""
-    from videoxl.video_processing_videoxl import open_video
+    from videoxl import open_video
 
     seconds = []
     for _ in range(args.repeats):

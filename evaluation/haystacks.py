@@ -13,16 +13,13 @@ S side of a frame in pixels, F frames.
 
 import json
 import re
-import sys
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from harness import ROOT
 from PIL import Image
+from videoxl import open_video, video_world
 
 KINDS = ("single", "multi_hop", "ordering", "counting")
 # Seeds go by place: new ones to the end. The last two are `published_needles`'.
@@ -201,10 +198,10 @@ def make_haystack(recipe: str, length: int, number: int, settings: Settings) -> 
     rng = np.random.default_rng([settings.seed, length, number, RECIPES.index(recipe)])
     if recipe == "photos":
         return _photo_haystack(length, number, settings, rng)
-    world, count = import_module("video_world"), settings.needle_frames
-    keys = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
+    count = settings.needle_frames
+    keys = [(color, shape) for color in video_world.COLORS for shape in video_world.SHAPES]
     keys = [keys[index] for index in rng.permutation(len(keys))]
-    words, digits = [str(word) for word in rng.permutation(world.WORDS)], list(world.DIGITS)
+    words, digits = [str(word) for word in rng.permutation(video_world.WORDS)], list(video_world.DIGITS)
     depths: list[float | None] = []
     cards: list[tuple] = []  # (key, value)
     each = needles_at_depth(recipe, length, settings)
@@ -231,13 +228,15 @@ def make_haystack(recipe: str, length: int, number: int, settings: Settings) -> 
     frames = place(targets, length, count, rng)
     order = sorted(range(len(cards)), key=frames.__getitem__)
     seconds = count / settings.fps
-    shown = [world.Card(frames[index] / settings.fps, *cards[index], seconds) for index in order]
+    shown = [video_world.Card(frames[index] / settings.fps, *cards[index], seconds) for index in order]
     depth_at = {card.second: depths[index] for card, index in zip(shown, order, strict=True)}
-    needles = tuple(Needle(frames[index], count, world.draw_needle(*cards[index], settings.size)) for index in order)
+    needles = tuple(
+        Needle(frames[index], count, video_world.draw_needle(*cards[index], settings.size)) for index in order
+    )
     asked = []
     for kind in KINDS:
         if recipe_of(kind, settings) == recipe:
-            questions = world.needle_questions(shown, kind, rng, choice_share=float(settings.options))
+            questions = video_world.needle_questions(shown, kind, rng, choice_share=float(settings.options))
             if kind == "ordering":
                 pairs = [question for question in questions if question.type == "card_first"]
                 chosen = [pairs[index] for index in rng.permutation(len(pairs))[:PAIRS]]
@@ -308,7 +307,7 @@ class GeneratedFrames:
         numbers = [settings.seed, haystack.length, haystack.number, RECIPES.index(haystack.recipe)]
         seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         times = [frame / settings.fps for frame in range(first, stop)]
-        return import_module("video_world").haystack_frames(seed, times, settings.size, settings.split)
+        return video_world.haystack_frames(seed, times, settings.size, settings.split)
 
 
 class FilmFrames:
@@ -324,10 +323,6 @@ class FilmFrames:
     """
 
     def __init__(self, path: str, settings: Settings, most: int):
-        package = types.ModuleType("videoxl")
-        package.__path__ = [str(ROOT)]
-        sys.modules.setdefault("videoxl", package)
-        open_video = import_module("videoxl.video_processing_videoxl").open_video
         rate = {"max_num_frames": most, "sample_fps": settings.fps, "max_sample_fps": settings.fps}
         with open_video(path, size=settings.size, **rate) as film:
             batches = [batch.frames.permute(0, 2, 3, 1).numpy() for batch in film]

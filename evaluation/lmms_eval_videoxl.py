@@ -29,7 +29,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from presets import PRESETS, PROMPTS, Preset, rewrite_times
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
+
+from videoxl.evaluation.presets import PRESETS, PROMPTS, Preset, rewrite_times  # noqa: E402
 
 NAME = "videoxl"
 FIELDS = {field.name: field.type for field in fields(Preset)}

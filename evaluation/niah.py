@@ -28,9 +28,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import harness
-import published_needles
-from haystacks import (
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
+
+from videoxl.evaluation import harness, published_needles  # noqa: E402
+from videoxl.evaluation.haystacks import (  # noqa: E402
     KINDS,
     FilmFrames,
     GeneratedFrames,
@@ -41,7 +44,7 @@ from haystacks import (
     needles_at_depth,
     recipe_of,
 )
-from scoring import accuracy, is_correct, mean
+from videoxl.evaluation.scoring import accuracy, is_correct, mean  # noqa: E402
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 10000)
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -356,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(parser, args)
     if args.plots:
         try:
-            import plots
+            from videoxl.evaluation import plots
         except ImportError:
             parser.error("pictures need matplotlib (pip install matplotlib); --no-plots does without")
     try:

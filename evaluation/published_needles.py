@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from haystacks import OPTION, Asked, Haystack, Needle, Settings
 from PIL import Image
+from videoxl.evaluation.haystacks import OPTION, Asked, Haystack, Needle, Settings
 
 KINDS = ("published_single", "published_caption", "published_qa")
 RECIPES = {"published_single": ("published_single",), "published_multi_hop": ("published_caption", "published_qa")}

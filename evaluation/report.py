@@ -21,11 +21,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 
-import harness
-from scoring import accuracy, is_correct, mean, seconds_off
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
+
+from videoxl.evaluation import harness  # noqa: E402
+from videoxl.evaluation.scoring import accuracy, is_correct, mean, seconds_off  # noqa: E402
+from videoxl.video_world import make_clip  # noqa: E402
 
 FORMAT = "videoxl-report-1"
 REQUIRED = ("video", "question", "answer", "type")
@@ -93,7 +97,6 @@ def world_videos(args: argparse.Namespace, size: int) -> Iterator[Video]:
     Raises:
         ValueError: On settings that the world refuses.
     """
-    make_clip = import_module("video_world").make_clip
     for number in range(args.clips):
         seed, seconds = args.first_seed + number, args.seconds[number % len(args.seconds)]
         clip = make_clip(

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests.
 
-The flat root is imported as a package `videoxl`, so that `from videoxl import sparse_attention` and the relative
-imports between the remote files work without installing anything.
+With the root on `sys.path`, `videoxl` is the package that `pip install .` would install, see `videoxl.py`.
 """
 
 import atexit
@@ -10,17 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_package = types.ModuleType("videoxl")
-_package.__path__ = [str(ROOT)]
-sys.modules.setdefault("videoxl", _package)
-# Scripts of the root import each other plainly.
 sys.path.insert(0, str(ROOT))
 
 

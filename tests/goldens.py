@@ -15,7 +15,7 @@ from margins import watch_answers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
-from videoxl.convert_weights import convert
+from videoxl.hub.convert import convert
 from videoxl.image_processing_videoxl import choose_grid, cut_tiles
 from videoxl.video_processing_videoxl import normalize_frames
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
-from videoxl.convert_weights import convert
+from videoxl.hub.convert import convert
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BEFORE = FIXTURES / "before"

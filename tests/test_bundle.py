@@ -4,16 +4,12 @@ What it answers is no matter here; the modes are tested closely in the other fil
 """
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_modeling import pixels, prompt
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from video_world import make_clip
+from videoxl.video_world import make_clip
 
 SHORT = {"do_sample": False, "max_new_tokens": 8}
 TIMES = [0.5 * index for index in range(48)]

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import one_line_error, run_main
-
-import cli as cli_program
-from cli_output import chunk_table, printable
+from videoxl import cli as cli_program
+from videoxl.shell.output import chunk_table, printable
 
 CLIP = os.path.join("assets", "demo.mp4")
 
@@ -198,7 +197,7 @@ def read_until(terminal, end):
 
 
 def test_answers_stream_word_by_word(tokenizer):
-    from cli_output import AnswerStreamer
+    from videoxl.shell.output import AnswerStreamer
 
     class Pieces(list):
         write = list.append
@@ -322,8 +321,7 @@ def test_broken_model_is_status_1(cli, root, tmp_path):
 @pytest.fixture(scope="module")
 def demo_clip(root):
     """What training/render_demo.py draws."""
-    sys.path.insert(0, str(root / "training"))
-    from render_demo import demo_clip
+    from videoxl.training.render_demo import demo_clip
 
     return demo_clip()
 

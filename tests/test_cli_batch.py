@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from command_line import one_line_error
 from test_cli import cli  # noqa: F401 (a fixture)
-
-import cli_batch
-from cli_batch import Clock, Journal, Question, Video, read_questions
+from videoxl.shell import batch as cli_batch
+from videoxl.shell.batch import Clock, Journal, Video
+from videoxl.shell.records import Question, read_questions
 
 QUICK = ["--max-new-tokens", "4", "--max-num-frames", "8"]
 LINES = 120

@@ -14,11 +14,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
-from videoxl import convert_weights
 from videoxl.configuration_videoxl import VideoXLConfig
-from videoxl.convert_weights import convert, name_table, recognise_family
-
-import convert_families
+from videoxl.hub import convert as convert_weights
+from videoxl.hub import families
+from videoxl.hub.convert import convert, name_table, recognise_family
 
 CHECKPOINT = FIXTURES / "videoxl2" / "checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -228,8 +227,8 @@ def test_other_checkpoints_are_refused(published, names, message):
 def test_unknown_and_unsupported_families_are_refused(make_source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown family"):
         name_table("videoxl3")
-    unsupported = dataclasses.replace(convert_families.FAMILIES["videoxl2"], presets=())
-    monkeypatch.setitem(convert_families.FAMILIES, "videoxl2", unsupported)
+    unsupported = dataclasses.replace(families.FAMILIES["videoxl2"], presets=())
+    monkeypatch.setitem(families.FAMILIES, "videoxl2", unsupported)
     with pytest.raises(ValueError, match="Video-XL-2 .*not supported yet"):
         convert(make_source(), tmp_path / "output")
     assert_nothing_left(tmp_path)
@@ -371,14 +370,14 @@ def test_a_config_with_the_markers_row_and_a_rope_scaling(tmp_path, monkeypatch)
     config = json.loads((source / "config.json").read_text())
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 257, "rope_scaling": scaling}))
-    read = convert_weights._read_preset
+    read = convert_weights.read_preset
 
     def small(name):
         preset = read(name)
         preset["text_config"]["vocab_size"] = 256
         return preset
 
-    monkeypatch.setattr(convert_weights, "_read_preset", small)
+    monkeypatch.setattr(convert_weights, "read_preset", small)
     output = convert(source, tmp_path / "output")
     text = json.loads((output / "config.json").read_text())["text_config"]
     assert text["vocab_size"] == 256 and text["rope_parameters"]["rope_type"] == "default"
@@ -659,7 +658,7 @@ def test_an_interruption_leaves_nothing(make_source, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_weights, "save_file", save_file)
+    monkeypatch.setattr("videoxl.hub.tensors.save_file", save_file)
     with pytest.raises(KeyboardInterrupt):
         convert(make_source(), tmp_path / "output")
     assert_nothing_left(tmp_path)

@@ -9,9 +9,11 @@ from goldens import FIXTURES
 from safetensors.torch import load_file, save_file
 from test_convert import Manifest
 from transformers import AutoConfig, AutoModel
-from videoxl import convert_weights, modeling_videoxl
+from videoxl import modeling_videoxl
 from videoxl.configuration_videoxl import VideoXLConfig
-from videoxl.convert_weights import choose_preset, convert, name_table, recognise_family
+from videoxl.hub import convert as convert_weights
+from videoxl.hub.convert import choose_preset, convert, name_table, recognise_family
+from videoxl.hub.published_configs import build_config
 
 CHECKPOINT = FIXTURES / "videochatflash" / "checkpoint_res224"
 PINPOINTS = [[56 * columns, 56 * rows] for columns in range(1, 4) for rows in range(1, 4)]
@@ -97,8 +99,8 @@ def test_at_true_size_a_checkpoint_has_exactly_the_published_tensors(name, count
     assert sum(torch.Size(shape).numel() for shape in wanted.values()) == stored
     table = name_table(recognise_family(published, wanted))
     preset = choose_preset(table, published)
-    assert preset == convert_weights._read_preset(name)
-    for config in (VideoXLConfig.from_published(published, preset), VideoXLConfig.from_dict(preset)):
+    assert preset == convert_weights.read_preset(name)
+    for config in (build_config(published, preset), VideoXLConfig.from_dict(preset)):
         ours = convert_weights.expected_shapes(config)
         assert {table.to_published(mine): shape for mine, shape in ours.items()} == wanted
         assert {mine: table.to_ours(table.to_published(mine)) for mine in ours} == {mine: mine for mine in ours}
@@ -111,9 +113,9 @@ def test_at_true_size_a_checkpoint_has_exactly_the_published_tensors(name, count
 
 
 def test_what_the_published_config_says_about_compression_and_context():
-    preset = convert_weights._read_preset("videochat-flash-7b-224")
+    preset = convert_weights.read_preset("videochat-flash-7b-224")
     published = published_config("videochat-flash-7b-224", tie_word_embeddings=True)
-    config = VideoXLConfig.from_published(published, preset)
+    config = build_config(published, preset)
     assert (config.mm_llm_compress, config.llm_compress_type) == (False, "attention")
     assert (config.llm_compress_layer_list, config.llm_image_token_ratio_list) == ([24], [1.0, 0.5])
     assert config.tokenizer_model_max_length == 16384 and config.tie_word_embeddings
@@ -132,15 +134,9 @@ def test_what_the_published_config_says_about_compression_and_context():
     ],
 )
 def test_other_algorithms_are_refused(changes, message):
-    preset = convert_weights._read_preset("videochat-flash-7b-224")
+    preset = convert_weights.read_preset("videochat-flash-7b-224")
     with pytest.raises(ValueError, match=message):
-        VideoXLConfig.from_published(published_config("videochat-flash-7b-224", **changes), preset)
-
-
-def test_a_flat_config_is_to_be_converted():
-    published = published_config("videochat-flash-7b-224", model_type="videochat_flash_qwen")
-    with pytest.raises(ValueError, match=r"convert it with convert_weights\.py"):
-        VideoXLConfig.from_dict(published)
+        build_config(published_config("videochat-flash-7b-224", **changes), preset)
 
 
 def test_missing_and_unknown_tensors_are_named_as_published(tmp_path):

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_convert import EMBEDDING, HEAD, converted_tensors
 from test_convert_flash import published_config, published_tensors
 from transformers import AutoModel
-from videoxl import convert_weights
 from videoxl.configuration_videoxl import VideoXLConfig
-from videoxl.convert_weights import SourceTensor, convert, match_tensors, name_table
+from videoxl.hub import convert as convert_weights
+from videoxl.hub.convert import convert
+from videoxl.hub.families import name_table
+from videoxl.hub.published_configs import build_config
+from videoxl.hub.tensors import SourceTensor, match_tensors
 
 TWO_B, ONE_M = "videochat-flash-2b-448", "videochat-flash-7b-1m-224"
 # A tiny checkpoint of the same layout gives what has a size; every other key stays as published.
@@ -91,9 +94,11 @@ def test_every_tensor_of_a_published_index_has_its_place(name, shards, total, tm
         key: SourceTensor(tmp_path / file, key, shapes[key], "BF16") for key, file in index["weight_map"].items()
     }
     table = name_table(convert_weights.recognise_family(published, sources))
-    config = VideoXLConfig.from_published(published, convert_weights.choose_preset(table, published))
+    config = build_config(published, convert_weights.choose_preset(table, published))
     expected = convert_weights.expected_shapes(config)
-    plan = match_tensors(sources, table, expected, config.tie_word_embeddings, convert_weights.unused_layers(config))
+    plan = match_tensors(
+        sources, table, expected, config.tie_word_embeddings, convert_weights.unused_layers(config, expected)
+    )
     assert plan.keys() == expected.keys()
     assert {tensor.name for tensor in plan.values()} == sources.keys()
     for missing in ("model.norm.weight", "model.vision_tower.vision_tower.encoder.vision_layernorm.bias"):
@@ -104,8 +109,8 @@ def test_every_tensor_of_a_published_index_has_its_place(name, shards, total, tm
 
 @pytest.mark.parametrize("name", [TWO_B, ONE_M])
 def test_presets_say_what_the_published_files_say(name):
-    preset, published = convert_weights._read_preset(name), published_config(name)
-    read, known = VideoXLConfig.from_published(published, preset), VideoXLConfig.from_dict(preset)
+    preset, published = convert_weights.read_preset(name), published_config(name)
+    read, known = build_config(published, preset), VideoXLConfig.from_dict(preset)
     side = known.vision_config.image_size
     grids = [[side * columns, side * rows] for columns in range(1, 7) for rows in range(1, 7)]
     assert read.image_grid_pinpoints == grids and known.image_grid_pinpoints is None  # which means the same
@@ -119,7 +124,7 @@ def test_presets_say_what_the_published_files_say(name):
 def test_what_the_two_published_models_are():
     read = {}
     for name in (TWO_B, ONE_M):
-        read[name] = VideoXLConfig.from_published(published_config(name), convert_weights._read_preset(name))
+        read[name] = build_config(published_config(name), convert_weights.read_preset(name))
     two_b, one_m = read[TWO_B], read[ONE_M]
     assert (two_b.tie_word_embeddings, one_m.tie_word_embeddings) == (True, False)
     assert (two_b.text_config.rms_norm_eps, one_m.text_config.rms_norm_eps) == (1e-6, 1e-5)
@@ -131,17 +136,17 @@ def test_what_the_two_published_models_are():
     assert one_m.resolve_llm_compression()["layers"] == [8, 16, 24]
 
 
-# ------------------------------------------------------------------------------------------------ recognised by keys
+# ------------------------------------------------------------------------------------------------ refused
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llava_qwen", "videochat_flash_qwen", None])
-def test_a_flat_config_is_recognised_by_its_mm_keys(model_type):
-    flash = published_config(ONE_M, model_type=model_type)
-    with pytest.raises(ValueError, match=r"convert it with convert_weights\.py"):
-        VideoXLConfig.from_dict(flash)
-    published = json.loads((FIXTURES / "videoxl2" / "checkpoint" / "config.json").read_text())
-    config = VideoXLConfig.from_dict(published | {"model_type": model_type})
-    assert config.text_config.num_hidden_layers == published["num_hidden_layers"]
+def test_a_published_config_is_refused_with_what_to_do(model_type):
+    for published in (
+        published_config(ONE_M, model_type=model_type),
+        json.loads((FIXTURES / "videoxl2" / "checkpoint" / "config.json").read_text()) | {"model_type": model_type},
+    ):
+        with pytest.raises(ValueError, match=r"python convert_weights\.py SOURCE OUTPUT.*videoxl convert"):
+            VideoXLConfig.from_dict(published)
 
 
 def test_our_own_and_plain_configs_are_not_taken_for_published_ones():

@@ -6,8 +6,9 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from videoxl import demo_gradio
-from videoxl.demo_gradio import Limits, VideoChat, build_parser, clock, explain, load, timeline
+from videoxl.demo import page as demo_page
+from videoxl.demo.page import Limits, VideoChat, build_parser, explain, load
+from videoxl.demo.timeline import MAX_TICKS, clock, timeline
 
 BILEVEL = {"decode": "bilevel", "decode_chunk_groups": 1, "pool_size": 3}
 LENGTH = 14
@@ -154,7 +155,7 @@ def test_clock():
 def test_ticks_are_few_and_round(duration):
     chunk = {"video": 0, "index": 0, "start": 0.0, "end": duration, "level": "dense", "score": None}
     ticks = re.search(r'<div class="ticks">(.*?)</div>', timeline([chunk], duration))[1]
-    assert 1 <= ticks.count("<span") <= demo_gradio.MAX_TICKS + 1
+    assert 1 <= ticks.count("<span") <= MAX_TICKS + 1
 
 
 def test_the_folder_of_the_file_is_the_default_model(root):
@@ -165,7 +166,7 @@ def test_the_folder_of_the_file_is_the_default_model(root):
 
 
 def test_without_gradio_it_says_what_to_install(root):
-    script = "import sys; sys.modules['gradio'] = None; import demo_gradio; demo_gradio.main([])"
+    script = "import sys; sys.modules['gradio'] = None; import videoxl.demo; videoxl.demo.main([])"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == 'error: the page needs gradio: pip install "gradio>=6"'
@@ -176,13 +177,13 @@ def test_versions_agree(root):
     for name in ("torch", "transformers", "av", "numpy", "huggingface_hub"):
         pin = re.search(rf"^{name}==(.+)$", pins, re.MULTILINE)
         assert pin and pin[0] in (root / "requirements.txt").read_text().splitlines()
-    assert f"sdk_version: {re.search('^gradio==(.+)$', pins, re.MULTILINE)[1]}\n" in demo_gradio.__doc__
+    assert f"sdk_version: {re.search('^gradio==(.+)$', pins, re.MULTILINE)[1]}\n" in demo_page.__doc__
     assert 'demo = ["gradio>=6"]' in (root / "pyproject.toml").read_text()
 
 
 def test_handlers_of_the_page(chat, clips, tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed: make test-browser runs this")
-    page = demo_gradio.build_page(chat, "Model: <tiny>.")
+    page = demo_page.build_page(chat, "Model: <tiny>.")
     handlers = {function.fn.__name__: function.fn for function in page.fns.values() if function.fn}
     take_video, answer = handlers["take_video"], handlers["answer"]
     assert "Model: &lt;tiny&gt;." in str(page.config)

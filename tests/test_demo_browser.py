@@ -43,8 +43,8 @@ def served(root, folder, log, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(root / "demo_gradio.py"), "--port", str(port), *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "videoxl.demo", "--port", str(port), *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
     with open(log, "w") as output:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
         try:

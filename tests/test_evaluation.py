@@ -6,7 +6,6 @@ The bundled checkpoint is taken as it is; nothing here depends on what it answer
 import copy
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +14,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "evaluation"))
-harness = pytest.importorskip("harness")
-haystacks = pytest.importorskip("haystacks")
-niah = pytest.importorskip("niah")
-report = pytest.importorskip("report")
+harness = pytest.importorskip("videoxl.evaluation.harness")
+haystacks = pytest.importorskip("videoxl.evaluation.haystacks")
+niah = pytest.importorskip("videoxl.evaluation.niah")
+report = pytest.importorskip("videoxl.evaluation.report")
 
 SETTINGS = haystacks.Settings(size=32)
 QUICK = ("--threads", "1", "--max-new-tokens", "2")
@@ -225,7 +223,7 @@ def test_evidence_outside_the_video_is_an_error(evidence):
 
 
 def test_ranges_can_be_read_again():
-    plots = pytest.importorskip("plots")
+    plots = pytest.importorskip("videoxl.evaluation.plots")
     assert harness.ranges([12, 5, 6, 7, 0]) == "0,5-7,12"
     assert plots.parse_ranges("0,5-7,12") == [0, 5, 6, 7, 12]
     assert plots.parse_ranges(harness.ranges([])) == []
@@ -354,7 +352,7 @@ def test_niah_writes_resumes_and_grows(tmp_path, monkeypatch, capsys):
 
 
 def test_niah_counts_right_answers_and_draws_them(tmp_path, monkeypatch):
-    plots = pytest.importorskip("plots")
+    plots = pytest.importorskip("videoxl.evaluation.plots")
     ask = harness.ask
 
     def perfect(checkpoint, video, text, *rest):

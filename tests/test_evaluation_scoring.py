@@ -1,12 +1,8 @@
 """Scoring of answers: what counts as right, near misses, intervals."""
 
-import sys
-
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "evaluation"))
-scoring = pytest.importorskip("scoring")
+scoring = pytest.importorskip("videoxl.evaluation.scoring")
 
 
 @pytest.mark.parametrize(

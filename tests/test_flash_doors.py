@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
 from videoxl.conversation_videoxl import read_history
-from videoxl.convert_weights import convert
-from videoxl.model_card import check_card, converted_card
+from videoxl.hub.cards import check_card, converted_card
+from videoxl.hub.convert import convert
 from videoxl.processing_videoxl import VideoXLProcessor
 from videoxl.video_processing_videoxl import open_video
 
@@ -394,7 +394,7 @@ def test_converted_checkpoint_through_the_auto_classes(converted, clips):
 
 def test_published_needles_on_a_converted_checkpoint(converted, root, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "evaluation"))
-    niah = pytest.importorskip("niah")
+    niah = pytest.importorskip("videoxl.evaluation.niah")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     question = "Find the frame of a wall. what is its color\nOptions: (A) red\n(B) blue\nBest option: ("
     samples = [{"image": "red.png", "question": question, "answer": "A"}]

@@ -7,7 +7,7 @@ import torch
 from goldens import FIXTURES, assert_close, open_flash_case, open_golden
 from PIL import Image
 from safetensors.torch import load_file
-from videoxl.convert_families import name_table
+from videoxl.hub.families import name_table
 from videoxl.image_processing_videoxl import tile_image
 from videoxl.token_merging_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
 from videoxl.tower_config_videoxl import VideoXLUMTConfig

@@ -14,7 +14,7 @@ import torch
 from goldens import FIXTURES, assert_close, open_golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
-from videoxl.convert_weights import convert, read_source, recognise_family
+from videoxl.hub.convert import convert, read_source, recognise_family
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 
 FEATURES, LOGITS = 1e-4, 3e-4

@@ -19,13 +19,10 @@ SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def presets(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root / "evaluation"))
-        import presets
+def presets():
+    from videoxl.evaluation import presets
 
-        yield presets
-        sys.modules.pop("presets", None)
+    return presets
 
 
 # ---------------------------------------------------------------- published settings and prompts

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig, AutoModel
 
 SCRIPT = """
 import json, sys
@@ -98,16 +99,15 @@ def test_saved_checkpoint_is_self_contained(from_folder, clips, tmp_path):
     assert load(moved, clips[0], tmp_path / "home") == result
 
 
-def test_flat_legacy_config_is_understood_or_refused(test_data):
-    from videoxl.configuration_videoxl import VideoXLConfig
-
+def test_a_folder_as_published_is_refused_with_what_to_do(repository, test_data, tmp_path):
+    """Also where the code was put beside the published weights."""
     published = json.loads((test_data / "golden" / "videoxl2" / "checkpoint" / "config.json").read_text())
-    config = VideoXLConfig.from_dict(published)
-    assert config.text_config.num_hidden_layers == published["num_hidden_layers"]
-    assert config.text_config.rope_parameters["rope_theta"] == published["rope_theta"]
-    assert config.compressor_config.hidden_size == published["mm_hidden_size"]
-    with pytest.raises(ValueError, match="convert_weights"):
-        VideoXLConfig(**{key: value for key, value in published.items() if key != "vision_config"})
+    folder = shutil.copytree(repository, tmp_path / "published")
+    ours = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**published, "auto_map": ours["auto_map"]}))
+    for auto in (AutoConfig, AutoModel):
+        with pytest.raises(ValueError, match=r"python convert_weights\.py SOURCE OUTPUT"):
+            auto.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_sparse_attention_settings_are_checked_and_published_switches_win():

@@ -1,18 +1,15 @@
 """The published needles of VideoChat-Flash: where they stand, how they are scored, and a run on stand-in pictures."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "evaluation"))
-haystacks = pytest.importorskip("haystacks")
-harness = pytest.importorskip("harness")
-niah = pytest.importorskip("niah")
-published = pytest.importorskip("published_needles")
+haystacks = pytest.importorskip("videoxl.evaluation.haystacks")
+harness = pytest.importorskip("videoxl.evaluation.harness")
+niah = pytest.importorskip("videoxl.evaluation.niah")
+published = pytest.importorskip("videoxl.evaluation.published_needles")
 
 OPTIONS = "\nOptions: (A) red\n(B) green\n(C) blue\n(D) grey\nOnly give the best option. Best option: ("
 

@@ -13,7 +13,7 @@ from margins import greedy_choice
 from safetensors.torch import load_file, save_file
 from slow_members import SlowMember
 from transformers import AutoModel
-from videoxl.convert_weights import convert
+from videoxl.hub.convert import convert
 
 FEATURES, LOGITS = 1e-4, 3e-4
 PRO_TOKENS = 144

@@ -14,15 +14,13 @@ import yaml
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder
-
-from training.batches import Collator, videos_of
-from training.data import IGNORE, MixtureDataset, load_mixture
-from training.recipe import MODULES, check_recipe, load_recipe
-from training.train import build_model, newest_checkpoint, run, training_arguments
-from training.trainer import BrokenReport, VideoXLTrainer, module_of
+from videoxl.training.batches import Collator, videos_of
+from videoxl.training.data import IGNORE, MixtureDataset, load_mixture
+from videoxl.training.recipe import MODULES, check_recipe, load_recipe
+from videoxl.training.train import build_model, newest_checkpoint, run, training_arguments
+from videoxl.training.trainer import BrokenReport, VideoXLTrainer, module_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,7 +191,7 @@ def test_dts_pretraining(tiny, tmp_path):
 
 
 def test_semantic_guided_masking():
-    from training.dts import SemanticGuidedMasking
+    from videoxl.training.dts import SemanticGuidedMasking
 
     torch.manual_seed(0)
     masking = SemanticGuidedMasking(8, mask_ratio=0.25, candidate_share=0.5, temperature=1.0)
@@ -216,8 +214,7 @@ def test_lora(tiny, tmp_path):
     """Only the adapter moves; it loads, and merging it gives the same model without peft."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModel
-
-    from training.merge_lora import merge
+    from videoxl.training.merge_lora import merge
 
     base, processor = build_model(tiny_recipe(tiny, tmp_path))
     base.save_pretrained(tmp_path / "base")

@@ -1,19 +1,14 @@
 """Training data: mixtures, published JSON, label masking token by token, broken samples, positions, batches."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training.batches import Collator, EpochSampler, videos_of
-from training.data import (
+from videoxl.training.batches import Collator, EpochSampler, videos_of
+from videoxl.training.data import (
     IGNORE,
     BrokenSample,
     MixtureDataset,

@@ -1,7 +1,6 @@
 """The small model's curriculum: facts by slots, the story, where to look, many questions behind one clip."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -21,13 +20,11 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def workshop(root):
-    sys.path.insert(0, str(root))
-    import training.pretrain_reading as read
-    import training.pretrain_vision as see
-    import training.slots as slots
+    import videoxl.training.pretrain_reading as read
+    import videoxl.training.pretrain_vision as see
+    import videoxl.training.slots as slots
 
     yield slots, see, read
-    sys.path.remove(str(root))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,7 @@ def shown(slots, row, kind):
 def test_facts_say_what_a_group_shows(workshop):
     """Against the clip's own words, frame by frame."""
     slots, _, _ = workshop
-    from video_world import make_clip
+    from videoxl.video_world import make_clip
 
     ways, changes, keys = set(), 0, 0
     for seed in range(6):
@@ -90,7 +87,7 @@ def test_the_code_can_be_read_back(workshop):
 def test_the_story_so_far(workshop):
     """At one frame a second, against the clip's spans; what a card hides is not gone."""
     slots, _, _ = workshop
-    from video_world import make_clip
+    from videoxl.video_world import make_clip
 
     seen = 0
     for seed in range(12):
@@ -168,9 +165,9 @@ def test_what_looks_alike_costs(workshop):
 def test_looks_go_where_the_answer_is_to_be_seen(workshop, processor):
     """Against the clips themselves: a card's two slots, a shape's slot, from the name or the question's end."""
     slots, _, _ = workshop
-    from training.looks import LOOKS, looks_of, option_lines
-    from video_world import make_clip
-    from video_world.questions import name_of
+    from videoxl.training.looks import LOOKS, looks_of, option_lines
+    from videoxl.video_world import make_clip
+    from videoxl.video_world.questions import name_of
 
     seen = dict.fromkeys(LOOKS, 0)
     groups = np.arange(64.0).reshape(-1, 4)

@@ -12,13 +12,11 @@ yaml = pytest.importorskip("yaml")
 
 @pytest.fixture(scope="module")
 def workshop(root):
-    sys.path.insert(0, str(root))
-    import training.pretrain_reading as read
-    import training.pretrain_vision as see
-    import training.train_small as small
+    import videoxl.training.pretrain_reading as read
+    import videoxl.training.pretrain_vision as see
+    import videoxl.training.train_small as small
 
     yield {"see": see, "read": read}, small
-    sys.path.remove(str(root))
 
 
 def test_recipes_follow_each_other(workshop):

@@ -16,11 +16,10 @@ from command_line import run_main
 from hub_stand_in import TOKEN, stand_in
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
-
-import upload_to_hub
-from model_card import PUBLISHED, check_card, converted_card, with_results
-from upload_checks import check_files, check_loading
-from upload_to_hub import UploadError, assemble, check, push
+from videoxl.hub import upload as upload_to_hub
+from videoxl.hub.cards import PUBLISHED, check_card, converted_card, with_results
+from videoxl.hub.checks import check_files, check_loading
+from videoxl.hub.upload import UploadError, assemble, check, push
 
 REPO = "someone/video-xl"
 
@@ -55,7 +54,7 @@ def published(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(published, tmp_path_factory):
     """What convert_weights.py makes of it; copy it to change it."""
-    from convert_weights import convert
+    from videoxl.hub.convert import convert
 
     return convert(published, tmp_path_factory.mktemp("converted") / "Video-XL-2")
 
@@ -70,7 +69,7 @@ def folder(converted, tmp_path):
 
 
 def test_the_bundled_checkpoint_is_gathered_without_the_workshop(bundled, root):
-    from convert_weights import remote_code_files
+    from videoxl.hub.convert import remote_code_files
 
     files = set(bundled.files)
     assert {name for name in files if name.endswith(".py")} == set(remote_code_files())
@@ -272,15 +271,14 @@ def test_a_family_of_several_checkpoints_is_told_apart_by_name():
 
 
 def test_every_family_of_the_converter_has_a_card():
-    from convert_families import FAMILIES
+    from videoxl.hub.families import FAMILIES
 
     assert FAMILIES.keys() <= PUBLISHED.keys()
     assert all(FAMILIES[name].title.startswith(PUBLISHED[name].title) for name in FAMILIES)
 
 
 def test_results_come_from_files_about_these_very_weights(root, tmp_path):
-    sys.path.insert(0, str(root / "evaluation"))
-    from harness import weights_hash
+    from videoxl.evaluation.harness import weights_hash
 
     weights = upload_to_hub.weights_hash([root / "model.safetensors"])
     assert weights == weights_hash(root)

@@ -5,17 +5,13 @@ import re
 import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from video_world import (
+from videoxl.video_world import (
     CHOICE_PROMPT,
     COLORS,
     DIGITS,
@@ -166,7 +162,7 @@ def test_a_seed_is_a_clip(seed, split, seconds):
 DIGEST = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
-from video_world import make_clip
+from videoxl.video_world import make_clip
 clip = make_clip(5, "train", 24, cards=3, chains=1)
 print(hashlib.sha256(repr(clip.questions).encode() + clip.frames([0, 7.5, 23]).tobytes()).hexdigest())
 """

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from training.recipe import check_recipe
+from videoxl.training.recipe import check_recipe
 
 CLIPS = {"world": {"size": 8, "clip": {"seconds": 4, "num_questions": 2}, "sample_fps": 2}, "source": "clips"}
 

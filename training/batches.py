@@ -11,8 +11,7 @@ B batch, L sequence, F frames, S image side.
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-
-from training.data import IGNORE, BrokenSample, MixtureDataset
+from videoxl.training.data import IGNORE, BrokenSample, MixtureDataset
 
 
 class Collator:

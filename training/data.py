@@ -14,7 +14,6 @@ L sequence, F frames, T tiles, S image side.
 
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,8 @@ import torch
 import yaml
 from PIL import Image
 from torch.utils.data import Dataset
+from videoxl import open_video
+from videoxl.shell.records import json_lines
 
 # What the loss leaves out (PyTorch's and transformers' convention).
 IGNORE = -100
@@ -331,7 +332,6 @@ class MixtureDataset(Dataset):
 
     def _open_scaled(self, path, scale):
         """Frames of a file with scaled timestamps, as a video item."""
-        open_video = sys.modules[type(self.processor).__module__].open_video
         settings = {name: getattr(self.processor, name) for name in _VIDEO_KEYS} | self.video
         batches = list(open_video(path, **self.processor.frame_options, **settings))
         frames = torch.cat([batch.frames for batch in batches]).permute(0, 2, 3, 1)
@@ -352,8 +352,7 @@ class _JsonSamples:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; json_path is relative to the mixture's folder")
         lines = path.suffix == ".jsonl"
-        text = path.read_text()
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        records = [record for _, record in json_lines(path)] if lines else json.loads(path.read_text())
         if not isinstance(records, list):
             raise ValueError(f"{path}: expected a list of samples, got {type(records).__name__}")
         chosen = choose_samples(len(records), entry.get("sampling_strategy", "all"), seed)
@@ -424,7 +423,7 @@ class _WorldSamples:
         return f"{self.split}:{self.first_seed + index}"
 
     def load(self, index):
-        from video_world import make_clip
+        from videoxl.video_world import make_clip
 
         rng = random.Random(f"{self.seed}-{index}")
         rate = rng.choice(self.rates)

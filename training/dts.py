@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-
-from training.batches import videos_of
-from training.trainer import VideoXLTrainer
+from videoxl.training.batches import videos_of
+from videoxl.training.trainer import VideoXLTrainer
 
 DTS_DEFAULTS = {
     "mask_ratio": 0.5,

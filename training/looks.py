@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-
-from training.slots import CARD, NUM_SLOTS, SIGN
-from video_world import SHAPES
-from video_world.questions import LETTERS
+from videoxl.training.slots import CARD, NUM_SLOTS, SIGN
+from videoxl.video_world import SHAPES
+from videoxl.video_world.questions import LETTERS
 
 # Questions by where their answer is to be seen: on a card, in a shape's slot where it stands or once it was seen.
 ONE_CARD, TWO_CARDS, SHAPE_SEEN = ("needle", "two_hop", "when_card"), ("card_first",), ("shape", "between")

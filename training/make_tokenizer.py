@@ -19,9 +19,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from video_world import CHOICE_PROMPT, TEXTS  # noqa: E402
-from video_world import WORDS as WORLD_WORDS
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `videoxl`, in a clone
+from videoxl.video_world import CHOICE_PROMPT, TEXTS  # noqa: E402
+from videoxl.video_world import WORDS as WORLD_WORDS
 
 # 256 bytes + 2,162 merges + 14 special tokens; a multiple of 64.
 VOCAB_SIZE = 2432

@@ -28,22 +28,22 @@ from transformers import AutoProcessor, DynamicCache, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
-from training.data import IGNORE  # noqa: E402
-from training.looks import LOOKS, Queries  # noqa: E402
-from training.muon import is_matrix, make_optimizer  # noqa: E402
-from training.reading_data import ClipBatches  # noqa: E402
-from training.slots import NUM_SLOTS, STORY, SlotCode  # noqa: E402
-from training.small_stages import (  # noqa: E402
+from videoxl.training.data import IGNORE  # noqa: E402
+from videoxl.training.looks import LOOKS, Queries  # noqa: E402
+from videoxl.training.muon import is_matrix, make_optimizer  # noqa: E402
+from videoxl.training.reading_data import ClipBatches  # noqa: E402
+from videoxl.training.slots import NUM_SLOTS, STORY, SlotCode  # noqa: E402
+from videoxl.training.small_stages import (  # noqa: E402
     NothingBroken,
     build_model,
     checkpoint_of,
     read_stage,
     stage_arguments,
 )
-from training.train import main_of  # noqa: E402
-from training.trainer import Journal, JournalCallback  # noqa: E402
+from videoxl.training.train import main_of  # noqa: E402
+from videoxl.training.trainer import Journal, JournalCallback  # noqa: E402
 
 DEFAULTS = {
     "stage": "read",

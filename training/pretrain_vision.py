@@ -22,20 +22,20 @@ from transformers import AutoProcessor, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
-from training.muon import is_matrix, make_optimizer  # noqa: E402
-from training.slots import FRAMES, STARTS, SlotCode, confused, facts_of, shows, told_right  # noqa: E402
-from training.small_stages import (  # noqa: E402
+from videoxl.training.muon import is_matrix, make_optimizer  # noqa: E402
+from videoxl.training.slots import FRAMES, STARTS, SlotCode, confused, facts_of, shows, told_right  # noqa: E402
+from videoxl.training.small_stages import (  # noqa: E402
     NothingBroken,
     build_model,
     checkpoint_of,
     read_stage,
     stage_arguments,
 )
-from training.train import main_of  # noqa: E402
-from training.trainer import Journal, JournalCallback, module_of  # noqa: E402
-from video_world import make_clip  # noqa: E402
+from videoxl.training.train import main_of  # noqa: E402
+from videoxl.training.trainer import Journal, JournalCallback, module_of  # noqa: E402
+from videoxl.video_world import make_clip  # noqa: E402
 
 # In the loss: a fact of a slot that shows nothing, and what tokens hold beside facts.
 EMPTY_WEIGHT, BESIDE_WEIGHT = 0.1, 0.1

@@ -9,13 +9,12 @@ import random
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-
-from training.data import IGNORE, stretch_positions
-from training.looks import LOOKS, looks_of, option_lines
-from training.pretrain_vision import normalise
-from training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
-from video_world import make_clip, needle_questions
-from video_world.questions import LETTERS
+from videoxl.training.data import IGNORE, stretch_positions
+from videoxl.training.looks import LOOKS, looks_of, option_lines
+from videoxl.training.pretrain_vision import normalise
+from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
+from videoxl.video_world import make_clip, needle_questions
+from videoxl.video_world.questions import LETTERS
 
 
 class ClipBatches(Dataset):

@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
-from video_world import Clip, make_clip  # noqa: E402
+from videoxl.video_world import Clip, make_clip  # noqa: E402
 
 # Picked by eye: all that a clip can hold, on a calm background, nothing of it at the same time as something alike.
 SEED, SECONDS = 324, 24

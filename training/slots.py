@@ -14,8 +14,7 @@ G groups, T frames a group, N slots = visual tokens a group, K facts a slot, C w
 
 import numpy as np
 import torch
-
-from video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS
+from videoxl.video_world import COLORS, DIGITS, SHAPES, SIZES, WORDS
 
 COLOR_NAMES, SIZE_NAMES, TEXTS = tuple(COLORS), tuple(SIZES), WORDS + DIGITS
 DIRECTIONS = ("left", "right", "up", "down")

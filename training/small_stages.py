@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, TrainingArguments, set_seed
-
-from training.recipe import read_numbers, read_recipe
-from training.train import load_part, newest_checkpoint
+from videoxl.training.recipe import read_numbers, read_recipe
+from videoxl.training.train import load_part, newest_checkpoint
 
 
 def read_stage(path: Path, overrides: list[str], defaults: dict) -> dict:

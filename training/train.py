@@ -24,13 +24,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # for `training` and `video_world`
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
-from training.batches import Collator  # noqa: E402
-from training.data import MixtureDataset  # noqa: E402
-from training.dts import DTSPretraining, DTSTrainer  # noqa: E402
-from training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
-from training.trainer import VideoXLTrainer, module_of  # noqa: E402
+from videoxl.training.batches import Collator  # noqa: E402
+from videoxl.training.data import MixtureDataset  # noqa: E402
+from videoxl.training.dts import DTSPretraining, DTSTrainer  # noqa: E402
+from videoxl.training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
+from videoxl.training.trainer import VideoXLTrainer, module_of  # noqa: E402
 
 # Part of the SigLIP architecture, of no effect: Video-XL takes the features in front of this norm.
 _UNUSED = ("model.vision_tower.post_layernorm.",)

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-
-from training.batches import EpochSampler, videos_of
-from training.data import IGNORE
-from training.muon import is_matrix, make_optimizer
-from training.recipe import MODULES, learning_rates, plans
+from videoxl.training.batches import EpochSampler, videos_of
+from videoxl.training.data import IGNORE
+from videoxl.training.muon import is_matrix, make_optimizer
+from videoxl.training.recipe import MODULES, learning_rates, plans
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
 MIN_SEEN = 50

@@ -3,7 +3,7 @@
 Everything follows from a seed and a split; train and held-out clips never share a random stream. Training and
 evaluation both draw from here; nothing here knows of models.
 
-    from video_world import make_clip
+    from videoxl.video_world import make_clip
     clip = make_clip(7, split="held_out", seconds=64)
     clip.frames([0, 1, 2.5])            # uint8 [3, 48, 48, 3]
     clip.questions[0]                   # Question(type='color', text='What color is the star?', answer='red', ...)

@@ -1,4 +1,4 @@
-"""`python cli.py batch`: answers the questions of a file about many videos, each video encoded once.
+"""Answers the questions of a file about many videos, each video encoded once.
 
 What is surprising:
 * Every process appends its answers to a journal of its own next to the output. The output is written from the
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli_options import (
+from .options import (
     BAD_INPUT,
     Parser,
     add_encoding_options,
@@ -37,6 +37,7 @@ from cli_options import (
     load_model,
     sampling_of,
 )
+from .records import Question, answers_in, json_line, read_questions, replace_file
 
 SOME_FAILED = 3
 # How long a process waits for the slowest one. The default of torch.distributed, minutes, would end the run.
@@ -59,29 +60,14 @@ Stop it whenever you like, and run the same command again to go on: what is answ
 tried again, new lines of questions.jsonl are answered too.
 
 examples:
-  python cli.py batch questions.jsonl --out answers.jsonl --model converted/ --dtype bfloat16
-  accelerate launch --num_processes 4 cli.py batch questions.jsonl --out answers.jsonl --model converted/
+  %(prog)s questions.jsonl --out answers.jsonl --model converted/ --dtype bfloat16
+  accelerate launch --num_processes 4 -m videoxl.cli batch questions.jsonl --out answers.jsonl --model converted/
       The videos are shared out among four processes, on one GPU each.
 
 exit status:
   0 all answered; 3 done, but some lines have an error; 2 bad usage or bad input; 130 interrupted; 1 anything else
   (accelerate launch turns each of them into 1)
 """
-
-
-@dataclass(frozen=True)
-class Question:
-    """A line of the questions: what it says, and the video's place on this machine."""
-
-    id: str | int
-    video: str
-    text: str
-    path: str
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Lines with the same key have the same answer."""
-        return self.video, self.text
 
 
 @dataclass
@@ -93,13 +79,11 @@ class Video:
     frames: int = 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(
-        prog="cli.py batch",
-        description="Answer many questions about many videos; each video is encoded once.",
+        prog=prog,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description="Answer many questions about many videos; each video is encoded once.",
     )
     parser.add_argument("questions", metavar="QUESTIONS", help="file of questions, one JSON object a line")
     parser.add_argument("--out", metavar="ANSWERS", required=True, help="file of answers; goes on if it exists")
@@ -107,41 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_encoding_options(parser)
     add_model_options(parser)
     return parser
-
-
-def read_questions(path: Path, videos: Path) -> list[Question]:
-    """Reads the file of questions.
-
-    Raises:
-        ValueError: With the line, if one is not as it must be.
-    """
-    questions, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}); expected one object a line, see --help") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object with video and question, got {type(entry).__name__}")
-        for name in ("video", "question"):
-            if not isinstance(entry.get(name), str) or not entry[name].strip():
-                raise ValueError(f'{where}: "{name}" must be a text that is not empty, got {entry.get(name)!r}')
-        given = entry.get("id", number)
-        if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise ValueError(f'{where}: "id" must be a text or a whole number, got {given!r}')
-        if given in seen:
-            raise ValueError(f'{where}: "id" {given!r} is that of line {seen[given]}, too')
-        seen[given] = number
-        questions.append(Question(given, entry["video"], entry["question"], str(videos / entry["video"])))
-    if not questions:
-        raise ValueError(f"{path} has no questions")
-    missing = dict.fromkeys(question.path for question in questions if not os.path.exists(question.path))
-    if len(missing) == len({question.path for question in questions}):
-        raise FileNotFoundError(f"none of the videos exists, not even {next(iter(missing))}; does --videos fit?")
-    return questions
 
 
 class Journal:
@@ -164,7 +113,7 @@ class Journal:
         """The newest entry for each key, an answer before an error."""
         entries = {}
         for file in [self.out] * self.out.is_file() + self.parts():
-            for entry in _entries(file):
+            for entry in answers_in(file):
                 key = (entry.get("video"), entry.get("question"))
                 if "answer" in entry or "answer" not in entries.get(key, {}):
                     entries[key] = entry
@@ -190,9 +139,9 @@ class Journal:
         lines, counts = [], {"answer": 0, "error": 0}
         for question in self.questions:
             if entry := known.get(question.key):
-                lines.append(json.dumps({**entry, "id": question.id}, ensure_ascii=False) + "\n")
+                lines.append(json_line({**entry, "id": question.id}))
                 counts["answer" if "answer" in entry else "error"] += 1
-        _write(self.out, "".join(lines))
+        replace_file(self.out, "".join(lines))
         for file in parts:
             file.unlink()
         return counts["answer"], counts["error"]
@@ -222,29 +171,7 @@ class Journal:
         elif exists:
             raise ValueError(f"{self.out} exists, and was not written by this program; choose another --out")
         else:
-            _write(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-def _entries(file: Path) -> Iterator[dict]:
-    """The entries of a file of answers; a last line that a killed process left unfinished is not there."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise ValueError(f"{file}, line {number} is damaged ({error}): mend or remove it") from error
-        yield entry
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+            replace_file(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 class Clock:
@@ -349,7 +276,7 @@ class Worker:
         ):  # fmt: skip
             bar.set_postfix_str(str(clock))
             for done, entry in enumerate(self.answers(videos, clock), 1):
-                part.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                part.write(json_line(entry))
                 part.flush()
                 bar.set_postfix_str(str(clock), refresh=False)
                 bar.update()
@@ -368,12 +295,13 @@ class Worker:
                 reason = describe_error(error)
                 clock.skipped(video)
             for question in video.questions:
-                entry = {"id": question.id, "video": question.video, "question": question.text}
-                yield entry | ({"error": reason} if encoded is None else self.answer(encoded, question, clock))
+                yield question.entry | (
+                    {"error": reason} if encoded is None else self.answer(encoded, question, clock)
+                )
 
     def answer(self, encoded, question: Question, clock: Clock) -> dict:
         """The answer with its tokens and seconds, or the error."""
-        from cli_output import AnswerStreamer
+        from .output import AnswerStreamer
 
         streamer, started = AnswerStreamer(self.tokenizer), time.perf_counter()
         settings = {"return_history": False, "generation_config": generation_settings(self.options)}
@@ -404,9 +332,9 @@ def settings_of(options: argparse.Namespace, sampling: dict) -> dict:
     return said
 
 
-def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status."""
-    options = build_parser().parse_intermixed_args(arguments)
+def main(arguments: list[str], prog: str | None = None) -> int:
+    """The command line, of a program of this name; returns the exit status."""
+    options = build_parser(prog).parse_intermixed_args(arguments)
     with errors_as_status():
         check_file(options.questions, "file of questions")
         source, out = Path(options.questions), Path(options.out).absolute()

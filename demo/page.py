@@ -1,15 +1,16 @@
 """The demo page: give a video, ask, watch the answer come, see which chunks of the video it saw in full.
 
-    python demo_gradio.py                                   # the checkpoint in this folder; --help: others, limits
+    python -m videoxl.demo                                  # the bundled checkpoint; --help: others, limits
 
-gradio is optional: `pip install "gradio>=6"`, or `make page`, which installs pinned versions. As a Space of the Hub it
-needs this file, a `requirements.txt` with `torch`, `transformers`, `av` and `einops`, an `app.py`
+gradio is optional: `pip install ".[demo]"`, or `make page`, which installs pinned versions. A Space of the Hub needs
+an `app.py`
 
-    from demo_gradio import main
+    from videoxl.demo import main
 
     main(["--model", "org/name", "--trust-remote-code"])
 
-and a `README.md` that begins with
+a `requirements.txt` with `videoxl[demo] @ git+ADDRESS`, where ADDRESS is this repository's, and a `README.md` that
+begins with
 
     ---
     title: Video-XL
@@ -18,8 +19,6 @@ and a `README.md` that begins with
     python_version: "3.11"
     app_file: app.py
     ---
-
-(In a Space that holds the model's own files, `app_file: demo_gradio.py` is enough.)
 
 What is surprising:
 * A visitor's encoded video and conversation are a value in the visitor's session (`Session` in `gr.State`); the model
@@ -31,19 +30,21 @@ What is surprising:
 
 import argparse
 import html
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
+from videoxl import open_video, times_in_text
 
-HERE = Path(__file__).resolve().parent
-EXAMPLE_CLIP = HERE / "assets" / "demo.mp4"
+from .timeline import clock, timeline
+
+# The bundled checkpoint: the root of a clone, or the installed package.
+BUNDLED = Path(__file__).resolve().parent.parent
+EXAMPLE_CLIP = BUNDLED / "assets" / "demo.mp4"
 EXAMPLE_QUESTIONS = (
     "What color is the star?",
     "When does the triangle first appear?",
@@ -51,11 +52,6 @@ EXAMPLE_QUESTIONS = (
 )
 # A visitor who has been gone for so long finds the video forgotten; uploaded files go, too. Seconds.
 KEEP_SECONDS = 3600
-# Steps of the time axis, in seconds; the first one that gives at most so many ticks is taken.
-TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
-MAX_TICKS = 8
-LEVELS = {"dense": "seen in full", "pooled": "pooled", "dropped": "left out"}
-
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 #head, #facts, #problem, #seen, :is(#head, #facts, #problem, #seen) .html-container { padding: 0; }
@@ -173,7 +169,7 @@ class VideoChat:
         Raises:
             FileNotFoundError, ValueError: If it cannot be read, or is too long.
         """
-        with self._remote("video_processing_videoxl").open_video(path, size=1) as reader:
+        with open_video(path, size=1) as reader:
             duration = reader.duration
         if duration > 60 * self.limits.max_minutes:
             raise ValueError(
@@ -218,84 +214,12 @@ class VideoChat:
             finally:
                 streamer.stopped = True
             answer, history, chunks = answering.result()
-        cited = self._remote("selection_videoxl").times_in_text(answer)
+        cited = times_in_text(answer)
         duration = session.video.duration
         # A negative start counts from the end of the video.
         cited = [(max(duration + start, 0) if start < 0 else start, min(end, duration)) for start, end in cited]
         cited = [(start, end) for start, end in cited if start <= end]
         yield Reply(answer, replace(session, history=history), chunks, cited)
-
-    def _remote(self, name: str):
-        """A module of the model's own code, wherever transformers has put it."""
-        return import_module(f"{type(self.model).__module__.rpartition('.')[0]}.{name}")
-
-
-def clock(seconds: float) -> str:
-    """m:ss or h:mm:ss, with a tenth of a second where there is one."""
-    minutes, tenths = divmod(round(10 * seconds), 600)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{tenths // 10:02d}" + (f".{tenths % 10}" if tenths % 10 else "")
-    return f"{hours}:{minutes:02d}:{text}" if hours else f"{minutes}:{text}"
-
-
-def span(start: float, end: float) -> str:
-    """A time or a range of time in words of the clock."""
-    return clock(start) if end == start else f"{clock(start)} – {clock(end)}"
-
-
-def timeline(chunks: Sequence[dict], duration: float, cited: Sequence[tuple[float, float]] = ()) -> str:
-    """HTML of what an answer saw of the video: a bar a chunk, as high as its score, and the times that it names.
-
-    Args:
-        chunks: See `return_chunks` of `model.chat`.
-        duration: Seconds.
-        cited: (start, end) seconds.
-    """
-    duration = max(duration, max(chunk["end"] for chunk in chunks)) or 1.0
-
-    def place(start, end):
-        return f'style="left:{100 * start / duration:.3f}%;width:{100 * (end - start) / duration:.3f}%"'
-
-    def button(start, end, style, more=""):
-        return f'<button type="button" class="{style}" data-seconds="{start:.3f}">{span(start, end)}{more}</button>'
-
-    largest = max(chunk["score"] or 0 for chunk in chunks) or 1
-    bars = []
-    for chunk in chunks:
-        start, end, level, score = (chunk[key] for key in ("start", "end", "level", "score"))
-        title = f"{span(start, end)}: {LEVELS[level]}" + ("" if score is None else f", score {score:.3f}")
-        bars.append(
-            f'<div class="chunk {level}" data-seconds="{start:.3f}" title="{title}" {place(start, end)}>'
-            f'<i style="height:{100 * (score or 0) / largest:.1f}%"></i></div>'
-        )
-    marks = [
-        f'<div class="cite" data-seconds="{start:.3f}" title="in the answer: {span(start, end)}" '
-        f"{place(start, end)}></div>"
-        for start, end in cited
-    ]
-    step = next((step for step in TICK_STEPS if duration / step < MAX_TICKS), math.ceil(duration / MAX_TICKS))
-    ticks = [f"<span {place(at, at)}>{clock(at)}</span>" for at in range(0, int(0.97 * duration) + 1, step)]
-    counts = {level: sum(chunk["level"] == level for chunk in chunks) for level in LEVELS}
-    title = ", ".join(f"{count} {LEVELS[level]}" for level, count in counts.items() if count)
-    legend = [f'<span><b class="{level}"></b>{LEVELS[level]}</span>' for level, count in counts.items() if count]
-    if cited:
-        legend.append('<span><b class="named"></b>time in the answer</span>')
-    chips = [
-        button(
-            chunk["start"], chunk["end"], "", "" if chunk["score"] is None else f"<span>{chunk['score']:.3f}</span>"
-        )
-        for chunk in chunks
-        if chunk["level"] == "dense"
-    ]
-    named = [button(start, end, "named") for start, end in cited]
-    return (
-        f'<section class="timeline"><header><strong>{len(chunks)} chunks: {title}</strong>'
-        f'<div class="legend">{"".join(legend)}</div></header>'
-        f'<div class="cites">{"".join(marks)}</div><div class="bars">{"".join(bars)}</div>'
-        f'<div class="ticks">{"".join(ticks)}</div>'
-        + (f'<div class="chips">Times in the answer: {"".join(named)}</div>' if named else "")
-        + f'<div class="chips reloaded">Seen in full, with scores: {"".join(chips)}</div></section>'
-    )
 
 
 def note(text: str, error: bool = False) -> str:
@@ -436,13 +360,16 @@ def load(options: argparse.Namespace) -> VideoChat:
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     current = model.config.resolve_sparse_attention()
     wanted = {"decode": "bilevel", "decode_chunk_groups": options.decode_chunk_groups}
-    model.config.sparse_attention = {name: getattr(current, name) for name in current.fields} | wanted
+    fields = model.config.sparse_attention.fields
+    model.config.sparse_attention = {name: getattr(current, name) for name in fields} | wanted
     return VideoChat(model, tokenizer, Limits(options.max_num_frames, options.max_minutes, options.max_new_tokens))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Serves a page on which a video can be asked about.")
-    parser.add_argument("--model", default=str(HERE), help="folder or Hub id (default: the folder of this file)")
+    parser = argparse.ArgumentParser(
+        "python -m videoxl.demo", description="Serves a page on which a video can be asked about."
+    )
+    parser.add_argument("--model", default=str(BUNDLED), help="folder or Hub id (default: the bundled one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the Hub; needed for a Hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="precision, such as bfloat16 (default: that of the weights)")
@@ -471,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit('error: the page needs gradio: pip install "gradio>=6"')
     chat = load(options)
     parameters = sum(parameter.numel() for parameter in chat.model.parameters())
-    name = "" if options.model == str(HERE) else f"{options.model}, "
+    name = "" if options.model == str(BUNDLED) else f"{options.model}, "
     page = build_page(chat, f"Model: {name}{parameters / 1e6:,.0f} million parameters.")
     # Fonts of the visitor's own: the page loads nothing from elsewhere.
     theme = gr.themes.Soft(primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["monospace"])
@@ -488,7 +415,3 @@ def main(arguments: list[str] | None = None) -> int:
         footer_links=[],
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -56,7 +56,7 @@ class Published:
     paper: str
 
 
-# By the names of `convert_families.FAMILIES`.
+# By the names of `families.FAMILIES`.
 PUBLISHED = {
     "videoxl2": Published(
         "Video-XL-2",

@@ -1,13 +1,19 @@
-"""Reads the flat config.json of published checkpoints (`mm_*` keys beside Qwen2's) into our fields.
+"""Makes our config from the flat config.json of a published checkpoint (`mm_*` keys beside Qwen2's) and a preset.
 
 What is surprising:
-* `model_type` tells nothing: it is `llava_qwen`, `videochat_flash_qwen`, or plain `qwen2`. The `mm_*` keys do.
-* The file says little about vision: what it leaves out comes from a preset, or from the defaults of our config.
+* The file says little about vision: what it leaves out comes from the preset.
 * VideoChat-Flash names its tower in `mm_vision_tower`, and the tower's sizes stand nowhere. Many of its keys describe
   modules that do not exist (`mm_spatial_pool_mode`, `mm_num_compress_latents`, ...): they are not read.
 """
 
-from .tower_config_videoxl import PUBLISHED_TOWERS, VIDEO_TOWERS
+from videoxl import VideoXLConfig
+
+# `mm_vision_tower` of published VideoChat-Flash checkpoints: the tower, with what differs from its defaults.
+PUBLISHED_TOWERS = {
+    "umt-large": {"model_type": "videoxl_umt", "image_size": 224},
+    "umt-hd-large": {"model_type": "videoxl_umt", "image_size": 448},
+    "internvideo2": {"model_type": "videoxl_internvideo2"},
+}
 
 # Settings of published beacon memory that are built here; other values of these keys are another algorithm.
 _BEACON_ALGORITHM = {
@@ -44,11 +50,12 @@ _PUBLISHED_TEXT_KEYS = (
     "pad_token_id",
 )
 
-# Rotary base of Qwen2.5, where a published file does not state it.
-_QWEN2_5_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
-
 # The one way of VideoChat-Flash to merge tokens: to 16 a frame, so 64 a clip of four, and to 64 a tile of an image.
 _TOKEN_MERGING, _CLIP_FRAMES = "tome16_mlp_hd64", 4
+_SWITCHES = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
+_TOKEN_IDS = ("video_token_id", "time_start_token_id", "time_end_token_id")
+# What a preset says about itself.
+_NOT_TAKEN = ("model_type", "architectures", "transformers_version")
 _VIDEOCHAT_FLASH_KEYS = (
     "mm_llm_compress",
     "llm_compress_type",
@@ -56,14 +63,6 @@ _VIDEOCHAT_FLASH_KEYS = (
     "llm_image_token_ratio_list",
     "tokenizer_model_max_length",
 )
-
-
-def is_published(config: dict) -> bool:
-    """Whether this is the flat config.json of a published checkpoint: one with `mm_*` keys that is not ours."""
-    if config.get("model_type") == "videoxl" or "text_config" in config:
-        return False
-    # Of the published keys this one is a setting of our own config, too.
-    return any(key.startswith("mm_") and key != "mm_llm_compress" for key in config)
 
 
 def dropped_settings(published: dict) -> list[str]:
@@ -76,48 +75,50 @@ def dropped_settings(published: dict) -> list[str]:
     return dropped
 
 
-def read_published(published, preset, defaults):
-    """Fields of a `VideoXLConfig` from a published config.json.
+def build_config(published: dict, preset: dict) -> VideoXLConfig:
+    """Our config for a published checkpoint.
 
     Args:
-        published: The parsed file.
-        preset: See `VideoXLConfig.from_published`.
-        defaults: Gives the fields of a complete config where there is no preset.
+        published: The parsed config.json as published.
+        preset: What that file does not spell out: the dict of a complete config (`presets/*.json`). Sizes that the
+            published file states win over the preset's.
 
     Raises:
         ValueError: On settings that are another algorithm than the one built here.
     """
     merging = str(published.get("mm_projector_type")).startswith("tome")
-    if preset is None and (merging or "beacon_window" in published):
-        cause = "merges tokens" if merging else "has beacon memory"
-        raise ValueError(f"this config.json {cause} and needs a preset: convert it with convert_weights.py")
-    config = dict(preset) if preset else defaults()
+    config = {key: value for key, value in preset.items() if key not in _NOT_TAKEN}
+    config["text_config"] = _text_settings(published, preset)
+    config |= (_clip_settings if merging else _frame_settings)(published, config)
+    config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    copied = [*_SWITCHES, *_TOKEN_IDS, *(_VIDEOCHAT_FLASH_KEYS if merging else ())]
+    if isinstance(published.get("image_grid_pinpoints"), list):
+        copied.append("image_grid_pinpoints")
+    if config.get("beacon_window") is not None:
+        _check_beacons(published)
+        copied += ("beacon_window", "beacon_ratio", "beacon_ratio_mix")
+    config |= {key: published[key] for key in copied if key in published}
+    config["dtype"] = published.get("torch_dtype", published.get("dtype"))
+    return VideoXLConfig(**config)
+
+
+def _text_settings(published, preset):
     text = {key: published[key] for key in _PUBLISHED_TEXT_KEYS if key in published}
     if "beacon_window" in published:
         text.pop("rope_scaling", None)  # see `dropped_settings`
     if not {"rope_theta", "rope_parameters"} & set(text):
-        text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
-    config["text_config"] = {"model_type": "qwen2", **text}
-    config |= (_read_clip_rooms if merging else _read_frame_rooms)(published, config)
-    config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    copied = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
-    copied += ("video_token_id", "time_start_token_id", "time_end_token_id")
-    copied += ("image_grid_pinpoints",) if isinstance(published.get("image_grid_pinpoints"), list) else ()
-    copied += _VIDEOCHAT_FLASH_KEYS if merging else ()
-    if config.get("beacon_window") is not None:
-        copied += ("beacon_window", "beacon_ratio", "beacon_ratio_mix")
-        expected = {**_BEACON_ALGORITHM, "beacon_stride": published.get("beacon_window")}
-        if other := [key for key, value in expected.items() if published.get(key, value) != value]:
-            settings = ", ".join(f"{key}={published[key]!r} instead of {expected[key]!r}" for key in other)
-            raise ValueError(f"beacon memory with {settings} is not supported")
-    config |= {key: published[key] for key in copied if key in published}
-    config["dtype"] = published.get("torch_dtype", published.get("dtype"))
-    for key in ("model_type", "architectures", "transformers_version"):
-        config.pop(key, None)
-    return config
+        text["rope_parameters"] = preset["text_config"]["rope_parameters"]
+    return {"model_type": "qwen2", **text}
 
 
-def _read_frame_rooms(published, config):
+def _check_beacons(published):
+    expected = {**_BEACON_ALGORITHM, "beacon_stride": published.get("beacon_window")}
+    if other := [key for key, value in expected.items() if published.get(key, value) != value]:
+        settings = ", ".join(f"{key}={published[key]!r} instead of {expected[key]!r}" for key in other)
+        raise ValueError(f"beacon memory with {settings} is not supported")
+
+
+def _frame_settings(published, config):
     """Tower and compressor of the families whose tower sees single frames."""
     vision = {key: value for key, value in config["vision_config"].items() if key != "transformers_version"}
     vision |= published.get("vision_config", {})
@@ -128,14 +129,14 @@ def _read_frame_rooms(published, config):
         raise ValueError(f"mm_spatial_pool_mode must be 'average', got {mode!r}")
     if compressor.get("compressor_type") == "none":
         compressor["grid_size"] = vision["image_size"] // vision["patch_size"]
-    rooms = {"vision_config": vision, "compressor_config": compressor}
+    settings = {"vision_config": vision, "compressor_config": compressor}
     if vision["model_type"] != "siglip_vision_model":
         # Members with SigLIP drop its last layer whatever this key says.
-        rooms["vision_feature_layer"] = published.get("mm_vision_select_layer", config["vision_feature_layer"])
-    return rooms
+        settings["vision_feature_layer"] = published.get("mm_vision_select_layer", config["vision_feature_layer"])
+    return settings
 
 
-def _read_clip_rooms(published, config):
+def _clip_settings(published, config):
     """Tower and compressor of VideoChat-Flash, whose tower sees clips."""
     expected = {"mm_projector_type": _TOKEN_MERGING, "mm_local_num_frames": _CLIP_FRAMES}
     if other := {key: published[key] for key, value in expected.items() if published.get(key, value) != value}:
@@ -144,7 +145,7 @@ def _read_clip_rooms(published, config):
     if name not in PUBLISHED_TOWERS:
         raise ValueError(f"mm_vision_tower must be one of {', '.join(PUBLISHED_TOWERS)}, got {name!r}")
     tower = PUBLISHED_TOWERS[name]
-    known = VIDEO_TOWERS[tower["model_type"]]()
+    known = VideoXLConfig(vision_config={"model_type": tower["model_type"]}).vision_config
     preset = config["vision_config"] if config["vision_config"]["model_type"] == tower["model_type"] else {}
     vision = {**preset, **tower, **{key: value for key, value in stated.items() if key in known.to_dict()}}
     heads = vision.get("num_attention_heads", known.num_attention_heads)

@@ -1,7 +1,7 @@
 """What a folder must be before it goes to the Hub: files that hold what they say and no secrets, and an answer.
 
 What is surprising:
-* Names are the business of upload_to_hub.py; here files are opened. JSON must be JSON, weights must be safetensors,
+* Names are the business of `upload`; here files are opened. JSON must be JSON, weights must be safetensors,
   so a pickle under another name does not pass.
 * The folder is loaded as a stranger would: from a Hub cache made up for it, without network, in a fresh process.
   What loads from a local folder may fail from the Hub, as more files are looked at there.

@@ -1,4 +1,4 @@
-"""Text of `cli.py` for a terminal: answers as they come, facts about the run, tables of chunks.
+"""Text for a terminal: answers as they come, facts about the run, tables of chunks.
 
 A model may write any byte, and control characters would steer the terminal: all text goes through `printable`.
 """

@@ -1,8 +1,8 @@
-"""What `cli.py` and `cli.py batch` share: options of frames, sparse attention and model, checks, loading, errors.
+"""What `ask` and `batch` share: options of frames, sparse attention and model, checks, loading, errors.
 
 What is surprising:
-* A model folder is used without the network, and its code runs: the caller names that folder (by default this
-  one). A Hub id means code from elsewhere, so it needs `--trust-remote-code`.
+* A model folder is used without the network, and its code runs: the caller names that folder (by default the
+  bundled one). A Hub id means code from elsewhere, so it needs `--trust-remote-code`.
 * torch and transformers are imported inside functions, after the arguments were checked, so that a typing mistake is
   answered at once.
 """
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-HERE = Path(__file__).resolve().parent
+# The bundled checkpoint: the root of a clone, or the installed package.
+BUNDLED = Path(__file__).resolve().parent.parent
 # Options of encoding: they mean nothing for a video that is encoded already.
 FRAME_OPTIONS = ("max_num_frames", "sample_fps", "max_sample_fps", "uniform")
 PREFILL_FIELDS = ("prefill", "chunk_groups", "window_chunks")
@@ -25,7 +26,10 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and whose epilogue keeps its lines."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         fail(BAD_INPUT, f"{message} (see --help)")
@@ -113,7 +117,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the model and of the length of its answers."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="DIR_OR_ID", default=str(HERE), help="folder or Hub id (default: the folder of cli.py)"
+        "--model", metavar="DIR_OR_ID", default=str(BUNDLED), help="folder or Hub id (default: the bundled one)"
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code from the Hub; needed for a Hub id")
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one, else cpu)")
@@ -199,7 +203,8 @@ def load_model(options: argparse.Namespace, device, quiet: bool):
     if any(name in given for name in PREFILL_FIELDS):
         # The published switches would win over what the user has typed.
         config.enable_sparse = config.enable_chunk_prefill = False
-    config.sparse_attention = {name: given.get(name, getattr(current, name)) for name in current.fields}
+    fields = config.sparse_attention.fields
+    config.sparse_attention = {name: given.get(name, getattr(current, name)) for name in fields}
     return model, tokenizer
 
 

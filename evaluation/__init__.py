@@ -1,0 +1,1 @@
+"""Answers counted: needles in haystacks, questions by type and mode, benchmarks through lmms-eval."""

@@ -1,0 +1,1 @@
+"""Published checkpoints in, a model repository out: conversion, model cards, checks, upload."""

@@ -1,0 +1,459 @@
+"""Puts a checkpoint on the Hub: gathers exactly the files that a repository needs, checks, shows or pushes them.
+
+    python upload_to_hub.py FOLDER ORG/NAME --dry-run
+    python upload_to_hub.py FOLDER ORG/NAME --tag v1.0
+    videoxl upload FOLDER ORG/NAME ...         # where the package is installed
+
+FOLDER is this repository's root (the bundled checkpoint), or a folder that convert_weights.py or training wrote.
+
+What is surprising:
+* Files are chosen by name, never by leaving others out: `.gitignore` means nothing to the Hub's client. In a folder
+  other than the root, a file that is not known stops the upload.
+* Nothing is kept between runs. The same command sends the same files; those that have arrived are not sent again.
+* Weights that are in the repository and not in this upload are deleted by its commit: a stale `model.safetensors`
+  would be loaded in place of new shards.
+* The token is the client's own (`hf auth login`, or HF_TOKEN). It is no option: options show in lists of processes.
+
+Exit status: 0; 2 if the folder or the usage is refused; 1 if the Hub is, or the connection.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .cards import check_card, with_results
+from .checks import PICKLES, check_files, check_loading, link_or_copy, looks_secret
+from .tensors import read_json, read_source, write_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evaluation" / "results"
+SHARD_SIZE = 5 * 10**9  # bytes: "5GB"; transformers' default is ten times as much
+
+WEIGHTS, INDEX = "*.safetensors", "model.safetensors.index.json"
+REQUIRED = (
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+)
+LICENSES = ("LICENSE", "LICENSE-CODE")
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",
+            "merges.txt", *LICENSES, "CITATION.cff")  # fmt: skip
+# What the card shows or links to: pages in this folder, and pictures, clips and notebooks anywhere.
+PAGES = "docs/"
+MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm", ".ipynb")
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+# What clients of the Hub leave in a folder, and what is never sent.
+NOT_OURS = (".git", ".gitattributes", ".cache", "__pycache__")
+# Links of the card to files, not to addresses or headings.
+LINKS = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
+
+
+class UploadError(RuntimeError):
+    """The Hub refused, or could not be reached; the message says what to do and holds no token."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A folder that is ready for the Hub.
+
+    Args:
+        folder: Where it is.
+        files: Names in the repository and sizes in bytes.
+        results: Result files whose figures went into the card.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    results: list[str]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(self.files.values())
+
+
+def assemble(
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    shard_size: int = SHARD_SIZE,
+    log: Callable[[str], None] = lambda line: None,
+) -> Assembly:
+    """Gathers exactly the files that a Hub repository needs.
+
+    Weights are linked where they are no larger than `shard_size`, and written anew in shards where they are.
+
+    Args:
+        folder: The root of this repository, or a checkpoint with its code, tokenizer and card.
+        output: A folder to fill; must not exist, or be empty.
+        shard_size: Largest file of weights in bytes, unless one tensor alone is larger.
+        log: Receives a line per step.
+
+    Returns:
+        The assembly. It is not checked yet, see `check`.
+
+    Raises:
+        FileNotFoundError, ValueError: If something is missing, unknown, damaged or not meant for others.
+    """
+    folder, output = Path(folder).resolve(), Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; give a folder that does not exist yet")
+    _check_complete(folder)
+    tensors = read_source(folder)
+    shards = sorted({tensor.file.name for tensor in tensors.values()})
+    pages = _pages(folder)
+    names = [
+        *REQUIRED,
+        *(name for name in OPTIONAL if (folder / name).is_file()),
+        *_code(folder),
+        *sorted(pages.keys() - {"README.md"}),
+        *_media(folder, pages),
+    ]
+    if folder != ROOT:
+        _refuse_others(folder, {*names, *shards, INDEX})
+    check_card(pages["README.md"], needs_base_model=folder != ROOT)
+    for page, text in pages.items():
+        if dead := sorted(_links(page, text) - set(names)):
+            raise ValueError(f"{page} links to {', '.join(dead)}, which a model repository has not")
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, output / name)
+    _place_weights(tensors, output, shard_size, log)
+    weights = weights_hash(folder / name for name in shards)
+    card, results = with_results(pages["README.md"], RESULTS.glob("*.json"), weights)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))
+    found = sorted(path for path in output.rglob("*") if path.is_file())
+    return Assembly(output, {path.relative_to(output).as_posix(): path.stat().st_size for path in found}, results)
+
+
+def _check_complete(folder):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
+    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}{_advice(missing)}")
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    if not any((folder / name).is_file() for name in LICENSES):
+        raise FileNotFoundError(f"{folder} has no licence: neither {' nor '.join(LICENSES)}")
+
+
+def _place_weights(tensors, output, shard_size, log):
+    """Links the files of weights, or writes them anew where one is too large."""
+    files = {tensor.file for tensor in tensors.values()}
+    sizes = [file.stat().st_size for file in files]
+    if max(sizes) <= shard_size or len(tensors) == 1:
+        folder = next(iter(files)).parent
+        index = [folder / INDEX] if {file.name for file in files} != {"model.safetensors"} else []
+        for file in [*files, *index]:
+            link_or_copy(file, output / file.name)
+        return
+    if (free := shutil.disk_usage(output).free) < sum(sizes):
+        raise ValueError(
+            f"new shards take {_size(sum(sizes))}, and {output} has room for {_size(free)}: "
+            "set TMPDIR to a folder with more"
+        )
+    try:
+        write_weights(tensors, output, None, shard_size, log)
+    except KeyError as error:
+        raise ValueError(
+            f"weights of type {error} cannot be put into new shards: save them with max_shard_size='5GB'"
+        ) from error
+
+
+def _advice(missing):
+    if "README.md" in missing:
+        return "; a converted checkpoint gets its card from convert_weights.py, another one from you"
+    return ""
+
+
+def _code(folder):
+    """The remote code: what the auto_map of the configs names, and all that it imports."""
+    entries = set()
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        auto_map = read_json(folder / name).get("auto_map", {})
+        for target in auto_map.values():
+            for reference in [target] if isinstance(target, str) else filter(None, target):
+                if "--" in reference:
+                    raise ValueError(f"{name} takes code from another repository ({reference}); save the code with it")
+                entries.add(reference.split(".")[0] + ".py")
+        wanted = {"config.json": AUTO_CLASSES, "processor_config.json": ("AutoProcessor",)}.get(name, ())
+        if lacking := [auto for auto in wanted if auto not in auto_map]:
+            raise ValueError(
+                f"the auto_map of {name} lacks {', '.join(lacking)}: Auto classes would not find the code"
+            )
+    if missing := sorted(entry for entry in entries if not (folder / entry).is_file()):
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, named in an auto_map")
+    reached = {Path(file).name for entry in entries for file in get_relative_import_files(folder / entry)}
+    return sorted(entries | reached)
+
+
+def _links(page, text):
+    """The files that a page links to, as names in the repository."""
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in LINKS.findall(text)}
+
+
+def _pages(folder):
+    """The card, and the pages in docs/ that it leads to, link by link: texts by name."""
+    pages, waiting = {}, ["README.md"]
+    while waiting:
+        page = waiting.pop()
+        pages[page] = (folder / page).read_text(encoding="utf-8")
+        linked = {link for link in _links(page, pages[page]) if link.startswith(PAGES) and link.endswith(".md")}
+        waiting += sorted(link for link in linked - pages.keys() - set(waiting) if (folder / link).is_file())
+    return pages
+
+
+def _media(folder, pages):
+    """Pictures, clips and notebooks of the folder that the card names, or that its pages link to."""
+    named = set(re.findall(r"(?<![\w/.:])(?:[\w-]+/)*[\w.-]+\.\w+", pages["README.md"]))
+    named = named.union(*(_links(page, text) for page, text in pages.items()))
+    return sorted(name for name in named if name.endswith(MEDIA) and (folder / name).is_file())
+
+
+def _refuse_others(folder, known):
+    others = [
+        name
+        for path in folder.rglob("*")
+        if not path.is_dir() and (name := path.relative_to(folder).as_posix()) not in known
+        if not set(Path(name).parts) & set(NOT_OURS)
+    ]
+    if not others:
+        return
+    reasons = []
+    for name in sorted(others):
+        if looks_secret(name):
+            reasons.append(f"{name} looks like a secret")
+        elif name.endswith(PICKLES):
+            reasons.append(f"{name} is a pickle, which can run code when it is loaded")
+        else:
+            reasons.append(f"{name} is not part of a model repository")
+    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    raise ValueError(f"{folder}: {shown}. Nothing is left out silently: move them elsewhere")
+
+
+def weights_hash(files) -> str:
+    """SHA-256 over files of weights in the given order, as evaluation/ writes it into results."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check(assembly: Assembly, load: bool = True) -> dict | None:
+    """Looks into all files and, if `load`, loads them from a made-up Hub cache and asks once.
+
+    Returns:
+        What loading gave, see `checks.check_loading`; None without it.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    check_files(assembly.folder, secrets=tuple(filter(None, [get_token()])))
+    return check_loading(assembly.folder) if load else None
+
+
+def push(
+    assembly: Assembly,
+    repo_id: str,
+    *,
+    private: bool = False,
+    pull_request: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    """Sends an assembly to the Hub; the same call again goes on where it broke.
+
+    Args:
+        assembly: What `assemble` gave, and `check` has seen.
+        repo_id: Repository, `org/name`; it is created if it does not exist, unless a pull request is wanted.
+        private: If created, then private.
+        pull_request: Open a pull request instead of committing.
+        revision: Branch, or `refs/pr/N` to go on with a pull request.
+        tag: Name for the new state.
+        message: Of the commit.
+        endpoint: Address of the Hub; None takes the client's own.
+
+    Returns:
+        The address of the commit or the pull request.
+
+    Raises:
+        UploadError: If the Hub refuses or cannot be reached.
+    """
+    if get_token() is None:
+        raise UploadError("there is no token: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi(endpoint=endpoint)
+    try:
+        if not pull_request and revision is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=assembly.folder,
+            allow_patterns=list(assembly.files),
+            ignore_patterns=[".git*", "**/__pycache__/**"],
+            delete_patterns=[WEIGHTS, INDEX],
+            commit_message=message or "Upload model",
+            revision=revision,
+            create_pr=pull_request,
+        )
+        if tag is not None:
+            _tag(api, repo_id, tag, commit.oid)
+    except UploadError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UploadError(without_token(explain(error, repo_id))) from error
+    return commit.pr_url or commit.commit_url
+
+
+def _tag(api, repo_id, tag, commit):
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        existing = {found.name: found.target_commit for found in api.list_repo_refs(repo_id).tags}
+        if existing.get(tag) != commit:
+            raise UploadError(
+                f"the files are there as commit {commit}, but the tag {tag} is taken by {existing.get(tag)}; "
+                "choose another --tag"
+            ) from error
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """What went wrong with the Hub, and what to do."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    again = "run the same command again; what has arrived is not sent again"
+    if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
+        return "the network is switched off by HF_HUB_OFFLINE; unset it"
+    for link in chain:
+        if isinstance(link, HfHubHTTPError):
+            status, said = link.response.status_code, getattr(link, "server_message", None) or str(link)
+            said = f"the Hub answered {status} ({' '.join(said.split())})"
+            advice = {
+                400: "see what it says about the files or the metadata",
+                401: f"is the token valid (`hf auth login`), and does {repo_id} exist for it?",
+                402: "the account has no room for this: make room, or upgrade it",
+                403: f"the token must be allowed to write to {repo_id}, and the account must have room for the files",
+                404: f"does {repo_id} exist, and may the token see it?",
+                409: f"somebody else has changed {repo_id} meanwhile: {again}",
+                412: f"somebody else has changed {repo_id} meanwhile: {again}",
+                413: "a file or the repository is larger than the account may store",
+                429: f"too many requests: wait, then {again}",
+            }
+            return f"{said}: {advice.get(status, again)}"
+    for link in chain:
+        if isinstance(link, (HTTPError, ConnectionError, TimeoutError)):
+            return f"the connection to the Hub broke ({type(link).__name__}: {link}): {again}"
+    return " ".join(str(chain[0]).split()) or type(chain[0]).__name__
+
+
+def without_token(text: str) -> str:
+    """The text without anything that is, or looks like, a token."""
+    if token := get_token():
+        text = text.replace(token, "***")
+    return TOKEN.sub("hf_***", text)
+
+
+def _size(count) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def describe(assembly: Assembly, options: argparse.Namespace, loaded: dict | None) -> str:
+    """The plan: what goes where."""
+    if options.pull_request:
+        what = "open a pull request"
+    elif options.revision:
+        what = f"commit to {options.revision}"
+    else:
+        what = f"create it{' (private)' * options.private} unless it exists, and commit"
+    what += f"; delete other weights there{f'; tag it {options.tag}' if options.tag else ''}"
+    answered = "NOT loaded (--no-load)"
+    if loaded is not None:
+        answered = f"{loaded['model']} loads without network and answers {loaded['answer']!r}"
+    width = max(map(len, assembly.files))
+    return "\n".join(
+        [
+            f"repository  {options.repository}: {what}",
+            f"files       {len(assembly.files)}, together {_size(assembly.size)}",
+            *(f"  {name:<{width}}  {_size(size):>9}" for name, size in assembly.files.items()),
+            f"results     {', '.join(assembly.results) or 'none: no result file is about these weights'}",
+            f"checked     names, metadata, secrets, paths; {answered}",
+        ]
+    )
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the checkpoint; . in this repository is the bundled one")
+    parser.add_argument("repository", metavar="ORG/NAME", help="the repository on the Hub")
+    parser.add_argument("--dry-run", action="store_true", help="assemble, check, print the plan, send nothing")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--pull-request", action="store_true", help="open a pull request in an existing repository")
+    parser.add_argument("--revision", metavar="REF", help="commit to a branch; refs/pr/N goes on with a pull request")
+    parser.add_argument("--tag", help="tag the commit, so that users can pin it")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--keep", metavar="DIR", help="keep the assembled folder there")
+    parser.add_argument("--no-load", action="store_true", help="do not load the model to check it (not enough memory)")
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line, of a program of this name; returns the exit status."""
+    options = build_parser(prog).parse_args(arguments)
+    with contextlib.ExitStack() as stack:
+        try:
+            validate_repo_id(options.repository)
+            if options.repository.count("/") != 1:
+                raise ValueError(f"the repository must be ORG/NAME, got {options.repository!r}")
+            if options.pull_request and (options.revision or options.tag):
+                raise ValueError("a pull request has no --revision and gets no --tag")
+            output = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()), "repository")
+            assembly = assemble(options.folder, output, log=print)
+            loaded = check(assembly, load=not options.no_load)
+        except (ValueError, OSError, HFValidationError) as error:
+            print(f"error: {without_token(str(error))}", file=sys.stderr)
+            return 2
+        print(describe(assembly, options, loaded))
+        if options.dry_run:
+            print("dry run: nothing was sent")
+            return 0
+        settings = {name: getattr(options, name) for name in ("private", "pull_request", "revision", "tag", "message")}
+        try:
+            print(f"done: {push(assembly, options.repository, **settings)}")
+        except UploadError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0

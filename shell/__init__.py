@@ -1,0 +1,1 @@
+"""The command line: questions about one video, and files of questions about many."""

@@ -1,0 +1,1 @@
+"""Training: recipes for every member, data mixtures, and how the bundled checkpoint was made."""
