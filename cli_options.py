@@ -199,7 +199,9 @@ def load_model(options: argparse.Namespace, device, quiet: bool):
     if any(name in given for name in PREFILL_FIELDS):
         # The published switches would win over what the user has typed.
         config.enable_sparse = config.enable_chunk_prefill = False
-    config.sparse_attention = {name: given.get(name, getattr(current, name)) for name in current.fields}
+    config.sparse_attention = {
+        name: given.get(name, getattr(current, name)) for name in config.sparse_attention.fields
+    }
     return model, tokenizer
 
 

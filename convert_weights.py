@@ -231,7 +231,7 @@ def choose_preset(table: Family, published: dict) -> dict:
     presets = [_read_preset(name) for name in table.presets]
     if len(presets) == 1:
         return presets[0]
-    towers = _remote_code("tower_config_videoxl").PUBLISHED_TOWERS
+    towers = _remote_code("published_config_videoxl").PUBLISHED_TOWERS
     tower = towers.get(published.get("mm_vision_tower"), {})
 
     def agreement(preset):
@@ -511,21 +511,7 @@ def _write_configs(config, video_token, source, folder, log):
     processor = {
         "processor_class": "VideoXLProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
-        "image_size": config.vision_config.image_size,
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-        "frames_per_group": config.frames_per_group,
-        "tokens_per_group": config.compressor_config.tokens_per_group,
-        "time_format": config.time_format,
-        "image_grid_pinpoints": config.image_grid_pinpoints,
-        "image_timestamps": config.image_timestamps,
-        "frame_fit": config.frame_fit,
-        "exact_resize": config.exact_resize,
-        "frame_sampler": config.frame_sampler,
-        "min_num_frames": config.min_num_frames,
-        "frame_multiple": config.frame_multiple,
-        "video_message": config.video_message,
-        "image_tiling": config.image_tiling,
+        **_remote_code("processing_videoxl").VideoXLProcessor.settings_of(config),
     }
     if video_token is not None:
         processor["video_token"] = video_token

@@ -218,7 +218,7 @@ class VideoChat:
             finally:
                 streamer.stopped = True
             answer, history, chunks = answering.result()
-        cited = self._remote("selection_videoxl").times_in_text(answer)
+        cited = self._remote("messages_videoxl").times_in_text(answer)
         duration = session.video.duration
         # A negative start counts from the end of the video.
         cited = [(max(duration + start, 0) if start < 0 else start, min(end, duration)) for start, end in cited]
@@ -436,7 +436,9 @@ def load(options: argparse.Namespace) -> VideoChat:
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     current = model.config.resolve_sparse_attention()
     wanted = {"decode": "bilevel", "decode_chunk_groups": options.decode_chunk_groups}
-    model.config.sparse_attention = {name: getattr(current, name) for name in current.fields} | wanted
+    model.config.sparse_attention = {
+        name: getattr(current, name) for name in model.config.sparse_attention.fields
+    } | wanted
     return VideoChat(model, tokenizer, Limits(options.max_num_frames, options.max_minutes, options.max_new_tokens))
 
 

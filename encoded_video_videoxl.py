@@ -25,9 +25,6 @@ from .token_dropping_videoxl import TokenDropping, drop_stages, dropping_of
 from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
 
-# What of the sampling settings decides which frames of a file are taken.
-SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end", "read_as")
-
 
 class EncodedVideo(str):
     """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
@@ -243,7 +240,8 @@ class EncodedVideo(str):
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
-        reader = open_video(frames, timestamps=timestamps, sample_fps=None, **self._processor.frame_options)
+        sampling = self._processor.sampling(sample_fps=None)
+        reader = open_video(frames, timestamps=timestamps, sampling=sampling, **self._processor.frame_options)
         with reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(

@@ -7,7 +7,12 @@ What is surprising:
   modules that do not exist (`mm_spatial_pool_mode`, `mm_num_compress_latents`, ...): they are not read.
 """
 
-from .tower_config_videoxl import PUBLISHED_TOWERS, VIDEO_TOWERS
+# `mm_vision_tower` of published VideoChat-Flash checkpoints: the tower, with what differs from its defaults.
+PUBLISHED_TOWERS = {
+    "umt-large": {"model_type": "videoxl_umt", "image_size": 224},
+    "umt-hd-large": {"model_type": "videoxl_umt", "image_size": 448},
+    "internvideo2": {"model_type": "videoxl_internvideo2"},
+}
 
 # Settings of published beacon memory that are built here; other values of these keys are another algorithm.
 _BEACON_ALGORITHM = {
@@ -76,13 +81,14 @@ def dropped_settings(published: dict) -> list[str]:
     return dropped
 
 
-def read_published(published, preset, defaults):
+def read_published(published, preset, defaults, towers):
     """Fields of a `VideoXLConfig` from a published config.json.
 
     Args:
         published: The parsed file.
         preset: See `VideoXLConfig.from_published`.
         defaults: Gives the fields of a complete config where there is no preset.
+        towers: The configs of the video towers, by their `model_type`.
 
     Raises:
         ValueError: On settings that are another algorithm than the one built here.
@@ -98,7 +104,7 @@ def read_published(published, preset, defaults):
     if not {"rope_theta", "rope_parameters"} & set(text):
         text["rope_parameters"] = preset["text_config"]["rope_parameters"] if preset else dict(_QWEN2_5_ROPE)
     config["text_config"] = {"model_type": "qwen2", **text}
-    config |= (_read_clip_rooms if merging else _read_frame_rooms)(published, config)
+    config |= _read_clip_rooms(published, config, towers) if merging else _read_frame_rooms(published, config)
     config["tie_word_embeddings"] = published.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     copied = ("enable_sparse", "sparse_mode", "sparse_config", "enable_chunk_prefill", "prefill_config")
     copied += ("video_token_id", "time_start_token_id", "time_end_token_id")
@@ -135,7 +141,7 @@ def _read_frame_rooms(published, config):
     return rooms
 
 
-def _read_clip_rooms(published, config):
+def _read_clip_rooms(published, config, towers):
     """Tower and compressor of VideoChat-Flash, whose tower sees clips."""
     expected = {"mm_projector_type": _TOKEN_MERGING, "mm_local_num_frames": _CLIP_FRAMES}
     if other := {key: published[key] for key, value in expected.items() if published.get(key, value) != value}:
@@ -144,7 +150,7 @@ def _read_clip_rooms(published, config):
     if name not in PUBLISHED_TOWERS:
         raise ValueError(f"mm_vision_tower must be one of {', '.join(PUBLISHED_TOWERS)}, got {name!r}")
     tower = PUBLISHED_TOWERS[name]
-    known = VIDEO_TOWERS[tower["model_type"]]()
+    known = towers[tower["model_type"]]()
     preset = config["vision_config"] if config["vision_config"]["model_type"] == tower["model_type"] else {}
     vision = {**preset, **tower, **{key: value for key, value in stated.items() if key in known.to_dict()}}
     heads = vision.get("num_attention_heads", known.num_attention_heads)

@@ -328,8 +328,8 @@ class FilmFrames:
         package.__path__ = [str(ROOT)]
         sys.modules.setdefault("videoxl", package)
         open_video = import_module("videoxl.video_processing_videoxl").open_video
-        rate = {"max_num_frames": most, "sample_fps": settings.fps, "max_sample_fps": settings.fps}
-        with open_video(path, size=settings.size, **rate) as film:
+        sampling = import_module("videoxl.frame_sampling_videoxl").Sampling(most, settings.fps, settings.fps)
+        with open_video(path, size=settings.size, sampling=sampling) as film:
             batches = [batch.frames.permute(0, 2, 3, 1).numpy() for batch in film]
         self._frames, self._settings = np.concatenate(batches), settings
 

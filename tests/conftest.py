@@ -5,6 +5,7 @@ imports between the remote files work without installing anything.
 """
 
 import contextlib
+import copy
 import os
 import sys
 import types
@@ -149,6 +150,7 @@ def _undone(model):
     """Whatever is set on the model's config meanwhile is undone."""
     before = dict(model.config.__dict__)
     model.config.sparse_attention = {}
+    model.config.frames_config = copy.deepcopy(before["frames_config"])
     yield model
     model.config.__dict__.clear()
     model.config.__dict__.update(before)
