@@ -45,20 +45,7 @@ _SIGLIP_SO400M = {
 class VideoXLVideoTowerConfig(PreTrainedConfig):
     """A transformer over the patches of all frames of a clip; the base of UMT's and InternVideo2's configs.
 
-    One class of values serves both towers, which transformers does not have; `model_type` names the tower.
-
-    Args:
-        hidden_size: C, channels.
-        num_hidden_layers: Layers of the whole tower; `VideoXLConfig.vision_feature_layer` says how many are built.
-        num_attention_heads: Heads of the attention, and of the token merging behind it.
-        num_channels: Colours of a frame.
-        image_size, patch_size: Side of the square frames and of a patch, in pixels.
-        num_frames: Frames of a clip.
-        mlp_ratio: Width of the MLP over `hidden_size`; the product is cut to a whole number, as in the public
-            references (418 for 96 * 48 / 11).
-        hidden_act: Activation of the MLP.
-        norm_eps: Epsilon of the norms inside the blocks.
-        final_norm_eps: Epsilon of the norm behind the last block; None for a tower without one.
+    The same settings serve both towers, which transformers does not have; `model_type` names the tower.
 
     Raises:
         ValueError: On sizes that do not divide.
@@ -67,17 +54,17 @@ class VideoXLVideoTowerConfig(PreTrainedConfig):
     base_config_key = "vision_config"
     qk_norm = layer_scale = False
 
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 16
-    num_frames: int = 4
-    mlp_ratio: float = 4.0
-    hidden_act: str = "gelu"
-    norm_eps: float = 1e-6
-    final_norm_eps: float | None = 1e-12
+    hidden_size: int = 1024  # C, channels
+    num_hidden_layers: int = 24  # of the whole tower; `VideoXLConfig.vision_feature_layer` says how many are built
+    num_attention_heads: int = 16  # of the attention, and of the token merging behind it
+    num_channels: int = 3  # colours of a frame
+    image_size: int = 224  # side of the square frames, in pixels
+    patch_size: int = 16  # side of a patch, in pixels
+    num_frames: int = 4  # of a clip
+    mlp_ratio: float = 4.0  # width of the MLP over `hidden_size`
+    hidden_act: str = "gelu"  # activation of the MLP
+    norm_eps: float = 1e-6  # of the norms inside the blocks
+    final_norm_eps: float | None = 1e-12  # of the norm behind the last block; None for a tower without one
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -87,7 +74,7 @@ class VideoXLVideoTowerConfig(PreTrainedConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the MLP."""
+        """Width of the MLP, cut to a whole number as in the public references (418 for 96 * 48 / 11)."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
@@ -121,20 +108,6 @@ VIDEO_TOWERS = {config.model_type: config for config in (VideoXLUMTConfig, Video
 class VideoXLCompressorConfig(PreTrainedConfig):
     """How frame features become visual tokens, up to and including the projector.
 
-    Args:
-        compressor_type: `"dts"` is dynamic token synthesis (Video-XL-2, Video-XL-Pro), `"none"` passes the tower's
-            features on (Video-XL), `"tome"` merges similar tokens of a clip (VideoChat-Flash).
-        hidden_size: Channels of the tower's features and of the compressor.
-        frames_per_group: Frames that are merged into one group of tokens; a power of two.
-        grid_size: Side of the square grid that the tower's grid is resized to before the compressor.
-        projector_pool_size: Side of the average pooling after the projector.
-        projector_hidden_act: Activation between the projector's two layers.
-        norm_groups, norm_eps: Group normalisation of the compressor.
-        max_relative_position: Half size of the relative-position tables of the temporal attention.
-        kernel_size: Side of the 3-D convolutions that halve the time axis.
-        merge_heads: Token merging compares tokens by the mean over so many parts of their channels (the tower's
-            heads).
-
     Raises:
         ValueError: On sizes that do not go together.
     """
@@ -142,17 +115,19 @@ class VideoXLCompressorConfig(PreTrainedConfig):
     model_type = "videoxl_compressor"
     base_config_key = "compressor_config"
 
+    # "dts": dynamic token synthesis (Video-XL-2, Video-XL-Pro). "none": the tower's features are passed on (Video-XL).
+    # "tome": similar tokens of a clip are merged (VideoChat-Flash).
     compressor_type: str = "dts"
-    hidden_size: int = 1152
-    frames_per_group: int = 4
-    grid_size: int = 24
-    projector_pool_size: int = 2
-    projector_hidden_act: str = "gelu"
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-    max_relative_position: int = 64
-    kernel_size: int = 3
-    merge_heads: int = 16
+    hidden_size: int = 1152  # channels of the tower's features and of the compressor
+    frames_per_group: int = 4  # frames that are merged into one group of tokens; a power of two
+    grid_size: int = 24  # side of the square grid that the tower's grid is resized to before the compressor
+    projector_pool_size: int = 2  # side of the average pooling after the projector
+    projector_hidden_act: str = "gelu"  # activation between the projector's two layers
+    norm_groups: int = 32  # of the compressor's group normalisation
+    norm_eps: float = 1e-6  # of the same
+    max_relative_position: int = 64  # half the size of the relative-position tables of the temporal attention
+    kernel_size: int = 3  # side of the 3-D convolutions that halve the time axis
+    merge_heads: int = 16  # token merging compares tokens by the mean over so many parts of them (the tower's heads)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -172,24 +147,6 @@ class VideoXLCompressorConfig(PreTrainedConfig):
 class VideoXLFramesConfig(PreTrainedConfig):
     """How frames and images are chosen, resized and named in the prompt: what a model and its processor share.
 
-    Args:
-        image_mean, image_std: Normalisation of pixels in 0..1, per channel.
-        frame_fit: How a frame becomes a square: `"stretch"`, or `"crop"` (short side to size, middle of the long one).
-        exact_resize: Whether frames are resized bit for bit as the public code does, which takes ten times as long.
-            Without it they are at most 2 of 255 levels away.
-        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
-            columns and rows of the tower's image size, as in Video-XL-2.
-        image_tiling: `"pad"` fits an image into its grid between black borders; `"overview"` squashes it into a first
-            tile, stretches it over the grid for the others, and lays the tokens of these out as one picture's.
-        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
-        time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
-        video_message: Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`;
-            None for families without it.
-        frame_sampler: How frames are chosen from a file, a mode of `FrameSampler`: `"fps"` by `sample_fps` and its
-            companions; `"dynamic_fps1"` is VideoChat-Flash's rule: about one a second, in multiples of
-            `frame_multiple`, at least `min_num_frames` where there are.
-        min_num_frames, frame_multiple: See `frame_sampler`.
-
     Raises:
         ValueError: On a `frame_fit` or `image_tiling` that is not known, whenever it is set.
     """
@@ -198,15 +155,25 @@ class VideoXLFramesConfig(PreTrainedConfig):
     base_config_key = "frames_config"
     known_values: ClassVar[dict] = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
 
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)  # normalisation of pixels in 0..1, per channel
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    frame_fit: str = "stretch"
+    frame_fit: str = "stretch"  # how a frame becomes a square; "crop": short side to size, middle of the long one
+    # Whether frames are resized bit for bit as the public code does, which takes ten times as long. Without it they
+    # are at most 2 of 255 levels away.
     exact_resize: bool = False
+    # (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6 columns and rows of the
+    # tower's image size, as in Video-XL-2.
     image_grid_pinpoints: list[list[int]] | None = None
+    # "pad" fits an image into its grid between black borders. "overview" squashes it into a first tile, stretches it
+    # over the grid for the others, and lays the tokens of these out as one picture's.
     image_tiling: str = "pad"
-    image_timestamps: bool = False
-    time_format: str | None = "Time {seconds:.1f}s:"
+    image_timestamps: bool = False  # whether every tile of an image has a timestamp, of 0 s, in front of it
+    time_format: str | None = "Time {seconds:.1f}s:"  # the timestamp's text; None for families without timestamps
+    # Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`; None for no such.
     video_message: str | None = None
+    # How frames are chosen from a file, a mode of `FrameSampler`: "fps" by `sample_fps` and its companions;
+    # "dynamic_fps1" is VideoChat-Flash's rule: about one a second, in multiples of `frame_multiple`, at least
+    # `min_num_frames` where there are.
     frame_sampler: str = "fps"
     min_num_frames: int = 64
     frame_multiple: int = 8
@@ -319,38 +286,10 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
 class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
     """Configuration of `VideoXLForConditionalGeneration`; the defaults are Video-XL-2's outside the language model.
 
-    Args:
-        vision_config: The tower's own config (`siglip_vision_model`, ...), as an object or a dict with `model_type`.
-        compressor_config: See `VideoXLCompressorConfig`.
-        text_config: The language model's config (`qwen2`).
-        sparse_attention: See `VideoXLSparseAttentionConfig`; also accepted as a dict, also when assigned later.
-        frames_config: See `VideoXLFramesConfig`; likewise. Its settings may be given by themselves.
-        vision_feature_layer: Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it
-            are not built.
-        vision_chunk_frames: Frames that go through tower and compressor at once. Bounds memory, never changes results.
-        frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
-            frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
-        frame_padding_seed: Seed of that choice.
-        video_token_id: The placeholder that stands for one visual token.
-        time_start_token_id, time_end_token_id: First and last token of a timestamp; None for families without
-            timestamps.
-        tokenizer_model_max_length: Tokens that a prompt may have, visual ones included; None for no limit.
-        mm_llm_compress: Whether visual tokens are dropped between layers of the language model (VideoChat-Flash).
-        llm_compress_type: How: `"uniform"`, `"attention"`, or `"uniform0_attention"` and `"uniform1_attention"`, which
-            begin with one and two uniform stages.
-        llm_compress_layer_list: Per stage, behind how many layers it comes.
-        llm_image_token_ratio_list: Share of a video's tokens that is left before the first stage and behind each.
-        token_selector: Which visual tokens reach the language model: None for all, `"query"` by the prompt's text
-            (Video-XL-Pro of March 2025), `"timed_query"` by it after attention to timestamps (of April 2025).
-        selector_heads: Heads of that attention.
-        keep_ratio: Share of the visual tokens that the selector keeps, rounded down to a multiple of 16 tokens.
-        keep_seed: None, or the seed with which the share is drawn between 0.7 and 0.99 instead, as in published code.
-        max_visual_tokens: At most so many tokens of a video are kept; None for no limit.
-        beacon_window: Visual tokens that are compressed at once into beacons; None for families without them.
-        beacon_ratio: Visual tokens per beacon: a number, a list to choose from, or `"none"` (or None).
-        beacon_ratio_mix: How to choose from a list: `"step-random"` for every window, `"instance-random"` for every
-            video, `"sequence"` in turn.
-        beacon_seed: Seed of these choices, which start anew with every video.
+    Sub-configs may be dicts; of `sparse_attention` and `frames_config` also when they are assigned later.
+
+    Raises:
+        ValueError: On values that are not known.
     """
 
     model_type = "videoxl"
@@ -362,32 +301,42 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         "frames_config": VideoXLFramesConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None  # the tower's own config (`siglip_vision_model`, ...)
     compressor_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None  # the language model's config (`qwen2`)
     sparse_attention: dict | PreTrainedConfig | None = None
     frames_config: dict | PreTrainedConfig | None = None
+    # Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it are not built.
     vision_feature_layer: int = -2
+    # Frames that go through tower and compressor at once. Bounds memory, never changes results.
     vision_chunk_frames: int = 32
+    # What fills a last, partial group: "last" repeats the last frame; "random" doubles random frames in place, as the
+    # published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
     frame_padding: str = "last"
     frame_padding_seed: int = 0
-    video_token_id: int = 151654
-    time_start_token_id: int | None = 1462
-    time_end_token_id: int | None = 25
-    tokenizer_model_max_length: int | None = None
+    video_token_id: int = 151654  # the placeholder that stands for one visual token
+    time_start_token_id: int | None = 1462  # first token of a timestamp; None for families without timestamps
+    time_end_token_id: int | None = 25  # and the last one
+    tokenizer_model_max_length: int | None = None  # tokens of a prompt, visual ones included; None for no limit
+    # Whether visual tokens are dropped between layers of the language model (VideoChat-Flash), and how: "uniform",
+    # "attention", or "uniform0_attention" and "uniform1_attention", which begin with one and two uniform stages.
     mm_llm_compress: bool = False
     llm_compress_type: str = "attention"
+    # Per stage, behind how many layers it comes; the share of a video's tokens before the first stage and behind each.
     llm_compress_layer_list: list[int] | tuple[int, ...] = (8, 16, 24)
     llm_image_token_ratio_list: list[float] | tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    # Which visual tokens reach the language model: None for all, "query" by the prompt's text (Video-XL-Pro of March
+    # 2025), "timed_query" by it after attention to timestamps (of April 2025).
     token_selector: str | None = None
-    selector_heads: int = 4
-    keep_ratio: float = 1.0
-    keep_seed: int | None = None
-    max_visual_tokens: int | None = None
-    beacon_window: int | None = None
-    beacon_ratio: int | str | list[int] | None = None
+    selector_heads: int = 4  # of that attention
+    keep_ratio: float = 1.0  # share of the visual tokens that the selector keeps, rounded down to a multiple of 16
+    keep_seed: int | None = None  # or a seed with which the share is drawn from `RANDOM_KEEP_RATIO`, as published
+    max_visual_tokens: int | None = None  # at most so many tokens of a video are kept; None for no limit
+    beacon_window: int | None = None  # visual tokens compressed at once into beacons; None for families without them
+    beacon_ratio: int | str | list[int] | None = None  # visual tokens per beacon, a list to choose from, or "none"
+    # How to choose from a list: "step-random" for every window, "instance-random" for every video, "sequence" in turn.
     beacon_ratio_mix: str = "step-random"
-    beacon_seed: int = 42
+    beacon_seed: int = 42  # of these choices, which start anew with every video
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

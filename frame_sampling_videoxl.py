@@ -68,6 +68,11 @@ class FrameSampler:
         check_count("min_num_frames", self.min_num_frames)
         check_count("frame_multiple", self.frame_multiple)
 
+    @classmethod
+    def of(cls, frames_config: Any) -> "FrameSampler":
+        """The rule that a `VideoXLFramesConfig` names, or anything with its settings."""
+        return cls(frames_config.frame_sampler, frames_config.min_num_frames, frames_config.frame_multiple)
+
     @property
     def rate(self) -> float | None:
         """Frames per second of the modes that name them; None for others."""
@@ -144,8 +149,8 @@ class Sampling:
     def mode_count(self, num_frames: int, seconds: float) -> int:
         """How many frames the modes that name no rate take of a video.
 
-        `min_num_frames` counts more than `max_num_frames`: one below 64 is without effect on videos of 64 frames and
-        more. A `max_num_frames` that is no multiple of `frame_multiple` gives a number that is none, either.
+        `min_num_frames` wins over `max_num_frames`: a limit below 64 does nothing to a video of 64 frames or more. The
+        count is a multiple of `frame_multiple` unless the limit, which need not be one, cuts it.
         """
         if self.sampler.mode == "middle":
             return self.max_num_frames
@@ -194,7 +199,7 @@ def sample_frame_indices(num_frames: int, fps: float, sampling: Sampling) -> lis
     Args:
         num_frames: Frames to choose from.
         fps: Frames per second.
-        sampling: What is wanted of them; the part that it names is the caller's business.
+        sampling: What is wanted of them; its `start` and `end` are not looked at.
 
     Returns:
         Increasing frame indices, by "fps" none twice; empty for a video without frames, or shorter than half an

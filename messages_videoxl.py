@@ -1,9 +1,9 @@
 """What callers say: content items, histories, and times named in a question; the same for `chat` and the processor.
 
 What is surprising:
-* An item is read into one form: its kind, the source under the kind's name, and what the item says of its source (a
-  part of a file, sampling settings, timestamps). A key whose value is None is no key: the `datasets` library gives
-  every item the keys of all others. So uniform sampling of one video is `num_frames`, not `sample_fps: None`.
+* An item is read into one form: its kind, the source under the kind's name, and its settings (timestamps, sampling, a
+  part of a file). A key whose value is None counts as absent, because the `datasets` library gives every item the
+  keys of all others. So an item asks for uniform sampling by `num_frames`, not by `sample_fps: None`.
 * `chat` returns histories that hold `EncodedVideo`s. After JSON these are paths, or empty strings for frames from
   memory; after a deep copy they are other objects for the same content. All of these are the same video.
 * Histories of the published code are understood, too: role strings of the template, and `<image>` in front of the
@@ -35,10 +35,10 @@ SAMPLING_KEYS |= {"num_frames": "num_frames", "fps": "fps", "max_frames": "max_n
 OWN_KEYS = {"video": (*SAMPLING_KEYS, "timestamps", "media_dict"), "image": (), "text": ()}
 # Pixel budgets are other models' settings: here every frame has the tower's size.
 IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
-# How the published VideoChat-Flash code calls what a path leads to, in the words of `Sampling.read_as`. A video file
-# has two names there, for two decoders; here they are one.
+# The names of the published VideoChat-Flash code for what a path leads to, and those of `Sampling.read_as`. It names a
+# video file by its decoder, which is another setting here.
 READ_TYPES = {"decord": "file", "av": "file", "gif": "gif", "img": "folder", "frame": "folder"}
-# What two names for one thing exclude.
+# Settings that say the same thing twice.
 RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample_fps", "max_sample_fps")}
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
@@ -49,20 +49,20 @@ PUBLISHED_ROLE_PREFIX = "<|im_start|>"
 
 
 def read_item(item, needs_source=True) -> dict:
-    """One content item in the one form that this file describes.
+    """Reads a content item into the form that this file describes.
 
     Args:
-        item: A dict with a `type`; its source may be a dict again, whose keys count more.
-        needs_source: False lets a video or image without one pass (its source is then `""`).
+        item: A dict with a `type`. Its source may be another dict, whose keys win.
+        needs_source: False accepts a video or image without a source, which becomes `""`.
 
     Returns:
-        A new dict: `type`, the source under the kind's name, and what the item says of it.
+        A new dict: `type`, the source under the kind's name, and the item's settings.
 
     Raises:
         ValueError: On an unknown type or key, no source or two of them.
     """
     kind = item.get("type") if isinstance(item, dict) else None
-    if kind not in SOURCE_KEYS:
+    if not isinstance(kind, str) or kind not in SOURCE_KEYS:
         raise ValueError(
             "an item must be {'type': 'text', 'text': ...}, {'type': 'video', 'video': ...} or {'type': 'image', "
             f"'image': ...}}, got {item!r:.200}"
@@ -91,10 +91,10 @@ def source_of(item):
 
 
 def readable_source(item):
-    """The video or image of a visual item as it can be opened; of an encoded one its path.
+    """The video or image of a visual item in a form that can be opened; an `EncodedVideo` becomes its path.
 
     Raises:
-        ValueError: On one whose frames are in no file.
+        ValueError: If an `EncodedVideo` holds frames that are in no file.
     """
     source = source_of(item)
     if not is_encoded(source):
@@ -108,7 +108,7 @@ def readable_source(item):
 
 
 def turn_items(visual) -> list[dict]:
-    """What a turn of `chat` brings to see, as items.
+    """The items that a turn of `chat` brings.
 
     Args:
         visual: None, one video or image (also as a list of one path), or an item, or a list of items.
@@ -130,13 +130,13 @@ def turn_items(visual) -> list[dict]:
     item = {"type": kind, kind: visual}
     if is_encoded(visual) and (part := part_of(item)):
         read_type = next(name for name, value in READ_TYPES.items() if value == part.pop("read_as", "file"))
-        item["media_dict"] = {"video_read_type": read_type, **part}  # what is left of it in JSON
+        item["media_dict"] = {"video_read_type": read_type, **part}  # JSON keeps this beside the path
     return [item]
 
 
-def is_encoded(video) -> bool:
-    """Whether this is an `EncodedVideo` (of any copy of the remote code)."""
-    return getattr(video, "is_encoded_video", False)
+def is_encoded(visual) -> bool:
+    """Whether this is an `EncodedVideo` (of any copy of the remote code), or an item of one."""
+    return getattr(source_of(visual) if isinstance(visual, dict) else visual, "is_encoded_video", False)
 
 
 def read_media_dict(media_dict) -> dict:
@@ -160,9 +160,6 @@ def read_media_dict(media_dict) -> dict:
     if kind not in READ_TYPES:
         raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r}")
     return given | ({} if READ_TYPES[kind] == "file" else {"read_as": READ_TYPES[kind]})
-
-
-# ---------------------------------------------------------------- sampling
 
 
 def named_sampling(given) -> dict:
@@ -189,14 +186,20 @@ def named_sampling(given) -> dict:
     return named
 
 
+def part_of(item) -> dict:
+    """The part of its path that a video item shows, in the form of `read_media_dict`."""
+    found = {name: value for name, value in wanted_of(item).items() if name in ("read_as", "start", "end")}
+    return {name: value for name, value in found.items() if value not in (None, "file")}
+
+
 def wanted_of(item) -> dict:
-    """What a video item says of its sampling, as `named_sampling` gives it; an encoded one says what it was made with.
+    """The sampling that a video item asks for, as `named_sampling` gives it; for an `EncodedVideo`, its own.
 
     Raises:
         ValueError: If two settings exclude each other.
     """
-    if is_encoded(video := source_of(item)):
-        return {name: value for name, value in video.sampling.items() if name in SAMPLING_FIELDS}
+    if is_encoded(item):
+        return {name: value for name, value in source_of(item).sampling.items() if name in SAMPLING_FIELDS}
     part, named = read_media_dict(item.get("media_dict")), named_sampling(item)
     if clash := [name for name in part if name in named]:
         raise ValueError(f"media_dict and the item both say {', '.join(clash)}; say it once")
@@ -208,8 +211,8 @@ def video_request(item, sampling: Sampling, called=None) -> dict:
 
     Args:
         item: As `read_item` gives it.
-        sampling: What holds where neither item nor call say anything.
-        called: What the call says, as `named_sampling` gives it. What the item says counts more.
+        sampling: The settings that neither item nor call name.
+        called: The settings that the call names, as `named_sampling` gives them; the item's own win.
 
     Returns:
         `source`, `timestamps` and `sampling`.
@@ -218,64 +221,82 @@ def video_request(item, sampling: Sampling, called=None) -> dict:
         ValueError: On settings out of range, or an `EncodedVideo` whose frames are in no file.
     """
     source, seconds, own = readable_source(item), item.get("timestamps"), wanted_of(item)
-    called = called or {}
+    called, spacing = called or {}, sampling.sample_fps or 1
     settings = {**({} if "num_frames" in called and "max_num_frames" in own else called), **own}
-    count = settings.pop("num_frames", None)
+    count, sampling = settings.pop("num_frames", None), replace(sampling, **settings)
     in_memory = isinstance(source, (list, tuple, np.ndarray, torch.Tensor))
     if in_memory and count is not None and len(source) > count > 0:
         if seconds is None:
-            seconds = [index / (sampling.sample_fps or 1) for index in range(len(source))]
+            seconds = [index / spacing for index in range(len(source))]
         if len(seconds) == len(source):
             chosen = np.linspace(0, len(source) - 1, count, dtype=int).tolist()
             source, seconds = [source[index] for index in chosen], [seconds[index] for index in chosen]
-    return {"source": source, "timestamps": seconds, "sampling": replace(sampling, **settings)}
+    return {"source": source, "timestamps": seconds, "sampling": sampling}
 
 
 # ---------------------------------------------------------------- messages
 
 
-def read_messages(conversation, markers) -> tuple[list[dict], list[dict]]:
-    """Reads a conversation for the chat template.
+def read_messages(messages, name="message", needs_source=True) -> list[dict]:
+    """Reads messages, their items into the one form.
 
     Args:
-        conversation: A list of messages, or an object with `messages` (the pipelines' `Chat`).
-        markers: Per kind of visual item its marker, which no text may contain.
+        messages: A list of `{"role", "content"}`; content is text or a list of items, of which a string is text, too.
+        name: What a message is called in errors.
+        needs_source: See `read_item`.
 
     Returns:
-        Its messages with bare visual items, and the full visual items in order.
+        New messages; what else they hold stays.
 
     Raises:
         ValueError: On a malformed message.
     """
-    messages, visuals = [], []
-    for number, message in enumerate(getattr(conversation, "messages", conversation)):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"message {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
+    read = []
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        role = role.removeprefix(PUBLISHED_ROLE_PREFIX) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise ValueError(f"{name} {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
         content = message.get("content")
         if not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"message {number}: content must be a string or a list of items, got {content!r:.200}")
-        items = []
-        for item in [content] if isinstance(content, str) else content:
-            item = read_item({"type": "text", "text": item} if isinstance(item, str) else item)
-            if item["type"] in VISUAL_KINDS:
-                visuals.append(item)
-                items.append({"type": item["type"]})
-                continue
-            if found := [marker for marker in markers.values() if marker in item["text"]]:
-                raise ValueError(
-                    f"message {number} has {found[0]} in its text, where only video and image items put it; "
-                    "remove it and pass {'type': 'video', 'video': ...} in its place"
-                )
-            items.append(item)
-        messages.append({**message, "content": content if isinstance(content, str) else items})
-    return messages, visuals
+            raise ValueError(f"{name} {number}: content must be a string or a list of items, got {content!r:.200}")
+        if not isinstance(content, str):
+            items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
+            content = [read_item(item, needs_source) for item in items]
+        read.append({**message, "role": role, "content": content})
+    return read
+
+
+def without_sources(messages, markers) -> list[dict]:
+    """What the chat template sees of messages: videos and images by their type alone, and texts.
+
+    Args:
+        messages: As `read_messages` gives them.
+        markers: Those of videos and images in a rendered prompt.
+
+    Raises:
+        ValueError: If a text holds a marker.
+    """
+    bare = []
+    for number, message in enumerate(messages):
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [item.get("text", "") for item in content]
+        if found := [marker for marker in markers for text in texts if marker in text]:
+            raise ValueError(
+                f"message {number} has {found[0]} in its text, where only video and image items put it; "
+                "remove it and pass {'type': 'video', 'video': ...} in its place"
+            )
+        if not isinstance(content, str):
+            content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]
+        bare.append({**message, "content": content})
+    return bare
 
 
 def read_history(history, visual) -> list[dict]:
     """A copy of a history, its items in the one form.
 
     Args:
-        history: None, or `{"role", "content"}` messages. Their videos and images may have lost their source in JSON.
+        history: None, or messages, whose videos and images may have lost their source in JSON.
         visual: The item of the turn's video or image, which a published history means by its mark; or None.
 
     Raises:
@@ -283,51 +304,40 @@ def read_history(history, visual) -> list[dict]:
     """
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"chat_history must be a list of messages, got {type(history).__name__}")
-    messages = []
-    for message in history or []:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f'chat_history must be a list of {{"role", "content"}} messages, got {message!r}')
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
-            raise ValueError(
-                "a message of chat_history needs a role in text, and as content text or a list of text, video and "
-                f"image items; got {message!r}"
-            )
-        if isinstance(content, str) and content.startswith(PUBLISHED_VIDEO_MARK) and not visual_items(messages):
+    messages = read_messages(history or [], "chat_history: message", needs_source=False)
+    for message in messages:
+        text = message["content"]
+        if isinstance(text, str) and text.startswith(PUBLISHED_VIDEO_MARK) and not visual_items(messages):
             if visual is None:
                 raise ValueError("chat_history means a video by '<image>' but does not hold it: pass its path")
-            content = [dict(visual), {"type": "text", "text": content.removeprefix(PUBLISHED_VIDEO_MARK)}]
-        elif not isinstance(content, str):
-            items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
-            content = [read_item(item, needs_source=False) for item in items]
-        messages.append({"role": role.removeprefix(PUBLISHED_ROLE_PREFIX), "content": content})
+            question = {"type": "text", "text": text.removeprefix(PUBLISHED_VIDEO_MARK)}
+            message["content"] = [dict(visual), question]
     return messages
 
 
 def visual_items(messages) -> list[dict]:
     """The video and image items of all messages, in order; changing one changes the conversation."""
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [item for content in contents for item in content if item.get("type") in VISUAL_KINDS]
+    return [item for content in contents for item in content if item["type"] in VISUAL_KINDS]
 
 
 def place_visual(messages, visual) -> bool:
-    """Finds a turn's video or image among those of the conversation; where that lacks its content, puts it there.
+    """Finds a turn's video or image in the conversation, and fills it in where JSON has lost its frames.
 
     Args:
         messages: The conversation.
         visual: A visual item, or None.
 
     Returns:
-        Whether the conversation has it; False for a new one. None is no new one.
+        Whether the conversation has it; False for a new one. True for None.
 
     Raises:
-        ValueError: If the conversation is about frames from memory that neither it nor the turn holds.
+        ValueError: If the conversation needs frames from memory that neither it nor the turn holds.
     """
     items = visual_items(messages)
-    video = None if visual is None else source_of(visual)
-    lost = [item for item in items if isinstance(source_of(item), str) and _is_lost(source_of(item))]
+    lost = [item for item in items if isinstance(source_of(item), str) and not _path(item) and not is_encoded(item)]
     if lost:
-        if len(lost) > 1 or video is None or _path(video) and not is_encoded(video):
+        if len(lost) > 1 or visual is None or _path(visual) and not is_encoded(visual):
             raise ValueError(
                 "a video or image in chat_history has no path: what comes from memory does not survive JSON. Pass "
                 "these frames, this image (or the EncodedVideo of it) with this turn"
@@ -335,54 +345,34 @@ def place_visual(messages, visual) -> bool:
         lost[0].clear()
         lost[0].update(visual)
         return True
-    return video is None or any(_is_same(visual, item) for item in items)
-
-
-def part_of(item) -> dict:
-    """Which part of its path a video item shows, see `read_media_dict`."""
-    if is_encoded(video := source_of(item)):
-        found = {name: video.sampling.get(name) for name in ("read_as", "start", "end")}
-        return {name: value for name, value in found.items() if value not in (None, "file")}
-    return {name: value for name, value in wanted_of(item).items() if name in ("read_as", "start", "end")}
-
-
-def _is_lost(source: str) -> bool:
-    return not source and not is_encoded(source)
+    return visual is None or any(_is_same(visual, item) for item in items)
 
 
 def _is_same(visual, item) -> bool:
-    """Whether a turn's video or image is this one of the conversation, which then takes what is newer about it."""
+    """Whether a turn's video or image is this one of the conversation; if so, the conversation takes the newer one."""
     video, known = source_of(visual), source_of(item)
     if video is known and "timestamps" in visual:
         item["timestamps"] = visual["timestamps"]
-    if video is known or is_encoded(video) and is_encoded(known) and video.mark is known.mark:
+    if video is known or is_encoded(visual) and is_encoded(item) and video.mark is known.mark:
         return True
-    if not _path(video) or not _path(known) or os.path.realpath(_path(video)) != os.path.realpath(_path(known)):
+    if not _path(visual) or not _path(item) or os.path.realpath(_path(visual)) != os.path.realpath(_path(item)):
         return False
-    if not _wants_no_other(visual, item):
+    # A turn that names no part and no sampling takes what is there.
+    names_part = is_encoded(visual) or not {"media_dict", "start", "end"}.isdisjoint(visual)
+    wanted, shown = {} if is_encoded(visual) else wanted_of(visual), wanted_of(item)
+    counts = [name for name in ("max_num_frames", "sample_fps", "max_sample_fps") if name in wanted]
+    if names_part and part_of(visual) != part_of(item) or any(shown.get(name) != wanted[name] for name in counts):
         return False
-    if is_encoded(video):
+    if is_encoded(visual):
         item[item["type"]] = video
-    elif is_encoded(known) and not known.is_current():
-        item[item["type"]] = _path(video)  # another file by now
+    elif is_encoded(item) and not known.is_current():
+        item[item["type"]] = _path(visual)  # another file by now
     return True
 
 
-def _wants_no_other(visual, item) -> bool:
-    """Whether a turn asks for no other frames of a path than the conversation shows; one that names none does not."""
-    if visual["type"] != "video":
-        return True
-    if is_encoded(source_of(visual)):
-        return part_of(visual) == part_of(item)
-    wanted, shown = wanted_of(visual), wanted_of(item)
-    wanted.pop("num_frames", None)
-    if (visual.get("media_dict") is not None or {"start", "end"} & set(wanted)) and part_of(visual) != part_of(item):
-        return False
-    return all(shown.get(name) == value for name, value in wanted.items() if name.endswith(("_frames", "_fps")))
-
-
-def _path(video) -> str:
-    return os.fspath(video) if isinstance(video, (str, os.PathLike)) else ""
+def _path(item) -> str:
+    source = source_of(item)
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
 
 
 # ---------------------------------------------------------------- arguments of the processor
@@ -404,12 +394,8 @@ def assign_visuals(visuals, counts, marker, kind="video") -> list[list[dict]]:
     Raises:
         ValueError: If visuals and markers do not fit, or on an item of another form.
     """
-    is_one = _is_one_video if kind == "video" else _is_one_image
-    if visuals is None:
-        visuals = []
-    elif is_one(visuals):
-        visuals = [visuals]
-    nested = [visual is None or not is_one(visual) for visual in visuals]
+    visuals = [] if visuals is None else [visuals] if _is_one(visuals, kind) else visuals
+    nested = [visual is None or not _is_one(visual, kind) for visual in visuals]
     if any(nested):
         if not all(nested) or len(nested) != len(counts):
             raise ValueError(
@@ -440,15 +426,12 @@ def assign_timestamps(timestamps, count) -> list:
     return timestamps
 
 
-def _is_one_video(value) -> bool:
-    """Whether this is a single video: frames, a path, a dict, anything but a list of videos."""
+def _is_one(value, kind) -> bool:
+    """Whether this is a single video (frames, a path, a dict, anything but a list of videos) or a single image."""
     if isinstance(value, (list, tuple)):
-        return len(value) > 0 and (isinstance(value[0], Image.Image) or getattr(value[0], "ndim", None) == 3)
-    return getattr(value, "ndim", 4) != 5
-
-
-def _is_one_image(value) -> bool:
-    return not isinstance(value, (list, tuple))
+        frames = len(value) > 0 and (isinstance(value[0], Image.Image) or getattr(value[0], "ndim", None) == 3)
+        return kind == "video" and frames
+    return kind == "image" or getattr(value, "ndim", 4) != 5
 
 
 # ---------------------------------------------------------------- times in a question

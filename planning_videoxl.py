@@ -174,10 +174,9 @@ class VideoXLPlanningMixin:
                 "plan counts the frames of videos, and this is an image: it takes tokens_per_group a tile"
             )
         if video_path is not None:
-            config = self.config
-            rule = FrameSampler(config.frame_sampler, config.min_num_frames, config.frame_multiple)
+            rule = FrameSampler.of(self.config.frames_config)
             sampling = Sampling(max_num_frames, sample_fps, max_sample_fps, rule)
-            with open_video(video_path, size=config.vision_config.image_size, sampling=sampling) as reader:
+            with open_video(video_path, size=self.config.vision_config.image_size, sampling=sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
         planner = _Planner(self, tokenizer, step, question_tokens, max_new_tokens)

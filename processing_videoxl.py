@@ -7,16 +7,16 @@ is one group per tile, without times, and its placeholders are the same token:
     prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | text | v v v v | v v v v | question
 
 Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. Members
-with a `video_message` read how long a video lasts behind it, in front of the question. A marker can only come from a
-video or image item: text that contains a literal marker is refused.
+with a `video_message` are told behind the marker how long the video lasts. A marker can only come from a video or
+image item: text that contains a literal marker is refused.
 
 What is surprising:
 * The library's video loading (torchcodec) and video processors (torchvision) are not used: the only sub-processor is
   the tokenizer.
-* What the model says of frames and prompts is one `frames_config`, of which the processor holds a copy. Its settings
-  can be read and set as the processor's own, and processor_config.json of earlier versions has them so.
-* Nothing is ignored silently. Transformers' pipelines and evaluation clients pass a lot that has no effect on this
-  model; that is listed below, and whatever is not listed is refused with what to do instead.
+* The processor holds a copy of the model's `frames_config`. Its settings can be read and set as the processor's own,
+  as processor_config.json of earlier versions has them.
+* Nothing is ignored silently. Pipelines and evaluation clients pass many arguments that have no effect on this model;
+  these are listed below, and all others are refused.
 
 Shapes: V videos and images, F frames, T tiles, S image side, L sequence, B batch; G = ceil(F / frames_per_group).
 """
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -45,6 +46,8 @@ from .messages_videoxl import (
     read_messages,
     readable_source,
     video_request,
+    visual_items,
+    without_sources,
 )
 from .video_processing_videoxl import normalize_frames, open_video
 
@@ -144,7 +147,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
     @staticmethod
     def settings_of(config: Any) -> dict[str, Any]:
-        """What a model's config says of its processor: arguments of this class, ready for processor_config.json.
+        """The arguments of this class that a model's config decides, ready for processor_config.json.
 
         Args:
             config: A `VideoXLConfig`.
@@ -183,8 +186,8 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
-        # override: the library drops what `__init__` does not name, which settings of `frames_config` by themselves
-        # are (in files of earlier versions, and where `from_pretrained` is given them).
+        # override: settings of `frames_config` may stand by themselves, in files of earlier versions and among the
+        # arguments of `from_pretrained`; the library would drop them, as `__init__` does not name them.
         given = {**processor_dict, **kwargs}
         frames = {name: given[name] for name in FRAME_SETTINGS if name in given}
         rest = {name: value for name, value in kwargs.items() if name not in FRAME_SETTINGS}
@@ -192,7 +195,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return super().from_args_and_dict(args, processor_dict, **rest)
 
     def to_dict(self) -> dict[str, Any]:
-        # override: the library would write all that a config has, not its settings alone
+        # override: of a config the library would also write what all configs have
         return {**super().to_dict(), "frames_config": _frame_settings(self.frames_config)}
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
@@ -215,8 +218,8 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
         Args:
             text: A rendered prompt with n markers.
-            shown: For the first markers what a `video_message` says: (duration in seconds, number of frames) of a
-                video, None for an image. Of those missing nothing is said.
+            shown: For each marker, from the first on: of a video what its `video_message` tells, as (duration in
+                seconds, number of frames), or None for an image. Markers beyond the list get no message.
 
         Returns:
             n + 1 lists of token ids.
@@ -417,16 +420,19 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             raise ValueError("a conversation is a non-empty list of {'role': ..., 'content': ...}")
         batched = is_list and not isinstance(conversation[0], dict)
         markers = {"video": self.video_token, "image": self.image_token}
-        read = [read_messages(chat, markers) for chat in (conversation if batched else [conversation])]
+        chats = conversation if batched else [conversation]
+        chats = [read_messages(getattr(chat, "messages", chat)) for chat in chats]
         texts, _ = render_jinja_template(
-            [messages for messages, _ in read],
+            [without_sources(messages, markers.values()) for messages in chats],
             chat_template=template,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **{f"{kind}_token": marker for kind, marker in markers.items()}},
             **variables,
         )
-        visuals = {kind: [[item for item in items if item["type"] == kind] for _, items in read] for kind in markers}
+        visuals = {
+            kind: [[item for item in visual_items(chat) if item["type"] == kind] for chat in chats] for kind in markers
+        }
         for kind, marker in markers.items():
             for text, items in zip(texts, visuals[kind], strict=True):
                 if text.count(marker) != len(items):
@@ -482,7 +488,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
     @property
     def frame_options(self) -> dict[str, Any]:
-        """What `open_video` is told of the checkpoint, beside the sampling."""
+        """The arguments of `open_video` that make a frame what the tower takes."""
         return {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
 
     def sampling(self, **settings) -> Sampling:
@@ -491,11 +497,11 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         Raises:
             ValueError: On a setting out of its range.
         """
-        rule = FrameSampler(self.frame_sampler, self.min_num_frames, self.frame_multiple)
+        rule = FrameSampler.of(self.frames_config)
         return replace(Sampling(self.max_num_frames, self.sample_fps, self.max_sample_fps, rule), **settings)
 
     def _load_video(self, request):
-        """Pixels [F, 3, S, S] and times of a video's sampled frames, and what its message says."""
+        """Pixels [F, 3, S, S] and times of a video's sampled frames, and the facts for its `video_message`."""
         reader = open_video(**request, **self.frame_options)
         batches = list(reader)
         frames = torch.cat([batch.frames for batch in batches])
@@ -504,7 +510,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return normalize_frames(frames, self.image_mean, self.image_std), seconds, shown
 
     def _load_image(self, source):
-        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: nothing is said of it."""
+        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: images have no message."""
         tiles = self.read_tiles(source)
         return self.normalize_tiles(tiles), count_tiles(tiles), None
 
@@ -534,18 +540,18 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
                 "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
                 f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
             )
-        longest = max(map(len, rows))
-        if return_tensors is not None and not padded and min(map(len, rows)) < longest:
+        if return_tensors is not None and not padded and len(set(map(len, rows))) > 1:
             raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
         filler = self.tokenizer.pad_token_id
         filler = self.tokenizer.eos_token_id if filler is None else filler
+        ids, mask = rows, [[1] * len(row) for row in rows]
+        if padded:
+            side = padding_side or "left"
+            ids, mask = (
+                pad_sequence([torch.tensor(row) for row in part], True, value, side).tolist()
+                for part, value in ((ids, filler), (mask, 0))
+            )
         convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
-        right, ids, mask = padding_side == "right", [], []
-        for row in rows:
-            missing = longest - len(row) if padded else 0
-            pads, seen, hidden = [filler] * missing, [1] * len(row), [0] * missing
-            ids.append(row + pads if right else pads + row)
-            mask.append(seen + hidden if right else hidden + seen)
         return {"input_ids": convert(ids), "attention_mask": convert(mask)}
 
 
@@ -576,10 +582,10 @@ def _is_empty(value) -> bool:
 
 
 def _with_video_message(text: str, message: str, duration: float, num_frames: int) -> str:
-    """The text behind a video's marker with the video's message in front, but behind a first newline.
+    """Puts a video's message in front of the text behind its marker, after a leading newline.
 
-    A text that already says it stays as it is: a history of the published VideoChat-Flash code brings what it said
-    about its video in the text of its first turn.
+    A text that begins with such a message stays as it is: histories of the published VideoChat-Flash code have it in
+    the text of their first turn.
     """
     newline = "\n" if text.startswith("\n") else ""
     rest = text.removeprefix("\n")

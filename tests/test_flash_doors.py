@@ -295,7 +295,7 @@ def test_only_words_of_the_answer_count_as_repeated(flash, tokenizer, clips):
     """As in the published code, which generates from embeddings. A penalty below 1 favours what counts: it shows."""
     video = flash.encode_video(clips[0], tokenizer)
     prompt = "What happens? What moves?"
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 0.5}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 0.05}
     answer = flash.chat(video, tokenizer, prompt, return_history=False, generation_config=settings)
     content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
     processor = VideoXLProcessor.from_config(flash.config, tokenizer)
@@ -307,7 +307,7 @@ def test_only_words_of_the_answer_count_as_repeated(flash, tokenizer, clips):
             scores = flash(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
             scores[tokenizer.eos_token_id] = -torch.inf
             for token in set(said):
-                scores[token] = scores[token] * 0.5 if scores[token] < 0 else scores[token] / 0.5
+                scores[token] = scores[token] * 0.05 if scores[token] < 0 else scores[token] / 0.05
             said.append(int(scores.argmax()))
             ids = torch.tensor([said[-1:]])
     assert answer == tokenizer.decode(said, skip_special_tokens=True).strip()
