@@ -17,7 +17,8 @@ PUBLIC = {
     "EncodedVideo": "encoded_video_videoxl",
     "VideoDecodeError": "video_decoding_videoxl",
     "open_video": "video_processing_videoxl",
-    "times_in_text": "selection_videoxl",
+    "times_in_text": "messages_videoxl",
+    "Sampling": "frame_sampling_videoxl",
 }
 __all__ = [*PUBLIC, "register"]
 

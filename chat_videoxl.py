@@ -18,21 +18,25 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.utils import logging
 
-from .conversation_videoxl import (
+from .encoded_video_videoxl import EncodedVideo
+from .frame_sampling_videoxl import SAMPLING_FIELDS
+from .messages_videoxl import (
     VISUAL_KINDS,
+    chunks_at,
     is_encoded,
     part_of,
     place_visual,
     read_history,
+    read_media_dict,
+    readable_source,
     source_of,
+    times_in_text,
     turn_items,
+    video_request,
     visual_items,
 )
-from .encoded_video_videoxl import SAMPLING, EncodedVideo
-from .messages_times_stub import chunks_at, times_in_text
 from .prefill_videoxl import InForce, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
-from .processor_inputs_videoxl import read_media_dict
 from .video_processing_videoxl import open_video
 
 logger = logging.get_logger(__name__)
@@ -91,11 +95,14 @@ class VideoXLChatMixin:
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         messages.append({"role": "user", "content": items})
-        timestamps = items[0].get("timestamps", timestamps)
+        if timestamps is not None:
+            items[0].setdefault("timestamps", timestamps)
+        items[0][items[0]["type"]] = readable_source(items[0])
         self._set_media(items, media_dict)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
-        options = {"timestamps": timestamps, "backend": video_backend}
-        options |= {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        sampling = processor.sampling(max_num_frames=max_num_frames, **rates)
+        options = {"backend": video_backend, "sampling": sampling}
         return self._encode(processor, items[0], None, prefix, options, progress, system_prompt, InForce(self.config))
 
     @torch.no_grad()
@@ -174,8 +181,8 @@ class VideoXLChatMixin:
         new = [item for item in items if not any(item is visual for visual in known)]
         question = [{"type": "text", "text": user_prompt}]
         messages.append({"role": "user", "content": [*new, *question] if new else user_prompt})
-        options = {"backend": video_backend, "max_num_frames": max_num_frames}
-        options |= {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        options = {"backend": video_backend, "sampling": processor.sampling(max_num_frames=max_num_frames, **rates)}
         in_force = InForce(self.config)
         encoded, suffix = self._encode_conversation(processor, messages, options, progress, in_force)
         videos = [source_of(item) for item in visual_items(messages)]
@@ -251,8 +258,8 @@ class VideoXLChatMixin:
             ValueError: If it is damaged, or was made by another model, from another video file, or with another
                 sampling.
         """
-        if unknown := sorted(set(sampling) - set(SAMPLING)):
-            raise ValueError(f"load_video knows no {', '.join(unknown)}; sampling settings are {', '.join(SAMPLING)}")
+        if unknown := sorted(set(sampling) - set(SAMPLING_FIELDS)):
+            raise ValueError(f"load_video knows no {', '.join(unknown)}; it takes {', '.join(SAMPLING_FIELDS)}")
         processor = None if tokenizer is None else VideoXLProcessor.from_config(self.config, tokenizer)
         return EncodedVideo.load(path, self, processor, verify, source, **sampling)
 
@@ -310,11 +317,11 @@ class VideoXLChatMixin:
             before = torch.tensor(prefix)
             if encoded is not None:
                 before = torch.cat([encoded.input_ids, before])
-            own_options = {**options, "timestamps": item.pop("timestamps", None)}
             if is_encoded(video):
                 if video.continues(self, before, encoded):
                     encoded = video
                     video.adopt(processor)
+                    item.pop("timestamps", None)
                     shown.append(encoded.shown)
                     continue
                 if not str(video) or video.appended:
@@ -324,18 +331,15 @@ class VideoXLChatMixin:
                         "the prompt it was made with (its system_prompt), or pass its frames"
                     )
                 logger.warning(f"{video} is encoded again: the conversation before it has changed")
-                sampling = {key: value for key, value in video.sampling.items() if key in SAMPLING}
-                item[kind], own_options = str(video), {**options, **sampling, "timestamps": None}
             system = messages[0]["content"] if messages[0]["role"] == "system" else None
-            encoded = item[kind] = self._encode(
-                processor, item, encoded, prefix, own_options, progress, system, in_force
-            )
+            encoded = item[kind] = self._encode(processor, item, encoded, prefix, options, progress, system, in_force)
+            item.pop("timestamps", None)
             shown.append(encoded.shown)
         return encoded, processor.prompt_pieces(text, shown)[-1]
 
     def _encode(self, processor, item, base, prefix, options, progress, system_prompt, in_force) -> EncodedVideo:
         """Streams a video or image through tower and language model, behind `base` and the prefix ids."""
-        source = source_of(item)
+        source = readable_source(item)
 
         def start(path, **facts):
             return EncodedVideo(
@@ -350,7 +354,7 @@ class VideoXLChatMixin:
             )
 
         if item["type"] == "image":
-            if options.get("timestamps") is not None:
+            if item.get("timestamps") is not None:
                 raise ValueError("timestamps belong to frames of a video; an image has none. Leave them out")
             tiles = processor.read_tiles(source)
             path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
@@ -365,9 +369,12 @@ class VideoXLChatMixin:
             self.config.resolve_vision_chunk_frames(),
             in_force.policy.unit_frames(self.config),
         )
-        # An item that was encoded before brings its sampling, and what of the path it shows, among the options.
-        options = {**processor.frame_options, **read_media_dict(item.get("media_dict")), **options}
-        reader = open_video(source, batch_frames=max(limit // unit, 1) * unit, **options)
+        # An item that was encoded before brings its sampling.
+        request = video_request(item, options["sampling"])
+        batch_frames = max(limit // unit, 1) * unit
+        reader = open_video(
+            **request, backend=options["backend"], batch_frames=batch_frames, **processor.frame_options
+        )
         with reader:
             tokens = -(-reader.num_frames // self.config.frames_per_group) * self.model.tokens_per_group
             require_context(self.model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))

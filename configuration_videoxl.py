@@ -1,26 +1,26 @@
-"""Configuration of the Video-XL family: one config, with slots for tower x compressor x attention plan.
+"""Configuration of the Video-XL family: every setting once, in one config with a sub-config for each part.
 
 What is surprising:
 * `vision_feature_layer` counts like `hidden_states` of transformers, so -2 means "the last of `num_hidden_layers` is
   not used": that layer is not built, and the checkpoint does not hold it.
-* `sparse_attention` may be assigned as a dict at any time; it becomes a typed sub-config at that moment. It is read
-  at call time, and the switches of the published code (`enable_sparse`, `enable_chunk_prefill`) win over its prefill
-  fields while
-  they are on: `resolve_sparse_attention` is the one place that knows.
-* A published `config.json` is flat (`mm_*` keys and the language model's sizes at top level) and is refused: the
-  converter reads it, where it has the weights to go with it.
+* `sparse_attention` is read at call time, and a dict may be assigned to it. The switches of the published code
+  (`enable_sparse`, `enable_chunk_prefill`) win over its prefill fields while they are on.
+  `resolve_sparse_attention` brings all of that, beacon memory and the dropping of tokens into one `Settings`.
+* `frames_config` is shared: a processor holds a copy. Its settings can also be read, set and saved as the config's own
+  (`config.time_format`), as config.json of earlier versions have them.
+* Configs without an `__init__` are data classes (the library makes them so): a line is a setting with its default, and
+  what else a file holds comes to `__post_init__`.
 """
 
 import math
 import random
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
-from .part_configs_videoxl import VideoXLCompressorConfig, VideoXLSparseAttentionConfig
-from .tower_config_videoxl import VIDEO_TOWERS
-
-FRAME_FITS = ("stretch", "crop")
-IMAGE_TILINGS = ("pad", "overview")
+PREFILL_MODES = ("full", "streaming", "mask")
+DECODE_MODES = ("full", "bilevel")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
 LLM_COMPRESS_TYPES = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
@@ -40,56 +40,254 @@ _SIGLIP_SO400M = {
 }
 
 
-class VideoXLConfig(PreTrainedConfig):
-    """Configuration of `VideoXLForConditionalGeneration`; the defaults are Video-XL-2's outside the language model.
+class VideoXLVideoTowerConfig(PreTrainedConfig):
+    """A transformer over the patches of all frames of a clip; the base of UMT's and InternVideo2's configs.
+
+    The same settings serve both towers, which transformers does not have; `model_type` names the tower.
+
+    Raises:
+        ValueError: On sizes that do not divide.
+    """
+
+    base_config_key = "vision_config"
+    qk_norm = layer_scale = False
+
+    hidden_size: int = 1024  # C, channels
+    num_hidden_layers: int = 24  # of the whole tower; `VideoXLConfig.vision_feature_layer` says how many are built
+    num_attention_heads: int = 16  # of the attention, and of the token merging behind it
+    num_channels: int = 3  # colours of a frame
+    image_size: int = 224  # side of the square frames, in pixels
+    patch_size: int = 16  # side of a patch, in pixels
+    num_frames: int = 4  # of a clip
+    mlp_ratio: float = 4.0  # width of the MLP over `hidden_size`
+    hidden_act: str = "gelu"  # activation of the MLP
+    norm_eps: float = 1e-6  # of the norms inside the blocks
+    final_norm_eps: float | None = 1e-12  # of the norm behind the last block; None for a tower without one
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{whole} {getattr(self, whole)} must be a multiple of {part} {getattr(self, part)}")
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP, cut to a whole number as in the public references (418 for 96 * 48 / 11)."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along the side of a frame."""
+        return self.image_size // self.patch_size
+
+
+class VideoXLUMTConfig(VideoXLVideoTowerConfig):
+    """UMT-L (Unmasked Teacher, arXiv 2303.16058) as VideoChat-Flash uses it; the defaults are `umt-large`'s."""
+
+    model_type = "videoxl_umt"
+
+
+class VideoXLInternVideo2Config(VideoXLVideoTowerConfig):
+    """InternVideo2-1B (arXiv 2403.15377) as VideoChat-Flash uses it."""
+
+    model_type = "videoxl_internvideo2"
+    qk_norm = layer_scale = True
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 40
+    patch_size: int = 14
+    mlp_ratio: float = 48 / 11
+    final_norm_eps: float | None = None
+
+
+VIDEO_TOWERS = {config.model_type: config for config in (VideoXLUMTConfig, VideoXLInternVideo2Config)}
+
+
+class VideoXLCompressorConfig(PreTrainedConfig):
+    """How frame features become visual tokens, up to and including the projector.
+
+    Raises:
+        ValueError: On sizes that do not go together.
+    """
+
+    model_type = "videoxl_compressor"
+    base_config_key = "compressor_config"
+
+    # "dts": dynamic token synthesis (Video-XL-2, Video-XL-Pro). "none": the tower's features are passed on (Video-XL).
+    # "tome": similar tokens of a clip are merged (VideoChat-Flash).
+    compressor_type: str = "dts"
+    hidden_size: int = 1152  # channels of the tower's features and of the compressor
+    frames_per_group: int = 4  # frames that are merged into one group of tokens; a power of two
+    grid_size: int = 24  # side of the square grid that the tower's grid is resized to before the compressor
+    projector_pool_size: int = 2  # side of the average pooling after the projector
+    projector_hidden_act: str = "gelu"  # activation between the projector's two layers
+    norm_groups: int = 32  # of the compressor's group normalisation
+    norm_eps: float = 1e-6  # of the same
+    max_relative_position: int = 64  # half the size of the relative-position tables of the temporal attention
+    kernel_size: int = 3  # side of the 3-D convolutions that halve the time axis
+    merge_heads: int = 16  # token merging compares tokens by the mean over so many parts of them (the tower's heads)
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.frames_per_group < 1 or self.frames_per_group & (self.frames_per_group - 1):
+            raise ValueError(f"frames_per_group must be a power of two, got {self.frames_per_group}")
+        if self.grid_size % self.projector_pool_size:
+            raise ValueError(
+                f"grid_size {self.grid_size} must be a multiple of projector_pool_size {self.projector_pool_size}"
+            )
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Visual tokens that one group of frames becomes."""
+        return (self.grid_size // self.projector_pool_size) ** 2
+
+
+class VideoXLFramesConfig(PreTrainedConfig):
+    """How frames and images are chosen, resized and named in the prompt: what a model and its processor share.
+
+    Raises:
+        ValueError: On a `frame_fit` or `image_tiling` that is not known, whenever it is set.
+    """
+
+    model_type = "videoxl_frames"
+    base_config_key = "frames_config"
+    known_values: ClassVar[dict] = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
+
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)  # normalisation of pixels in 0..1, per channel
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    frame_fit: str = "stretch"  # how a frame becomes a square; "crop": short side to size, middle of the long one
+    # Whether frames are resized bit for bit as the public code does, which takes ten times as long. Without it they
+    # are at most 2 of 255 levels away.
+    exact_resize: bool = False
+    # (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6 columns and rows of the
+    # tower's image size, as in Video-XL-2.
+    image_grid_pinpoints: list[list[int]] | None = None
+    # "pad" fits an image into its grid between black borders. "overview" squashes it into a first tile, stretches it
+    # over the grid for the others, and lays the tokens of these out as one picture's.
+    image_tiling: str = "pad"
+    image_timestamps: bool = False  # whether every tile of an image has a timestamp, of 0 s, in front of it
+    time_format: str | None = "Time {seconds:.1f}s:"  # the timestamp's text; None for families without timestamps
+    # Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`; None for no such.
+    video_message: str | None = None
+    # How frames are chosen from a file, a mode of `FrameSampler`: "fps" by `sample_fps` and its companions;
+    # "dynamic_fps1" is VideoChat-Flash's rule: about one a second, in multiples of `frame_multiple`, at least
+    # `min_num_frames` where there are.
+    frame_sampler: str = "fps"
+    min_num_frames: int = 64
+    frame_multiple: int = 8
+
+    def __setattr__(self, name, value):
+        # override: a config's and a processor's own attributes end here, at construction and later
+        known = self.known_values.get(name)
+        if known is not None and value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        super().__setattr__(name, list(value) if isinstance(value, tuple) else value)
+
+
+# The fields that a config and a processor also offer as their own.
+FRAME_SETTINGS = tuple(name for name in VideoXLFramesConfig.__annotations__ if name != "known_values")
+
+
+class SharesFrameSettings:
+    """Reads and sets the settings of the object's `frames_config` as if they were its own."""
+
+    def __getattr__(self, name):
+        if name in FRAME_SETTINGS:
+            return getattr(self.frames_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name, value):
+        if name in FRAME_SETTINGS:
+            setattr(self.frames_config, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call runs with: `sparse_attention` and the published switches, beacon memory and the dropping of tokens.
+
+    Attributes:
+        prefill, chunk_groups, window_chunks, decode, decode_chunk_groups, pool_size, reload, offload: See
+            `VideoXLSparseAttentionConfig`, which takes the defaults from here.
+        beacons: Beacon memory: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
+        dropping: Dropping of visual tokens between layers: `type`, `layers` and `ratios`; None where nothing is.
+
+    Raises:
+        ValueError: On a value outside its range.
+    """
+
+    prefill: str = "full"
+    chunk_groups: int = 4
+    window_chunks: int = 3
+    decode: str = "full"
+    decode_chunk_groups: int = 4
+    pool_size: int = 4
+    reload: str | dict = "auto"
+    offload: bool = False
+    beacons: dict | None = None
+    dropping: dict | None = None
+
+    def __post_init__(self):
+        for name, known in (("prefill", PREFILL_MODES), ("decode", DECODE_MODES), ("offload", (True, False))):
+            if getattr(self, name) not in known or type(getattr(self, name)) is not type(known[0]):
+                raise ValueError(f"sparse_attention.{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def plan(self) -> dict:
+        """What decides who sees whom during prefill, and what is kept of it; ready for JSON."""
+        plan = {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
+        compressed = {"beacons": self.beacons, "dropping": self.dropping}
+        return {**plan, **{name: value for name, value in compressed.items() if value is not None}}
+
+
+class VideoXLSparseAttentionConfig(PreTrainedConfig):
+    """Who sees whom during prefill, and what is kept for decoding.
 
     Args:
-        vision_config: The tower's own config (`siglip_vision_model`, ...), as an object or a dict with `model_type`.
-        compressor_config: See `VideoXLCompressorConfig`.
-        text_config: The language model's config (`qwen2`).
-        sparse_attention: See `VideoXLSparseAttentionConfig`; also accepted as a dict, also when assigned later.
-        vision_feature_layer: Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it
-            are not built.
-        vision_chunk_frames: Frames that go through tower and compressor at once. Bounds memory, never changes results.
-        video_token_id: The placeholder that stands for one visual token.
-        time_start_token_id, time_end_token_id: First and last token of a timestamp; None for families without
-            timestamps.
-        time_format: The timestamp's text, formatted with `seconds`; None for families without timestamps.
-        image_mean, image_std: Normalisation of pixels in 0..1, per channel.
-        exact_resize: Whether frames are resized bit for bit as the public code does, which takes ten times as long.
-            Without it they are at most 2 of 255 levels away.
-        frame_fit: How a frame becomes a square: `"stretch"`, or `"crop"` (short side to size, middle of the long one).
-        frame_padding: What fills a last, partial group: `"last"` repeats the last frame; `"random"` doubles random
-            frames in place, as the published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
-        frame_padding_seed: Of that choice.
-        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
-            columns and rows of the tower's image size, as in Video-XL-2.
-        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
-        image_tiling: `"pad"` fits an image into its grid between black borders; `"overview"` squashes it into a first
-            tile, stretches it over the grid for the others, and lays the tokens of these out as one picture's.
-        frame_sampler: How frames are chosen from a file, a mode of `FrameSampler`: `"fps"` by `sample_fps` and its
-            companions; `"dynamic_fps1"` is VideoChat-Flash's rule: about one a second, in multiples of
-            `frame_multiple`, at least `min_num_frames` where there are.
-        min_num_frames, frame_multiple: See `frame_sampler`.
-        video_message: Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`;
-            None for families without it.
-        tokenizer_model_max_length: Tokens that a prompt may have, visual ones included; None for no limit.
-        mm_llm_compress: Whether visual tokens are dropped between layers of the language model (VideoChat-Flash).
-        llm_compress_type: How: `"uniform"`, `"attention"`, or `"uniform0_attention"` and `"uniform1_attention"`, which
-            begin with one and two uniform stages.
-        llm_compress_layer_list: Per stage, behind how many layers it comes.
-        llm_image_token_ratio_list: Share of a video's tokens that is left before the first stage and behind each.
-        token_selector: Which visual tokens reach the language model: None for all, `"query"` by the prompt's text
-            (Video-XL-Pro of March 2025), `"timed_query"` by it after attention to timestamps (of April 2025).
-        selector_heads: Heads of that attention.
-        keep_ratio: Share of the visual tokens that the selector keeps, rounded down to a multiple of 16 tokens.
-        keep_seed: None, or the seed with which the share is drawn between 0.7 and 0.99 instead, as in published code.
-        max_visual_tokens: At most so many tokens of a video are kept; None for no limit.
-        beacon_window: Visual tokens that are compressed at once into beacons; None for families without them.
-        beacon_ratio: Visual tokens per beacon: a number, a list to choose from, or `"none"` (or None).
-        beacon_ratio_mix: How to choose from a list: `"step-random"` for every window, `"instance-random"` for every
-            video, `"sequence"` in turn.
-        beacon_seed: Of these choices, which start anew with every video.
+        prefill: `"full"` (dense causal), `"streaming"` (chunk by chunk) or `"mask"` (the same chunk loop, in which
+            timestamp queries see the whole past as well).
+        chunk_groups: Groups of frames in one prefill chunk, at least 1.
+        window_chunks: Earlier chunks that a chunk sees in full, at least 1.
+        decode: `"full"` (keep all KV) or `"bilevel"` (dense KV for relevant chunks, pooled KV for the others).
+        decode_chunk_groups: Groups in one chunk of bi-level decoding.
+        pool_size: Kernel and stride of the pooling over a group's visual KV.
+        reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
+            `ReloadPolicy`).
+        offload: `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in
+            `streaming` prefill; `mask` works, but moves a layer's past to the device for every chunk.
+
+    Raises:
+        ValueError: On an unknown field or a value outside its range.
+    """
+
+    model_type = "videoxl_sparse_attention"
+    base_config_key = "sparse_attention"
+    # Beacons and dropping, which have no default, are made from other settings.
+    fields: ClassVar[tuple] = tuple(field.name for field in fields(Settings) if field.default is not None)
+
+    def __init__(self, **kwargs):
+        given = {name: kwargs.pop(name, getattr(Settings, name)) for name in self.fields}
+        known = kwargs and {*PreTrainedConfig().to_dict(), "model_type", "transformers_version", "attn_implementation"}
+        if unknown := sorted(key for key in kwargs if key not in known and not key.startswith("_")):
+            raise ValueError(f"sparse_attention has no field {', '.join(unknown)}; it has {', '.join(self.fields)}")
+        Settings(**given)  # raises
+        super().__init__(**kwargs)
+        for name, value in given.items():
+            setattr(self, name, value)
+
+
+class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
+    """Configuration of `VideoXLForConditionalGeneration`; the defaults are Video-XL-2's outside the language model.
+
+    Sub-configs may be dicts; of `sparse_attention` and `frames_config` also when they are assigned later.
+
+    Raises:
+        ValueError: On values that are not known.
     """
 
     model_type = "videoxl"
@@ -98,103 +296,68 @@ class VideoXLConfig(PreTrainedConfig):
         "compressor_config": VideoXLCompressorConfig,
         "text_config": AutoConfig,
         "sparse_attention": VideoXLSparseAttentionConfig,
+        "frames_config": VideoXLFramesConfig,
     }
 
-    def __init__(
-        self,
-        vision_config=None,
-        compressor_config=None,
-        text_config=None,
-        sparse_attention=None,
-        vision_feature_layer=-2,
-        vision_chunk_frames=32,
-        video_token_id=151654,
-        time_start_token_id=1462,
-        time_end_token_id=25,
-        time_format="Time {seconds:.1f}s:",
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        frame_fit="stretch",
-        exact_resize=False,
-        frame_padding="last",
-        frame_padding_seed=0,
-        image_grid_pinpoints=None,
-        image_timestamps=False,
-        image_tiling="pad",
-        frame_sampler="fps",
-        min_num_frames=64,
-        frame_multiple=8,
-        video_message=None,
-        tokenizer_model_max_length=None,
-        mm_llm_compress=False,
-        llm_compress_type="attention",
-        llm_compress_layer_list=(8, 16, 24),
-        llm_image_token_ratio_list=(1.0, 0.5, 0.25, 0.125),
-        token_selector=None,
-        selector_heads=4,
-        keep_ratio=1.0,
-        keep_seed=None,
-        max_visual_tokens=None,
-        beacon_window=None,
-        beacon_ratio=None,
-        beacon_ratio_mix="step-random",
-        beacon_seed=42,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        if text_config is None and "hidden_size" in kwargs:
+    vision_config: dict | PreTrainedConfig | None = None  # the tower's own config (`siglip_vision_model`, ...)
+    compressor_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None  # the language model's config (`qwen2`)
+    sparse_attention: dict | PreTrainedConfig | None = None
+    frames_config: dict | PreTrainedConfig | None = None
+    # Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it are not built.
+    vision_feature_layer: int = -2
+    # Frames that go through tower and compressor at once. Bounds memory, never changes results.
+    vision_chunk_frames: int = 32
+    # What fills a last, partial group: "last" repeats the last frame; "random" doubles random frames in place, as the
+    # published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
+    frame_padding: str = "last"
+    frame_padding_seed: int = 0
+    video_token_id: int = 151654  # the placeholder that stands for one visual token
+    time_start_token_id: int | None = 1462  # first token of a timestamp; None for families without timestamps
+    time_end_token_id: int | None = 25  # and the last one
+    tokenizer_model_max_length: int | None = None  # tokens of a prompt, visual ones included; None for no limit
+    # Whether visual tokens are dropped between layers of the language model (VideoChat-Flash), and how: "uniform",
+    # "attention", or "uniform0_attention" and "uniform1_attention", which begin with one and two uniform stages.
+    mm_llm_compress: bool = False
+    llm_compress_type: str = "attention"
+    # Per stage, behind how many layers it comes; the share of a video's tokens before the first stage and behind each.
+    llm_compress_layer_list: list[int] | tuple[int, ...] = (8, 16, 24)
+    llm_image_token_ratio_list: list[float] | tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    # Which visual tokens reach the language model: None for all, "query" by the prompt's text (Video-XL-Pro of March
+    # 2025), "timed_query" by it after attention to timestamps (of April 2025).
+    token_selector: str | None = None
+    selector_heads: int = 4  # of that attention
+    keep_ratio: float = 1.0  # share of the visual tokens that the selector keeps, rounded down to a multiple of 16
+    keep_seed: int | None = None  # or a seed with which the share is drawn from `RANDOM_KEEP_RATIO`, as published
+    max_visual_tokens: int | None = None  # at most so many tokens of a video are kept; None for no limit
+    beacon_window: int | None = None  # visual tokens compressed at once into beacons; None for families without them
+    beacon_ratio: int | str | list[int] | None = None  # visual tokens per beacon, a list to choose from, or "none"
+    # How to choose from a list: "step-random" for every window, "instance-random" for every video, "sequence" in turn.
+    beacon_ratio_mix: str = "step-random"
+    beacon_seed: int = 42  # of these choices, which start anew with every video
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None and "hidden_size" in kwargs:
             raise ValueError(
                 "expected a config.json of ours; this one has no text_config, and hidden_size at top level. A "
                 "published checkpoint is to be converted first (python convert_weights.py SOURCE OUTPUT in a clone, "
                 "or videoxl convert SOURCE OUTPUT where the package is installed); then load OUTPUT."
             )
-        self.vision_config = _sub_config(vision_config, _SIGLIP_SO400M)
-        self.compressor_config = _sub_config(compressor_config, {}, VideoXLCompressorConfig)
-        self.text_config = _sub_config(text_config, {"model_type": "qwen2"})
-        self.sparse_attention = sparse_attention if sparse_attention is not None else {}
-        self.vision_feature_layer = vision_feature_layer
-        self.vision_chunk_frames = vision_chunk_frames
-        self.video_token_id = video_token_id
-        self.time_start_token_id = time_start_token_id
-        self.time_end_token_id = time_end_token_id
-        self.time_format = time_format
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self.frame_fit = frame_fit
-        self.exact_resize = exact_resize
-        self.frame_padding = frame_padding
-        self.frame_padding_seed = frame_padding_seed
-        self.image_grid_pinpoints = image_grid_pinpoints
-        self.image_timestamps = image_timestamps
-        self.image_tiling = image_tiling
-        self.frame_sampler = frame_sampler
-        self.min_num_frames = min_num_frames
-        self.frame_multiple = frame_multiple
-        self.video_message = video_message
-        self.tokenizer_model_max_length = tokenizer_model_max_length
-        self.mm_llm_compress = mm_llm_compress
-        self.llm_compress_type = llm_compress_type
-        self.llm_compress_layer_list = list(llm_compress_layer_list or ())
-        self.llm_image_token_ratio_list = list(llm_image_token_ratio_list or ())
-        self.token_selector = token_selector
-        self.selector_heads = selector_heads
-        self.keep_ratio = keep_ratio
-        self.keep_seed = keep_seed
-        self.max_visual_tokens = max_visual_tokens
-        self.beacon_window = beacon_window
-        self.beacon_ratio = beacon_ratio
-        self.beacon_ratio_mix = beacon_ratio_mix
-        self.beacon_seed = beacon_seed
-        known_values = {"frame_fit": FRAME_FITS, "image_tiling": IMAGE_TILINGS}
-        for name, known in {**known_values, "token_selector": TOKEN_SELECTORS}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.vision_config = _host_config(self.vision_config, _SIGLIP_SO400M)
+        self.text_config = _host_config(self.text_config, {"model_type": "qwen2"})
+        self.llm_compress_layer_list = list(self.llm_compress_layer_list or ())
+        self.llm_image_token_ratio_list = list(self.llm_image_token_ratio_list or ())
+        if self.token_selector not in TOKEN_SELECTORS:
+            raise ValueError(f"token_selector must be one of {TOKEN_SELECTORS}, got {self.token_selector!r}")
+        # Settings of `frames_config` that come by themselves are set here, so they win over it.
+        super().__post_init__(**kwargs)
 
     def __setattr__(self, name, value):
         # override: users may assign a dict between calls; fields that are missing from it take their defaults.
-        if name == "sparse_attention" and (value is None or isinstance(value, dict)):
-            value = VideoXLSparseAttentionConfig(**(value or {}))
+        own = self.sub_configs.get(name, AutoConfig)
+        if own is not AutoConfig and (value is None or isinstance(value, dict)):
+            value = own(**(value or {}))
         elif name == "sparse_attention" and not hasattr(value, "prefill"):
             fields = ", ".join(VideoXLSparseAttentionConfig.fields)
             raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r}")
@@ -220,8 +383,8 @@ class VideoXLConfig(PreTrainedConfig):
         """Frames that share one timestamp and one run of visual tokens."""
         return self.compressor_config.frames_per_group
 
-    def resolve_sparse_attention(self) -> VideoXLSparseAttentionConfig:
-        """The sparse-attention settings in force now: `sparse_attention`, overridden by the published switches.
+    def resolve_sparse_attention(self) -> Settings:
+        """The settings in force now: `sparse_attention`, overridden by the published switches, and the member's own.
 
         `prefill_config["step_size"]` is read as the window in chunks: our reading, the published code does not define
         it.
@@ -230,33 +393,36 @@ class VideoXLConfig(PreTrainedConfig):
             ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
-        if getattr(self, "enable_sparse", False):
-            published = getattr(self, "sparse_config", None) or {}
-            settings["prefill"] = getattr(self, "sparse_mode", None) or "streaming"
-            settings["chunk_groups"] = published.get("block_size_chosed", settings["chunk_groups"])
-            settings["window_chunks"] = published.get("prev_blocks_num", settings["window_chunks"])
-        if getattr(self, "enable_chunk_prefill", False):
-            published = getattr(self, "prefill_config", None) or {}
-            settings["prefill"] = published.get("chunk_prefill_mode", "streaming")
-            settings["chunk_groups"] = published.get("chunk_size", settings["chunk_groups"])
-            settings["window_chunks"] = published.get("step_size", settings["window_chunks"])
-            settings["offload"] = bool(published.get("offload", settings["offload"]))
-        resolved = VideoXLSparseAttentionConfig(**settings)
-        resolved.beacons, resolved.dropping = self.resolve_beacons(), self.resolve_llm_compression()
-        if resolved.beacons is None and resolved.dropping is None and self.token_selector is None:
-            return resolved
-        if (resolved.prefill, resolved.decode, resolved.offload) != ("full", "full", False):
+        settings = Settings(**settings | self._published_switches())
+        beacons, dropping = self.resolve_beacons(), self.resolve_llm_compression()
+        if beacons is None and dropping is None and self.token_selector is None:
+            return settings
+        if (settings.prefill, settings.decode, settings.offload) != ("full", "full", False):
             cause, remedy = "has beacon memory", ", or beacon_ratio to 'none'"
-            if resolved.dropping is not None:
+            if dropping is not None:
                 cause, remedy = "drops visual tokens between layers", ", or mm_llm_compress to False"
             elif self.token_selector:
                 cause, remedy = "selects visual tokens by the question", ""
             raise ValueError(
                 f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
-                f"'full', no offload); got prefill={resolved.prefill!r}, decode={resolved.decode!r}, "
-                f"offload={resolved.offload!r}: set it to {{}}{remedy}"
+                f"'full', no offload); got prefill={settings.prefill!r}, decode={settings.decode!r}, "
+                f"offload={settings.offload!r}: set it to {{}}{remedy}"
             )
-        return resolved
+        return replace(settings, beacons=beacons, dropping=dropping)
+
+    def _published_switches(self) -> dict[str, Any]:
+        """What the published code's switches say of the fields of `sparse_attention`, while they are on."""
+        found = {}
+        if getattr(self, "enable_sparse", False):
+            published = getattr(self, "sparse_config", None) or {}
+            found["prefill"] = getattr(self, "sparse_mode", None) or "streaming"
+            found |= _renamed(published, {"block_size_chosed": "chunk_groups", "prev_blocks_num": "window_chunks"})
+        if getattr(self, "enable_chunk_prefill", False):
+            published = getattr(self, "prefill_config", None) or {}
+            found["prefill"] = published.get("chunk_prefill_mode", "streaming")
+            found |= _renamed(published, {"chunk_size": "chunk_groups", "step_size": "window_chunks"})
+            found |= {"offload": bool(published["offload"])} if "offload" in published else {}
+        return found
 
     def resolve_beacons(self) -> dict | None:
         """The beacon memory in force now: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
@@ -374,15 +540,16 @@ class VideoXLConfig(PreTrainedConfig):
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
 
 
-def _sub_config(value, defaults, config_class=None):
-    """Turns a dict (or None) into a typed sub-config; objects pass through."""
-    if value is None:
-        value = defaults
+def _renamed(settings: dict, names: dict) -> dict:
+    return {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
+
+
+def _host_config(value, defaults):
+    """Turns a dict (or None) into the tower's or language model's config; objects pass through."""
+    value = defaults if value is None else value
     if not isinstance(value, dict):
         return value
-    if config_class is not None:
-        return config_class(**value)
-    model_type = value.get("model_type", defaults.get("model_type"))
+    model_type = value.get("model_type", defaults["model_type"])
     if model_type in VIDEO_TOWERS:
         return VIDEO_TOWERS[model_type](**value)
     if model_type == "siglip_vision_model":

@@ -26,9 +26,6 @@ from .video_processing_videoxl import normalize_frames, open_video
 
 logger = logging.get_logger(__name__)
 
-# What of the sampling settings decides which frames of a file are taken.
-SAMPLING = ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end", "read_as")
-
 
 class EncodedVideo(str):
     """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
@@ -264,7 +261,8 @@ class EncodedVideo(str):
             raise ValueError("an image takes in no frames; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
-        reader = open_video(frames, timestamps=timestamps, sample_fps=None, **self._processor.frame_options)
+        sampling = self._processor.sampling(sample_fps=None)
+        reader = open_video(frames, timestamps=timestamps, sampling=sampling, **self._processor.frame_options)
         with reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(

@@ -3,25 +3,34 @@
 What is surprising:
 * A file whose times are equally spaced, up to the rounding of its clock, is sampled by frame number as the references
   do; only a truly variable rate is sampled in the time domain.
-* How frames are chosen is a policy of the family's member, a `FrameSampler`. Those of VideoChat-Flash may take a frame
-  several times, as published.
-* Such a policy is in force while `sample_fps` and `max_sample_fps` are at their defaults; with other values a caller
-  has asked for a rate, and gets it.
+* Every member of the family has its rule, a `FrameSampler`. That of VideoChat-Flash may take a frame several times, as
+  published. It holds while `sample_fps` and `max_sample_fps` are at their defaults; with other values a caller has
+  asked for a rate, and gets it.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
-# Frames per second, and the most for short videos, where the caller names none.
-SAMPLE_FPS, MAX_SAMPLE_FPS = 1, 4
+# Where the caller names none: the most frames, frames per second, and the most of these for short videos.
+MAX_NUM_FRAMES, SAMPLE_FPS, MAX_SAMPLE_FPS = 512, 1, 4
+# What a path leads to: a video file, a GIF whose frames are a second each, a folder of numbered pictures.
+READINGS = ("file", "gif", "folder")
 # Seconds at the end of a video that the public code keeps clips away from.
 CLIP_END_MARGIN = 0.1
 _FPS_MODE = re.compile(r"fps(\d+(?:\.\d+)?)")
+# Frame intervals. Below half an interval of jitter frame i is still the one nearest to time i / fps, so that sampling
+# by index and by time choose alike; above it they differ.
+_JITTER_FRAMES = 0.5
+# Seconds. Absorbs float rounding when a wanted time falls on a frame; no real frame is that short.
+_TIME_EPSILON = 1e-6
+# Largest denominator tried for a rate that is a simple fraction: 1001 is that of the NTSC rates.
+_MAX_RATE_DENOMINATOR = 1001
 
 
 def check_count(name: str, value: int) -> None:
@@ -32,7 +41,7 @@ def check_count(name: str, value: int) -> None:
 
 @dataclass(frozen=True)
 class FrameSampler:
-    """How frames of a file are chosen.
+    """The rule of a member for which frames of a file are taken.
 
     Source of all modes but "fps": `get_frame_indices` of the public VideoChat-Flash code.
 
@@ -59,63 +68,116 @@ class FrameSampler:
         check_count("min_num_frames", self.min_num_frames)
         check_count("frame_multiple", self.frame_multiple)
 
+    @classmethod
+    def of(cls, frames_config: Any) -> "FrameSampler":
+        """The rule that a `VideoXLFramesConfig` names, or anything with its settings."""
+        return cls(frames_config.frame_sampler, frames_config.min_num_frames, frames_config.frame_multiple)
+
     @property
     def rate(self) -> float | None:
         """Frames per second of the modes that name them; None for others."""
         match = _FPS_MODE.fullmatch(self.mode) if isinstance(self.mode, str) else None
         return float(match[1]) if match and float(match[1]) > 0 else None
 
-    def decides(self, sample_fps: float | None, max_sample_fps: float | None) -> bool:
-        """Whether it is this mode, not `sample_fps` and `max_sample_fps`, that says which frames are taken."""
-        return self.mode != "fps" and (sample_fps, max_sample_fps) == (SAMPLE_FPS, MAX_SAMPLE_FPS)
 
-    def interval_times(self, seconds: float) -> np.ndarray:
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a path are wanted. Frames in memory were chosen by the caller: all of them are used.
+
+    Attributes:
+        max_num_frames: The most frames. Modes of `sampler` other than "middle" take 0 and -1 for no limit.
+        sample_fps: Frames per second; None spreads `max_num_frames` frames uniformly.
+        max_sample_fps: Upper rate for short videos; None for no more than `sample_fps`.
+        sampler: The member's rule, in force while both rates are at their defaults.
+        start, end: The part of the video, in seconds; None for the video's own start and end.
+        read_as: What the path leads to, one of `READINGS`.
+
+    Raises:
+        ValueError: On a setting out of its range.
+    """
+
+    max_num_frames: int = MAX_NUM_FRAMES
+    sample_fps: float | None = SAMPLE_FPS
+    max_sample_fps: float | None = MAX_SAMPLE_FPS
+    sampler: FrameSampler = FrameSampler()
+    start: float | None = None
+    end: float | None = None
+    read_as: str = "file"
+
+    def __post_init__(self):
+        for name in ("sample_fps", "max_sample_fps"):
+            value = getattr(self, name)
+            number = isinstance(value, (Real, np.floating)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
+                raise ValueError(f"{name} must be frames per second above 0, or None, got {value!r}.")
+        unlimited = self.by_mode and self.sampler.mode != "middle" and isinstance(self.max_num_frames, Integral)
+        if not unlimited or self.max_num_frames > 0:
+            check_count("max_num_frames", self.max_num_frames)
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value)):
+                raise ValueError(f"{name} must be a number of seconds, got {value!r}.")
+        if self.read_as not in READINGS:
+            raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {self.read_as!r}.")
+
+    @property
+    def by_mode(self) -> bool:
+        """Whether the sampler's mode, not `sample_fps` and `max_sample_fps`, says which frames are taken."""
+        return self.sampler.mode != "fps" and (self.sample_fps, self.max_sample_fps) == (SAMPLE_FPS, MAX_SAMPLE_FPS)
+
+    @property
+    def has_part(self) -> bool:
+        """Whether `start` or `end` is given."""
+        return self.start is not None or self.end is not None
+
+    @property
+    def limit(self) -> int | None:
+        """`max_num_frames`, None where that means no limit."""
+        return self.max_num_frames if self.max_num_frames > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        part = {name: None if getattr(self, name) is None else float(getattr(self, name)) for name in ("start", "end")}
+        return {**asdict(self), "max_num_frames": int(self.max_num_frames), **part}
+
+    def mode_times(self, seconds: float) -> np.ndarray:
         """When the modes that name a rate take frames of a video of so many seconds."""
-        step = 1 / self.rate
+        step = 1 / self.sampler.rate
         return np.arange(step / 2, seconds + step / 2, step)
 
-    def count(self, num_frames: int, seconds: float, max_num_frames: int) -> int:
-        """How many frames the other modes take of a video.
+    def mode_count(self, num_frames: int, seconds: float) -> int:
+        """How many frames the modes that name no rate take of a video.
 
-        The least beats the most: a `max_num_frames` below 64 is without effect on videos of 64 frames and more. It
-        need be no multiple, then the count is none either; 0 and -1 are no limit.
+        `min_num_frames` wins over `max_num_frames`: a limit below 64 does nothing to a video of 64 frames or more. The
+        count is a multiple of `frame_multiple` unless the limit, which need not be one, cuts it.
         """
-        if self.mode == "middle":
-            return max_num_frames
-        multiple = self.frame_multiple
-        least = self.min_num_frames if self.min_num_frames <= num_frames else num_frames // multiple * multiple
+        if self.sampler.mode == "middle":
+            return self.max_num_frames
+        least, multiple = self.sampler.min_num_frames, self.sampler.frame_multiple
+        if least > num_frames:
+            least = num_frames // multiple * multiple
         count = max(int(seconds // multiple), 1) * multiple
-        return max(least, min(count, max_num_frames) if max_num_frames > 0 else count)
+        return max(least, min(count, self.limit or count))
 
 
-# Of all members but VideoChat-Flash.
-BY_RATE = FrameSampler()
-
-# Frame intervals. Below half an interval of jitter frame i is still the one nearest to time i / fps, so that sampling
-# by index and by time choose alike; above it they differ.
-_JITTER_FRAMES = 0.5
-# Seconds. Absorbs float rounding when a wanted time falls on a frame; no real frame is that short.
-_TIME_EPSILON = 1e-6
-# Largest denominator tried for a rate that is a simple fraction: 1001 is that of the NTSC rates.
-_MAX_RATE_DENOMINATOR = 1001
+# The settings of a call or an item that decide which frames of a file are taken; the rest is the member's.
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling) if field.name != "sampler")
 
 
-def check_sampling(
-    max_num_frames: int, sample_fps: float | None, max_sample_fps: float | None, sampler: FrameSampler = BY_RATE
-) -> None:
-    """Raises `ValueError` for a setting of `sample_frame_indices` out of its range."""
-    limited = sampler.mode == "middle" or not sampler.decides(sample_fps, max_sample_fps)
-    if limited or not isinstance(max_num_frames, Integral) or max_num_frames > 0:
-        check_count("max_num_frames", max_num_frames)
-    for name, value in (("sample_fps", sample_fps), ("max_sample_fps", max_sample_fps)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (Real, np.floating)) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be frames per second above 0, or None, got {value!r}.")
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a video are used, and of how much of it.
 
+    Attributes:
+        indices: Of the frames, in order.
+        start: Where the part begins that they were chosen from, in seconds.
+        seconds: Its length.
+    """
 
-def _uniform_indices(num_frames: int, count: int) -> list[int]:
-    return np.linspace(0, num_frames - 1, count, dtype=int).tolist()
+    indices: list[int]
+    start: float
+    seconds: float
 
 
 def middle_frame_indices(num_frames: int, count: int) -> list[int]:
@@ -125,16 +187,8 @@ def middle_frame_indices(num_frames: int, count: int) -> list[int]:
     return indices + indices[-1:] * (count - len(indices))
 
 
-def sample_frame_indices(
-    num_frames: int,
-    fps: float,
-    *,
-    max_num_frames: int,
-    sample_fps: float | None = SAMPLE_FPS,
-    max_sample_fps: float | None = MAX_SAMPLE_FPS,
-    sampler: FrameSampler = BY_RATE,
-) -> list[int]:
-    """Chooses frames of a constant-rate video as the reference of its sampler does.
+def sample_frame_indices(num_frames: int, fps: float, sampling: Sampling) -> list[int]:
+    """Chooses frames of a constant-rate video, or of a part of one, as the reference of its sampler does.
 
     "fps", the sampler of Video-XL-2:
 
@@ -143,44 +197,140 @@ def sample_frame_indices(
     spread uniformly. A step below one frame, also that of an unknown rate (`fps <= 0`), is one frame.
 
     Args:
-        num_frames: Frames of the video.
-        fps: Its frames per second.
-        max_num_frames: The most frames to choose.
-        sample_fps: Frames per second to choose; None spreads `min(max_num_frames, num_frames)` frames uniformly.
-        max_sample_fps: Upper rate for short videos; None for no more than `sample_fps`.
-        sampler: The policy.
+        num_frames: Frames to choose from.
+        fps: Frames per second.
+        sampling: What is wanted of them; its `start` and `end` are not looked at.
 
     Returns:
         Increasing frame indices, by "fps" none twice; empty for a video without frames, or shorter than half an
         interval of "fpsX".
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: On numbers out of their range.
     """
-    check_sampling(max_num_frames, sample_fps, max_sample_fps, sampler)
     if num_frames < 0 or not math.isfinite(fps):
         raise ValueError(f"num_frames must not be negative and fps must be finite, got {num_frames} and {fps}.")
     if num_frames == 0:
         return []
-    if sampler.decides(sample_fps, max_sample_fps):
+    if sampling.by_mode:
         fps = fps if fps > 0 else 1.0
         seconds = num_frames / fps
-        if sampler.rate is None:
-            return middle_frame_indices(num_frames, sampler.count(num_frames, seconds, max_num_frames))
-        indices = np.around(sampler.interval_times(seconds) * fps).astype(int)
-        indices = indices[indices < num_frames].tolist()
-        return indices[:max_num_frames] if max_num_frames > 0 else indices
-    if sample_fps is None:
-        return _uniform_indices(num_frames, min(max_num_frames, num_frames))
-    indices = range(0, num_frames, max(1, round(fps / sample_fps)))
-    if max_sample_fps is not None:
+        if sampling.sampler.rate is None:
+            return middle_frame_indices(num_frames, sampling.mode_count(num_frames, seconds))
+        indices = np.around(sampling.mode_times(seconds) * fps).astype(int)
+        return indices[indices < num_frames].tolist()[: sampling.limit]
+
+    def uniform(count: int) -> list[int]:
+        return np.linspace(0, num_frames - 1, count, dtype=int).tolist()
+
+    def every(per_second: float) -> list[int]:
+        return list(range(0, num_frames, max(1, round(fps / per_second))))
+
+    return _by_rate(every, uniform, num_frames, sampling)
+
+
+def choose_frames(
+    frame_times: Sequence[float], duration: float, frame_rate: float | None, sampling: Sampling
+) -> FrameChoice:
+    """Chooses frames of a video, or of a part of it, by the times at which they are displayed.
+
+    Times that stay within half a frame interval of an equally spaced grid are a constant rate: the result is that of
+    `sample_frame_indices`. Otherwise the same rules hold in the time domain: the frame on display at each multiple
+    of `1 / sample_fps`, none twice; the counts that the rules compare are counts of different frames.
+
+    Args:
+        frame_times: Display times of all frames in seconds, strictly increasing; at least one.
+        duration: Seconds until the last frame ends.
+        frame_rate: The rate that the file names, if it does. Of the rates that explain a constant-rate file's rounded
+            times it is preferred.
+        sampling: What is wanted. As in the public VideoChat-Flash code a part ends at least 0.1 s before the video.
+
+    Raises:
+        ValueError: Times that are not finite and strictly increasing, or a part that holds nothing of the video.
+    """
+    times = np.asarray(frame_times, dtype=np.float64)
+    if times.ndim != 1 or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise ValueError("frame_times must be a flat list of finite, strictly increasing seconds.")
+    rate = _constant_rate(times, frame_rate) if len(times) > 1 else frame_rate or 1 / max(duration, _TIME_EPSILON)
+    if rate is not None:
+        duration = len(times) / rate
+    first, count, begin, seconds = 0, len(times), 0.0, duration
+    if sampling.has_part:
+        begin, seconds = _part(sampling, duration)
+        if rate is not None:
+            # By number, as published; a part shorter than a frame is one frame.
+            first = min(int(begin * rate), len(times) - 1)
+            count = min(max(int(seconds * rate), 1), len(times) - first)
+        else:
+            first = max(int(_on_display(times, np.array([times[0] + begin]))[0]), 0)
+            count = max(int(np.searchsorted(times, times[0] + begin + seconds - _TIME_EPSILON)) - first, 1)
+    if rate is not None:
+        indices = sample_frame_indices(count, rate, sampling)
+    else:
+        indices = _in_time(times[first : first + count], seconds, sampling)
+    # A video too short for its interval shows at least its middle.
+    return FrameChoice([first + index for index in indices or [count // 2]], begin, seconds)
+
+
+def choose_numbered_frames(num_frames: int, fps: float, sampling: Sampling) -> FrameChoice:
+    """Chooses frames of a folder; where a mode is in force, by the public VideoChat-Flash code's rules for folders.
+
+    These are not the rules for files: without a part the modes take one frame for a second whatever `fps` is, frame 0
+    belongs to no part, and the chosen frames go from the first to the last one of the part.
+
+    Args:
+        num_frames: Files in the folder, at least one.
+        fps: Frames per second that they stand for.
+        sampling: What is wanted.
+
+    Raises:
+        ValueError: On a part that holds nothing of the folder.
+    """
+    duration = num_frames / fps
+    if not sampling.by_mode:
+        return choose_frames(np.arange(num_frames) / fps, duration, fps, sampling)
+    if not sampling.has_part:
+        return FrameChoice(sample_frame_indices(num_frames, 1.0, sampling) or [num_frames // 2], 0.0, duration)
+    _part(sampling, duration)  # raises
+    begin, until = max(float(sampling.start or 0), 0.0), duration if sampling.end is None else float(sampling.end)
+    first, last = max(1, round(begin * fps)), min(round(until * fps), num_frames - 1)
+    count = len(sample_frame_indices(max(int((until - begin) * fps), 1), fps, sampling)) or 1
+    indices = np.round(np.linspace(min(first, last), last, count)).astype(int).tolist()
+    return FrameChoice(indices, begin, until - begin)
+
+
+def _by_rate(every, uniform, num_frames: int, sampling: Sampling) -> list[int]:
+    """The rule of "fps"; `every(per_second)` and `uniform(count)` give indices, by number or by time."""
+    if sampling.sample_fps is None:
+        return uniform(min(sampling.max_num_frames, num_frames))
+    indices = every(sampling.sample_fps)
+    if sampling.max_sample_fps is not None:
         # The reference reads this multiple of the chosen frames as a rate, which is exact for sample_fps=1 only.
-        rate = min(max_num_frames // len(indices), max_sample_fps)
-        if rate > sample_fps:
-            indices = range(0, num_frames, max(1, round(fps / rate)))
-    if len(indices) > max_num_frames:
-        return _uniform_indices(num_frames, max_num_frames)
-    return list(indices)
+        raised = min(sampling.max_num_frames // len(indices), sampling.max_sample_fps)
+        if raised > sampling.sample_fps:
+            indices = every(raised)
+    return indices if len(indices) <= sampling.max_num_frames else uniform(sampling.max_num_frames)
+
+
+def _in_time(times: np.ndarray, seconds: float, sampling: Sampling) -> list[int]:
+    """Chooses among frames of a variable rate, which last for so many seconds."""
+
+    def every(per_second: float) -> list[int]:
+        count = math.floor((times[-1] - times[0] + _TIME_EPSILON) * per_second) + 1
+        return np.unique(_on_display(times, times[0] + np.arange(count) / per_second)).tolist()
+
+    def uniform(count: int) -> list[int]:
+        return _different_frames(times, np.linspace(times[0], times[-1], count))
+
+    if not sampling.by_mode:
+        return _by_rate(every, uniform, len(times), sampling)
+    if sampling.sampler.rate is not None:
+        targets = sampling.mode_times(seconds)
+        return _on_display(times, times[0] + targets[targets < seconds]).tolist()[: sampling.limit]
+    count = sampling.mode_count(len(times), seconds)
+    parts = min(count, len(times))
+    indices = _different_frames(times, times[0] + (np.arange(parts) + 0.5) * seconds / parts)
+    return indices + indices[-1:] * (count - parts)
 
 
 def _constant_rate(times: np.ndarray, nominal: float | None) -> float | None:
@@ -218,212 +368,16 @@ def _different_frames(times: np.ndarray, targets: np.ndarray) -> list[int]:
     return chosen
 
 
-def _uniform_in_time(times: np.ndarray, count: int) -> list[int]:
-    return _different_frames(times, np.linspace(times[0], times[-1], count))
-
-
-def _sampled_in_time(times: np.ndarray, seconds: float, sampler: FrameSampler, max_num_frames: int) -> list[int]:
-    """The modes other than "fps" in the time domain, for a video of so many seconds."""
-    if sampler.rate is not None:
-        targets = sampler.interval_times(seconds)
-        indices = _on_display(times, times[0] + targets[targets < seconds]).tolist()
-        return indices[:max_num_frames] if max_num_frames > 0 else indices
-    count = sampler.count(len(times), seconds, max_num_frames)
-    parts = min(count, len(times))
-    indices = _different_frames(times, times[0] + (np.arange(parts) + 0.5) * seconds / parts)
-    return indices + indices[-1:] * (count - parts)
-
-
-def sample_frame_times(
-    frame_times: Sequence[float],
-    *,
-    max_num_frames: int,
-    sample_fps: float | None = SAMPLE_FPS,
-    max_sample_fps: float | None = MAX_SAMPLE_FPS,
-    frame_rate: float | None = None,
-    sampler: FrameSampler = BY_RATE,
-) -> list[int]:
-    """Chooses frames by the times at which they are displayed.
-
-    Times that stay within half a frame interval of an equally spaced grid are a constant rate: the result is that of
-    `sample_frame_indices`. Otherwise the same rules hold in the time domain: the frame on display at each multiple
-    of `1 / sample_fps`, none twice; the counts that the rules compare are counts of different frames.
-
-    Args:
-        frame_times: Display times of all frames in seconds, strictly increasing.
-        max_num_frames: As in `sample_frame_indices`.
-        sample_fps: As in `sample_frame_indices`.
-        max_sample_fps: As in `sample_frame_indices`.
-        frame_rate: The rate that the file names, if it does. Of the rates that explain a constant-rate file's rounded
-            times it is preferred.
-        sampler: The policy.
-
-    Returns:
-        Increasing frame indices, by "fps" none twice.
-
-    Raises:
-        ValueError: Times that are not finite and strictly increasing, or a setting out of its range.
-    """
-    times = _checked_times(frame_times)
-    if len(times) == 0:
-        return []
-    rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-    end = _end_of(times, frame_rate)
-    return choose_frames(times, end, frame_rate, max_num_frames=max_num_frames, sampler=sampler, **rates).indices
-
-
-def _checked_times(frame_times: Sequence[float]) -> np.ndarray:
-    times = np.asarray(frame_times, dtype=np.float64)
-    if times.ndim != 1 or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
-        raise ValueError("frame_times must be a flat list of finite, strictly increasing seconds.")
-    return times
-
-
-@dataclass(frozen=True)
-class FrameChoice:
-    """Which frames of a video are used, and of how much of it.
-
-    Attributes:
-        indices: Of the frames, in order.
-        start: Where the part begins that they were chosen from, in seconds.
-        seconds: Its length.
-    """
-
-    indices: list[int]
-    start: float
-    seconds: float
-
-
-def choose_frames(
-    frame_times: Sequence[float],
-    duration: float,
-    frame_rate: float | None = None,
-    *,
-    max_num_frames: int,
-    sample_fps: float | None = SAMPLE_FPS,
-    max_sample_fps: float | None = MAX_SAMPLE_FPS,
-    sampler: FrameSampler = BY_RATE,
-    start: float | None = None,
-    end: float | None = None,
-) -> FrameChoice:
-    """Chooses frames of a video, or of a part of it.
-
-    Args:
-        frame_times, frame_rate: As in `sample_frame_times`; at least one frame.
-        duration: Seconds until the last frame ends.
-        max_num_frames, sample_fps, max_sample_fps, sampler: As in `sample_frame_indices`.
-        start, end: Of the part, in seconds; None for the video's. As in the public VideoChat-Flash code the part ends
-            at least 0.1 s before the video.
-
-    Raises:
-        ValueError: As `sample_frame_times`, or a part that is empty or outside the video.
-    """
-    check_sampling(max_num_frames, sample_fps, max_sample_fps, sampler)
-    times = _checked_times(frame_times)
-    rate = _constant_rate(times, frame_rate) if len(times) > 1 else frame_rate or 1 / max(duration, _TIME_EPSILON)
-    if rate is not None:
-        duration = len(times) / rate
-    first, count, begin, seconds = 0, len(times), 0.0, duration
-    if start is not None or end is not None:
-        begin, seconds = _part(start, end, duration)
-        if rate is not None:
-            # By number, as published; a part shorter than a frame is one frame.
-            first = min(int(begin * rate), len(times) - 1)
-            count = min(max(int(seconds * rate), 1), len(times) - first)
-        else:
-            first = max(int(_on_display(times, np.array([times[0] + begin]))[0]), 0)
-            count = max(int(np.searchsorted(times, times[0] + begin + seconds - _TIME_EPSILON)) - first, 1)
-    settings = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-    if rate is not None:
-        indices = sample_frame_indices(count, rate, **settings, sampler=sampler)
-    elif sampler.decides(sample_fps, max_sample_fps):
-        indices = _sampled_in_time(times[first : first + count], seconds, sampler, max_num_frames)
-    else:
-        indices = _by_rate_in_time(times[first : first + count], **settings)
-    # A video too short for its interval shows at least its middle.
-    return FrameChoice([first + index for index in indices or [count // 2]], begin, seconds)
-
-
-def choose_numbered_frames(
-    num_frames: int,
-    fps: float,
-    *,
-    max_num_frames: int,
-    sample_fps: float | None = SAMPLE_FPS,
-    max_sample_fps: float | None = MAX_SAMPLE_FPS,
-    sampler: FrameSampler = BY_RATE,
-    start: float | None = None,
-    end: float | None = None,
-) -> FrameChoice:
-    """Chooses frames of a folder, by the rules of the public VideoChat-Flash code where a mode of its is in force.
-
-    Those rules are not those for files: without a part the modes take one frame for a second whatever `fps` is, frame
-    0 belongs to no part, and the chosen frames go from the first to the last one of the part.
-
-    Args:
-        num_frames: Files in the folder, at least one.
-        fps: Frames per second that they stand for.
-        max_num_frames, sample_fps, max_sample_fps, sampler, start, end: As in `choose_frames`.
-
-    Raises:
-        ValueError: As `choose_frames`.
-    """
-    settings = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-    settings["sampler"] = sampler
-    duration = num_frames / fps
-    if not sampler.decides(sample_fps, max_sample_fps):
-        times = np.arange(num_frames) / fps
-        return choose_frames(times, duration, fps, **settings, start=start, end=end)
-    if start is None and end is None:
-        return FrameChoice(sample_frame_indices(num_frames, 1.0, **settings) or [num_frames // 2], 0.0, duration)
-    _part(start, end, duration)  # raises
-    begin, until = max(float(start or 0), 0.0), duration if end is None else float(end)
-    first, last = max(1, round(begin * fps)), min(round(until * fps), num_frames - 1)
-    count = len(sample_frame_indices(max(int((until - begin) * fps), 1), fps, **settings)) or 1
-    indices = np.round(np.linspace(min(first, last), last, count)).astype(int).tolist()
-    return FrameChoice(indices, begin, until - begin)
-
-
-def _part(start: float | None, end: float | None, duration: float) -> tuple[float, float]:
+def _part(sampling: Sampling, duration: float) -> tuple[float, float]:
     """Begin and length of a part of a video, in seconds, as published."""
-    for name, value in (("start", start), ("end", end)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
-            raise ValueError(f"{name} must be a number of seconds, got {value!r}.")
-    begin = max(start or 0.0, 0.0)
-    until = duration if end is None else end
+    begin = max(sampling.start or 0.0, 0.0)
+    until = duration if sampling.end is None else sampling.end
     # A video that is over within that margin would have no part at all.
     stops = min(duration - CLIP_END_MARGIN, until), min(duration, until)
     stop = next((stop for stop in stops if stop > begin), None)
     if stop is None:
         raise ValueError(
-            f"The clip from {start} to {end} s holds nothing of the video, which lasts {duration:.2f} s. Give a start "
-            "before its end, and an end behind the start."
+            f"The clip from {sampling.start} to {sampling.end} s holds nothing of the video, which lasts "
+            f"{duration:.2f} s. Give a start before its end, and an end behind the start."
         )
     return float(begin), float(stop - begin)
-
-
-def _end_of(times: np.ndarray, frame_rate: float | None) -> float:
-    """When the last frame ends, where nothing says it: after the mean interval."""
-    if len(times) > 1:
-        return float(times[-1] + (times[-1] - times[0]) / (len(times) - 1))
-    return float(times[-1]) + 1 / (frame_rate or 1)
-
-
-def _by_rate_in_time(
-    times: np.ndarray, max_num_frames: int, sample_fps: float | None, max_sample_fps: float | None
-) -> list[int]:
-    if sample_fps is None:
-        return _uniform_in_time(times, min(max_num_frames, len(times)))
-
-    def every(per_second: float) -> np.ndarray:
-        count = math.floor((times[-1] - times[0] + _TIME_EPSILON) * per_second) + 1
-        return np.unique(_on_display(times, times[0] + np.arange(count) / per_second))
-
-    indices = every(sample_fps)
-    if max_sample_fps is not None:
-        raised = min(max_num_frames // len(indices), max_sample_fps)
-        if raised > sample_fps:
-            indices = every(raised)
-    if len(indices) > max_num_frames:
-        return _uniform_in_time(times, max_num_frames)
-    return indices.tolist()

@@ -324,8 +324,8 @@ class VideoXLCacheLayer(DynamicLayer):
         return self.held + query_length, self.hidden
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        # override: append in place instead of concatenating. Autocast rotates keys into float32 and leaves values as they
-        # are; a layer keeps both in one dtype, that of its first values.
+        # override: append in place instead of concatenating. Autocast rotates keys into float32 and leaves values as
+        # they are; a layer keeps both in one dtype, that of its first values.
         dtype = self.keys.dtype if self.held else value_states.dtype
         key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):

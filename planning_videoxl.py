@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from .frame_sampling_videoxl import FrameSampler
+from .frame_sampling_videoxl import FrameSampler, Sampling
 from .image_processing_videoxl import is_image
 from .kv_cache import MIN_SPARE_TOKENS
 from .planning_dropping_videoxl import dropping_stages
@@ -175,12 +175,9 @@ class VideoXLPlanningMixin:
                 "plan counts the frames of videos, and this is an image: it takes tokens_per_group a tile"
             )
         if video_path is not None:
-            sampling = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-            sampling |= {"size": self.config.vision_config.image_size, "fit": self.config.frame_fit}
-            sampling["sampler"] = FrameSampler(
-                self.config.frame_sampler, self.config.min_num_frames, self.config.frame_multiple
-            )
-            with open_video(video_path, **sampling) as reader:
+            rule = FrameSampler.of(self.config.frames_config)
+            sampling = Sampling(max_num_frames, sample_fps, max_sample_fps, rule)
+            with open_video(video_path, size=self.config.vision_config.image_size, sampling=sampling) as reader:
                 times = list(reader.timestamps)
             step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
         planner = _Planner(self, tokenizer, step, question_tokens, max_new_tokens)

@@ -7,67 +7,103 @@ is one group per tile, without times, and its placeholders are the same token:
     prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | text | v v v v | v v v v | question
 
 Text left and right of a marker is tokenised by itself, as in the published code, so no token spans a border. Members
-with a `video_message` read how long a video lasts behind it, in front of the question. A marker can only come from a
-video or image item: text that contains a literal marker is refused. The library's video loading (torchcodec) and video
-processors (torchvision) are not used: the only sub-processor is the tokenizer.
+with a `video_message` are told behind the marker how long the video lasts. A marker can only come from a video or
+image item: text that contains a literal marker is refused.
+
+What is surprising:
+* The library's video loading (torchcodec) and video processors (torchvision) are not used: the only sub-processor is
+  the tokenizer.
+* The processor holds a copy of the model's `frames_config`. Its settings can be read and set as the processor's own,
+  as processor_config.json of earlier versions has them.
+* Nothing is ignored silently. Pipelines and evaluation clients pass many arguments that have no effect on this model;
+  these are listed below, and all others are refused.
 
 Shapes: V videos and images, F frames, T tiles, S image side, L sequence, B batch; G = ceil(F / frames_per_group).
 """
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from inspect import signature
+from string import Formatter
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .frame_sampling_videoxl import FrameSampler
+from .configuration_videoxl import FRAME_SETTINGS, SharesFrameSettings, VideoXLFramesConfig
+from .frame_sampling_videoxl import MAX_NUM_FRAMES, MAX_SAMPLE_FPS, SAMPLE_FPS, FrameSampler, Sampling
 from .image_processing_videoxl import count_tiles, load_image, tile_image
-from .processor_inputs_videoxl import (
+from .messages_videoxl import (
     assign_timestamps,
     assign_visuals,
-    image_source,
-    pad_rows,
+    named_sampling,
     read_messages,
-    refuse_unsupported,
+    readable_source,
     video_request,
+    visual_items,
+    without_sources,
 )
-from .prompt_text_videoxl import DEFAULT_CHAT_TEMPLATE, with_video_message
 from .video_processing_videoxl import normalize_frames, open_video
 
 # "What the processor was built with": None has a meaning of its own for the sampling rates.
 DEFAULT = "default"
+# What pipelines and evaluation clients pass: without effect here whatever the value, or as long as it is empty.
+HARMLESS = {"add_special_tokens", "do_sample_frames", "load_audio_from_video", "return_attention_mask", "verbose"}
+HARMLESS_IF_EMPTY = {
+    *("images", "audios", "audio", "tools", "documents", "video_metadata", "max_length", "pad_to_multiple_of"),
+    *("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs", "sanitize_control_tokens"),
+    *("return_metadata", "return_assistant_tokens_mask", "return_token_type_ids", "return_mm_token_type_ids"),
+    "reasoning_effort",
+}
+# chat_template.jinja holds the same text, for the tokenizer.
+DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' -%}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
+{%- if item.type == 'video' -%}
+{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
+{%- elif item.type == 'image' -%}
+{{- image_token | default('<|image_pad|>', true) + '\n' -}}
+{%- elif item.type == 'text' -%}
+{{- item.text -}}
+{%- else -%}
+{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
+{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
 
 
-class VideoXLProcessor(ProcessorMixin):
+class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
     """Turns conversations and videos into what `generate` takes.
 
     Args:
         tokenizer: The checkpoint's tokenizer.
         image_size: Side of the square frames, in pixels.
-        image_mean, image_std: Normalisation of pixels in 0..1, per channel.
         frames_per_group: Frames that share one timestamp and one run of placeholders.
         tokens_per_group: Placeholders of one group.
+        frames_config: See `VideoXLFramesConfig`; a dict with some of its settings, or such a config. None takes the
+            defaults.
         video_token: The placeholder, also the marker of a video in a rendered prompt.
         image_token: The marker of an image in a rendered prompt; its placeholders are `video_token`, too.
-        image_grid_pinpoints: (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6
-            columns and rows of `image_size`.
-        image_timestamps: Whether every tile of an image has a timestamp, of 0 s, in front of it.
-        image_tiling: How images are cut, see `tile_image`.
-        frame_fit, exact_resize: How a frame becomes a square, see `resize_frames`.
-        time_format: A group's timestamp, formatted with `seconds`; None for families without timestamps.
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
-        frame_sampler, min_num_frames, frame_multiple: How frames are chosen from a file where the caller names no
-            rate, see `FrameSampler`.
-        video_message: What is said behind a video, formatted with its `duration` in seconds and its `num_frames`; None
-            for families that say nothing.
         chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
+        **frame_settings: Settings of `frames_config` by themselves.
 
     Raises:
-        ValueError: If the tokenizer is missing or does not know `video_token`.
+        ValueError: If the tokenizer is missing or does not know `video_token`, or on an unknown setting.
     """
 
     # override: a processor that was built in code is saved with its code and `auto_map`, as a loaded one is.
@@ -77,97 +113,90 @@ class VideoXLProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
         image_size: int = 384,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
         frames_per_group: int = 4,
         tokens_per_group: int = 144,
+        frames_config: dict[str, Any] | VideoXLFramesConfig | None = None,
         video_token: str = "<|vision_pad|>",
-        time_format: str | None = "Time {seconds:.1f}s:",
-        max_num_frames: int = 512,
-        sample_fps: float | None = 1,
-        max_sample_fps: float | None = 4,
-        chat_template: str | dict[str, str] | None = None,
         image_token: str = "<|image_pad|>",
-        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
-        image_timestamps: bool = False,
-        frame_fit: str = "stretch",
-        frame_sampler: str = "fps",
-        min_num_frames: int = 64,
-        frame_multiple: int = 8,
-        video_message: str | None = None,
-        exact_resize: bool = False,
-        image_tiling: str = "pad",
+        max_num_frames: int = MAX_NUM_FRAMES,
+        sample_fps: float | None = SAMPLE_FPS,
+        max_sample_fps: float | None = MAX_SAMPLE_FPS,
+        chat_template: str | dict[str, str] | None = None,
+        **frame_settings,
     ):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
                 "VideoXLProcessor needs this checkpoint's tokenizer, which has the placeholder of visual tokens "
                 f"({video_token!r}) as a special token; load it from the model's folder"
             )
+        if unknown := sorted(frame_settings.keys() - {*FRAME_SETTINGS}):
+            raise ValueError(
+                f"the processor has no setting {', '.join(unknown)}; of frames: {', '.join(FRAME_SETTINGS)}"
+            )
         super().__init__(tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
+        self.frames_config = VideoXLFramesConfig(**{**_frame_settings(frames_config), **frame_settings})
         self.image_size = image_size
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
         self.frames_per_group = frames_per_group
         self.tokens_per_group = tokens_per_group
         self.video_token = video_token
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
         self.image_token = image_token
-        self.image_grid_pinpoints = None if image_grid_pinpoints is None else [list(p) for p in image_grid_pinpoints]
-        self.image_timestamps = image_timestamps
-        self.frame_fit, self.exact_resize = frame_fit, exact_resize
-        self.frame_sampler = frame_sampler
-        self.min_num_frames = min_num_frames
-        self.frame_multiple = frame_multiple
-        self.video_message = video_message
-        self.image_tiling = image_tiling
-        self.time_format = time_format
         self.max_num_frames = max_num_frames
         self.sample_fps = sample_fps
         self.max_sample_fps = max_sample_fps
+
+    @staticmethod
+    def settings_of(config: Any) -> dict[str, Any]:
+        """The arguments of this class that a model's config decides, ready for processor_config.json.
+
+        Args:
+            config: A `VideoXLConfig`.
+        """
+        return {
+            "image_size": config.vision_config.image_size,
+            "frames_per_group": config.compressor_config.frames_per_group,
+            "tokens_per_group": config.compressor_config.tokens_per_group,
+            "frames_config": _frame_settings(config.frames_config),
+        }
 
     @classmethod
     def from_config(cls, config: Any, tokenizer: PreTrainedTokenizerBase) -> "VideoXLProcessor":
         """Builds the processor of a model.
 
         Args:
-            config: A `VideoXLConfig`, or anything with its fields.
+            config: A `VideoXLConfig`.
             tokenizer: The checkpoint's tokenizer.
-
-        Returns:
-            The processor.
 
         Raises:
             ValueError: If the tokenizer disagrees with the config's token ids, so is another checkpoint's.
         """
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise ValueError(f"tokenizer must be the checkpoint's tokenizer (AutoTokenizer...), got {tokenizer!r:.90}")
-        processor = cls(
-            tokenizer,
-            image_size=config.vision_config.image_size,
-            image_mean=config.image_mean,
-            image_std=config.image_std,
-            frames_per_group=config.frames_per_group,
-            tokens_per_group=config.compressor_config.tokens_per_group,
-            video_token=tokenizer.convert_ids_to_tokens(config.video_token_id),
-            time_format=config.time_format,
-            image_grid_pinpoints=config.image_grid_pinpoints,
-            image_timestamps=config.image_timestamps,
-            frame_fit=config.frame_fit,
-            exact_resize=config.exact_resize,
-            frame_sampler=config.frame_sampler,
-            min_num_frames=config.min_num_frames,
-            frame_multiple=config.frame_multiple,
-            video_message=config.video_message,
-            image_tiling=config.image_tiling,
-        )
+        marker = tokenizer.convert_ids_to_tokens(config.video_token_id)
+        processor = cls(tokenizer, video_token=marker, **cls.settings_of(config))
         ids = processor.time_token_ids(0.0)
         expected = (config.time_start_token_id, config.time_end_token_id)
         if ids and (ids[0], ids[-1]) != expected:
             raise ValueError(
-                f"the tokenizer is not this checkpoint's: it writes {config.time_format!r} as {ids}, but the config's "
-                f"time_start_token_id and time_end_token_id are {expected}; load the tokenizer from the model's folder"
+                f"the tokenizer is not this checkpoint's: it writes {processor.time_format!r} as {ids}, but the "
+                f"config's time_start_token_id and time_end_token_id are {expected}; load the tokenizer from the "
+                "model's folder"
             )
         return processor
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        # override: settings of `frames_config` may stand by themselves, in files of earlier versions and among the
+        # arguments of `from_pretrained`; the library would drop them, as `__init__` does not name them.
+        given = {**processor_dict, **kwargs}
+        frames = {name: given[name] for name in FRAME_SETTINGS if name in given}
+        rest = {name: value for name, value in kwargs.items() if name not in FRAME_SETTINGS}
+        rest["frames_config"] = {**_frame_settings(given.get("frames_config")), **frames}
+        return super().from_args_and_dict(args, processor_dict, **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        # override: of a config the library would also write what all configs have
+        return {**super().to_dict(), "frames_config": _frame_settings(self.frames_config)}
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
         """Writes a conversation as prompt text, with one marker per video and image.
@@ -189,8 +218,8 @@ class VideoXLProcessor(ProcessorMixin):
 
         Args:
             text: A rendered prompt with n markers.
-            shown: For the first markers what a `video_message` says: (duration in seconds, number of frames) of a
-                video, None for an image. Of those missing nothing is said.
+            shown: For each marker, from the first on: of a video what its `video_message` tells, as (duration in
+                seconds, number of frames), or None for an image. Markers beyond the list get no message.
 
         Returns:
             n + 1 lists of token ids.
@@ -198,7 +227,7 @@ class VideoXLProcessor(ProcessorMixin):
         pieces = self._marker.split(text)
         for number, facts in enumerate(shown, start=1):
             if facts is not None and self.video_message is not None:
-                pieces[number] = with_video_message(pieces[number], self.video_message, *facts)
+                pieces[number] = _with_video_message(pieces[number], self.video_message, *facts)
         return [
             list(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else [] for piece in pieces
         ]
@@ -312,29 +341,26 @@ class VideoXLProcessor(ProcessorMixin):
         given |= {name: rate for name, rate in rates.items() if not (isinstance(rate, str) and rate == DEFAULT)}
 
         # Everything is checked before the first video is opened.
-        groups = assign_visuals(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
+        films = assign_visuals(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
         pictures = assign_visuals(
             images, [prompt.count(self.image_token) for prompt in texts], self.image_token, "image"
         )
-        times = iter(assign_timestamps(timestamps, sum(map(len, groups))))
-        defaults = {name: getattr(self, name) for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
-        requests = [[video_request(video, next(times), given, defaults) for video in group] for group in groups]
-        pictures = [[image_source(image) for image in group] for group in pictures]
+        times = iter(assign_timestamps(timestamps, sum(map(len, films))))
+        called, sampling = named_sampling(given), self.sampling()
+        films = [
+            [video_request({"timestamps": next(times), **item}, sampling, called) for item in group] for group in films
+        ]
+        pictures = [[readable_source(item) for item in group] for group in pictures]
         rows, pixels = [], []
-        for prompt, of_videos, of_images in zip(texts, map(iter, requests), map(iter, pictures), strict=True):
+        for prompt, of_videos, of_images in zip(texts, map(iter, films), map(iter, pictures), strict=True):
             loaded = [
-                self._load_video(**next(of_videos))
-                if marker == self.video_token
-                else self._load_image(next(of_images))
+                self._load_video(next(of_videos)) if marker == self.video_token else self._load_image(next(of_images))
                 for marker in self._marker.findall(prompt)
             ]
             frames, seconds, shown = zip(*loaded, strict=True) if loaded else ((), (), ())
             rows.append(self.expand(self.prompt_pieces(prompt, shown), seconds))
             pixels += frames
-
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        data = pad_rows(rows, pad_id, padding, padding_side, return_tensors)
+        data = self._pad(rows, padding, padding_side, return_tensors)
         if pixels:
             ragged = any(map(len, pictures)) or len({len(frames) for frames in pixels}) > 1
             # One video is the common and largest case: no copy.
@@ -394,16 +420,19 @@ class VideoXLProcessor(ProcessorMixin):
             raise ValueError("a conversation is a non-empty list of {'role': ..., 'content': ...}")
         batched = is_list and not isinstance(conversation[0], dict)
         markers = {"video": self.video_token, "image": self.image_token}
-        read = [read_messages(chat, markers) for chat in (conversation if batched else [conversation])]
+        chats = conversation if batched else [conversation]
+        chats = [read_messages(getattr(chat, "messages", chat)) for chat in chats]
         texts, _ = render_jinja_template(
-            [messages for messages, _ in read],
+            [without_sources(messages, markers.values()) for messages in chats],
             chat_template=template,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **{f"{kind}_token": marker for kind, marker in markers.items()}},
             **variables,
         )
-        visuals = {kind: [[item for item in items if item["type"] == kind] for _, items in read] for kind in markers}
+        visuals = {
+            kind: [[item for item in visual_items(chat) if item["type"] == kind] for chat in chats] for kind in markers
+        }
         for kind, marker in markers.items():
             for text, items in zip(texts, visuals[kind], strict=True):
                 if text.count(marker) != len(items):
@@ -459,14 +488,21 @@ class VideoXLProcessor(ProcessorMixin):
 
     @property
     def frame_options(self) -> dict[str, Any]:
-        """What `open_video` is told of the checkpoint."""
-        sampler = FrameSampler(self.frame_sampler, self.min_num_frames, self.frame_multiple)
-        square = {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
-        return {**square, "sampler": sampler}
+        """The arguments of `open_video` that make a frame what the tower takes."""
+        return {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
 
-    def _load_video(self, source, **request):
-        """Pixels [F, 3, S, S] and times of a video's sampled frames, and what its message says."""
-        reader = open_video(source, **self.frame_options, **request)
+    def sampling(self, **settings) -> Sampling:
+        """The processor's sampling, with these settings in the place of its own.
+
+        Raises:
+            ValueError: On a setting out of its range.
+        """
+        rule = FrameSampler.of(self.frames_config)
+        return replace(Sampling(self.max_num_frames, self.sample_fps, self.max_sample_fps, rule), **settings)
+
+    def _load_video(self, request):
+        """Pixels [F, 3, S, S] and times of a video's sampled frames, and the facts for its `video_message`."""
+        reader = open_video(**request, **self.frame_options)
         batches = list(reader)
         frames = torch.cat([batch.frames for batch in batches])
         seconds = [time for batch in batches for time in batch.timestamps]
@@ -474,7 +510,7 @@ class VideoXLProcessor(ProcessorMixin):
         return normalize_frames(frames, self.image_mean, self.image_std), seconds, shown
 
     def _load_image(self, source):
-        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: nothing is said of it."""
+        """Pixels of an image's tiles, as `read_tiles` shapes them, their number, and None: images have no message."""
         tiles = self.read_tiles(source)
         return self.normalize_tiles(tiles), count_tiles(tiles), None
 
@@ -495,3 +531,65 @@ class VideoXLProcessor(ProcessorMixin):
             FileNotFoundError, ValueError: If it is no image.
         """
         return tile_image(load_image(source), self.image_size, self.image_grid_pinpoints, self.image_tiling)
+
+    def _pad(self, rows, padding, padding_side, return_tensors) -> dict[str, Any]:
+        """Pads rows of ids; `input_ids` and `attention_mask` in the form that is asked for."""
+        padded = {None: False, False: False, "do_not_pad": False, True: True, "longest": True}.get(padding)
+        if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
+            raise ValueError(
+                "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
+                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+            )
+        if return_tensors is not None and not padded and len(set(map(len, rows))) > 1:
+            raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
+        filler = self.tokenizer.pad_token_id
+        filler = self.tokenizer.eos_token_id if filler is None else filler
+        ids, mask = rows, [[1] * len(row) for row in rows]
+        if padded:
+            side = padding_side or "left"
+            ids, mask = (
+                pad_sequence([torch.tensor(row) for row in part], True, value, side).tolist()
+                for part, value in ((ids, filler), (mask, 0))
+            )
+        convert = {None: list, "pt": torch.tensor, "np": np.array}[return_tensors]
+        return {"input_ids": convert(ids), "attention_mask": convert(mask)}
+
+
+def _frame_settings(frames_config) -> dict[str, Any]:
+    """The settings of a `frames_config`: None, a dict, or a config that another copy of this code may have made."""
+    if frames_config is None or isinstance(frames_config, dict):
+        return dict(frames_config or {})
+    return {name: copy.deepcopy(getattr(frames_config, name)) for name in FRAME_SETTINGS}
+
+
+def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> None:
+    """Raises on what would otherwise be ignored silently; see `HARMLESS`. `known` are the arguments that are taken."""
+    if truncation not in (None, False, "do_not_truncate"):
+        raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
+    unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
+    if unknown:
+        raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
+    unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
+    if unsupported:
+        raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")
+
+
+def _is_empty(value) -> bool:
+    """Whether an argument asks for nothing: None, False, or nothing inside, however deep."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_empty, value))
+    return value is None or value is False
+
+
+def _with_video_message(text: str, message: str, duration: float, num_frames: int) -> str:
+    """Puts a video's message in front of the text behind its marker, after a leading newline.
+
+    A text that begins with such a message stays as it is: histories of the published VideoChat-Flash code have it in
+    the text of their first turn.
+    """
+    newline = "\n" if text.startswith("\n") else ""
+    rest = text.removeprefix("\n")
+    fields = Formatter().parse(message)
+    if re.match("".join(re.escape(literal) + (".+?" if name else "") for literal, name, _, _ in fields), rest):
+        return text
+    return f"{newline}{message.format(duration=float(duration), num_frames=num_frames)}{rest}"

@@ -1,11 +1,19 @@
-"""Video files to upright RGB frames with the seconds at which they are shown: the index of times and the decoders.
+"""What a path leads to, as upright RGB frames with the seconds at which they are shown: index, decoders, pictures.
 
-Surprising here: every frame is found by its presentation time, never by counting, because edit lists, variable rates
-and reordered frames make the n-th decoded picture another one than expected. The times of all frames come from reading
-the packets without decoding them (some 200,000 a second): the index inside an MP4 holds decoding times, that inside a
-Matroska file only keyframes, so neither replaces it. Nothing is ever fetched from a network, and a file never leads to
-another one: FFmpeg's formats that open further files (playlists, descriptions of streams, numbered series) are not on
-the list of those that are read, whatever a file is called.
+What is surprising:
+* Every frame is found by its presentation time, never by counting, because edit lists, variable rates and reordered
+  frames make the n-th decoded picture another one than expected. The times of all frames come from reading the packets
+  without decoding them (some 200,000 a second): the index inside an MP4 holds decoding times, that inside a Matroska
+  file only keyframes, so neither replaces it.
+* Nothing is ever fetched from a network, and a file never leads to another one: FFmpeg's formats that open further
+  files (playlists, descriptions of streams, numbered series) are not on the list of those that are read, whatever a
+  file is called.
+* Frames that were chosen several times are decoded once.
+* A GIF read as "gif" shows each of its frames for a second, as the public VideoChat-Flash code has it; read as "file",
+  for as long as it says.
+* A folder of pictures stores no times. The public VideoChat-Flash code takes its pictures to be a second apart, and
+  three to the second where the path contains "tvqa" (that data set's frames); so does this. Pictures are ordered by
+  the number at the end of their names, not alphabetically, and numbers may be missing.
 
 A new decoder is one function with the signature of `open_pyav` and one line in `BACKENDS`.
 
@@ -13,10 +21,12 @@ Shapes: F frames of the source, H x W its size.
 """
 
 import os
+import re
 import struct
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -25,6 +35,9 @@ from typing import Any
 import av
 import numpy as np
 from transformers.utils import logging
+
+from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
+from .image_processing_videoxl import load_image
 
 try:
     import decord
@@ -65,7 +78,7 @@ spdif tak truehd mlp tta voc vqf w64 wav wv xwma
 # A file of a series by its name. "none" (see `_open`) keeps it from being a pattern; planes alone lie in three files.
 _SERIES, _PLANE_SUFFIX = "image2", ".y"
 # How texts begin that name other files or streams, in small letters; FFmpeg may see others in them under other names.
-_PLAYLISTS = {
+PLAYLISTS = {
     b"#extm3u": "an HLS or M3U playlist",
     b"ffconcat": "a list of files (ffconcat)",
     b"v=0": "a description of streams (SDP)",
@@ -77,6 +90,10 @@ _PLAYLISTS = {
     b"<smil": "a playlist",
 }
 _HEAD_BYTES = 4096  # read of a file to tell a playlist
+# Endings of a folder's pictures; other files in it are left alone. How many are a second, by what the path contains.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FOLDER_RATES = (("tvqa", 3.0), ("", 1.0))
+_PICTURE_NUMBER = re.compile(r"(\d+)\.\w+$")
 
 
 # Reads the chosen frames, once a call: uint8 [H, W, 3] and the second of each.
@@ -138,9 +155,9 @@ def _refuse_playlist(path: str) -> None:
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if head.startswith(b"<"):  # XML may begin with comments and the like
-        found = next((kind for mark, kind in _PLAYLISTS.items() if mark.startswith(b"<") and mark in head), None)
+        found = next((kind for mark, kind in PLAYLISTS.items() if mark.startswith(b"<") and mark in head), None)
     else:
-        found = next((kind for mark, kind in _PLAYLISTS.items() if head.startswith(mark)), None)
+        found = next((kind for mark, kind in PLAYLISTS.items() if head.startswith(mark)), None)
     if found is not None:
         raise VideoDecodeError(
             f"{path}: expected a video file, found {found}. It names other files, and those are not opened for it. "
@@ -176,52 +193,63 @@ def _video_stream(container: Any, path: str) -> Any:
     return stream
 
 
+@dataclass
+class _Packets:
+    """What reading the packets of a stream found."""
+
+    shown: list  # (presentation time, decoding time, duration) in ticks
+    keyframes: list  # presentation times
+    intact: int = 0
+    damage: str | None = None
+
+
 def read_index(path: str) -> VideoIndex:
     """Reads the packets of the video stream, decoding none.
 
     Raises:
         VideoDecodeError: A file that is no video, or of which nothing can be shown.
     """
-    container = _open_video(path)
-    with container:
-        stream = _video_stream(container, path)
-        packets: list[Any] = []
-        keyframes: list[int | None] = []
-        intact, damage, latest = 0, None, None
-        jump = round(_TIME_JUMP / stream.time_base)
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0:
-                    continue
-                if packet.is_corrupt:
-                    damage = "a packet is cut off"
-                    continue
-                intact += 1
-                if packet.dts is not None:
-                    if latest is not None and packet.dts < latest - jump:
-                        damage = "its clock jumps back (recordings glued together?), only the part before is read"
-                        break
-                    latest = packet.dts
-                if packet.is_keyframe:
-                    if not keyframes:
-                        packets.clear()  # nothing before the first keyframe can be decoded
-                    keyframes.append(packet.pts)
-                if not packet.is_discard:  # an edit list has them decoded but not displayed
-                    packets.append((packet.pts, packet.dts, packet.duration or 0))
-        except av.FFmpegError as error:
-            damage = error.strerror
-        formats = container.format.name
+    with _open_video(path) as container:
+        stream, formats = _video_stream(container, path), container.format.name
+        packets = _read_packets(container, stream)
         listed = len(getattr(stream, "index_entries", ()))  # PyAV before 17, which lmms-eval pins, has none
-        if "mp4" in formats and intact < listed:
-            damage = f"only {intact} of its {listed} frames are in the file"
-        index = _build_index(path, packets, keyframes, stream, formats, damage)
-        if "matroska" in formats and damage is None:
+        if "mp4" in formats and packets.intact < listed:
+            packets.damage = f"only {packets.intact} of its {listed} frames are in the file"
+        index = _build_index(path, stream, formats, packets)
+        if "matroska" in formats and index.damage is None:
             # A cut Matroska file just ends.
             announced = _announced_seconds(container, stream)
             end = float((stream.start_time or 0) * stream.time_base) + index.duration
             if end < announced - _TIME_SLACK:
                 index = replace(index, damage=f"it ends at second {end:.2f} of {announced:.2f}")
         return index
+
+
+def _read_packets(container: Any, stream: Any) -> _Packets:
+    found, latest = _Packets([], []), None
+    jump = round(_TIME_JUMP / stream.time_base)
+    try:
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if packet.is_corrupt:
+                found.damage = "a packet is cut off"
+                continue
+            found.intact += 1
+            if packet.dts is not None:
+                if latest is not None and packet.dts < latest - jump:
+                    found.damage = "its clock jumps back (recordings glued together?), only the part before is read"
+                    break
+                latest = packet.dts
+            if packet.is_keyframe:
+                if not found.keyframes:
+                    found.shown.clear()  # nothing before the first keyframe can be decoded
+                found.keyframes.append(packet.pts)
+            if not packet.is_discard:  # an edit list has them decoded but not displayed
+                found.shown.append((packet.pts, packet.dts, packet.duration or 0))
+    except av.FFmpegError as error:
+        found.damage = error.strerror
+    return found
 
 
 def _announced_seconds(container: Any, stream: Any) -> float:
@@ -232,26 +260,23 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
 
 
-def _build_index(
-    path: str, packets: list, keyframes: list, stream: Any, formats: str, damage: str | None
-) -> VideoIndex:
-    tick, rate = stream.time_base, float(stream.average_rate or 0) or None
+def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
+    tick, rate, shown = stream.time_base, float(stream.average_rate or 0) or None, packets.shown
     # AVI stores no presentation times (FFmpeg guesses, wrongly for reordered frames), raw streams no times at all.
-    numbered = formats == "avi" or all(pts is None for pts, _, _ in packets)
+    numbered = formats == "avi" or all(pts is None for pts, _, _ in shown)
     if numbered:
-        ticks = sorted({dts for _, dts, _ in packets if dts is not None})
-        if len(ticks) < len(packets):
-            tick, ticks = 1 / (stream.average_rate or stream.guessed_rate or 25), list(range(len(packets)))
-            if packets:
-                logger.warning(f"{path}: the file stores no times; {float(1 / tick):g} frames per second are assumed.")
-        durations = {}
+        durations, ticks = {}, sorted({dts for _, dts, _ in shown if dts is not None})
+        if len(ticks) < len(shown):
+            tick, ticks = 1 / (stream.average_rate or stream.guessed_rate or 25), list(range(len(shown)))
+            logger.warning(f"{path}: the file stores no times; {float(1 / tick):g} frames per second are assumed.")
     else:
-        durations = {pts: duration for pts, _, duration in packets if pts is not None}
+        durations = {pts: duration for pts, _, duration in shown if pts is not None}
         # Frames shown before the first keyframe depend on pictures that are not in the file.
-        start = keyframes[0] if keyframes and keyframes[0] is not None else min(durations)
+        first = packets.keyframes[0] if packets.keyframes else None
+        start = min(durations) if first is None else first
         ticks = sorted(pts for pts in durations if pts >= start)
     if not ticks:
-        found = f" ({damage})" if damage else ""
+        found = f" ({packets.damage})" if packets.damage else ""
         raise VideoDecodeError(
             f"{path}: expected video frames, the file has none that can be displayed{found}. If they lie in another "
             "file, give that one."
@@ -263,15 +288,15 @@ def _build_index(
     return VideoIndex(
         keys=list(range(len(ticks))) if numbered else ticks,
         times=times,
-        keyframes=sorted({places[pts] for pts in keyframes if pts in places}),
+        keyframes=sorted({places[pts] for pts in packets.keyframes if pts in places}),
         duration=times[-1] + float(last),
         rate=rate,
         numbered=numbered,
-        damage=damage,
+        damage=packets.damage,
     )
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d): the stored point (p, q) is shown at (a p + c q, b p + d q).
 
     One for the whole file: asking a PyAV frame for its side data ties it into a reference cycle, and a hundred large
@@ -284,7 +309,7 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     return 1, 0, 0, 1
 
 
-def _upright_rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> np.ndarray:
+def upright_rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """A decoded frame as uint8 [H, W, 3], turned and mirrored as the display matrix says."""
     try:
         pixels = frame.reformat(format="rgb24").to_ndarray()
@@ -330,8 +355,13 @@ def _seek(container: Any, stream: Any, index: VideoIndex, start: int) -> Iterato
     return None
 
 
-def _pick(decoded: Iterator[tuple[int, av.VideoFrame]], places: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Takes the frames at increasing `places`, and reads no further than the last."""
+def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Takes the frames at increasing `places`, and reads no further than the last.
+
+    Args:
+        decoded: Positions, increasing, and frames.
+        places: Positions that are wanted.
+    """
     targets = deque(places)
     passed: tuple[int, av.VideoFrame] | None = None
     while targets:
@@ -371,9 +401,9 @@ def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[
             if decoded is None:
                 rest = [place for _, later in runs[number:] for place in later]
                 break
-            for place, frame in _pick(decoded, places):
-                matrix = matrix or _display_matrix(frame)
-                yield _upright_rgb(frame, matrix), index.times[place]
+            for place, frame in pick_frames(decoded, places):
+                matrix = matrix or display_matrix(frame)
+                yield upright_rgb(frame, matrix), index.times[place]
     if rest:  # the index of the container misled the seek: they are read in order, from the start
         yield from _read_pyav(path, replace(index, keyframes=[]), rest)
 
@@ -397,7 +427,7 @@ def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameRea
     with _open(path) as container:
         misread = any(name in container.format.name for name in ("mpegts", _SERIES))
         _, frame = next(_decode(container, _video_stream(container, path), index), (0, None))
-    if index.numbered or misread or (frame is not None and _display_matrix(frame)[0] <= 0):
+    if index.numbered or misread or (frame is not None and display_matrix(frame)[0] <= 0):
         raise ValueError(f'{path}: decord hangs on, misplaces or does not turn such files; use backend="pyav".')
     failure = f'{path}: decord cannot read this file; use backend="pyav".'
     try:
@@ -425,3 +455,116 @@ BACKENDS: dict[str, Callable[[str, VideoIndex, Sequence[int]], FrameReader]] = {
     "pyav": open_pyav,
     "decord": open_decord,
 }
+
+
+def list_pictures(folder: str) -> list[str]:
+    """The paths of a folder's pictures, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        VideoDecodeError: A file, or a folder without numbered pictures.
+    """
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{folder}: no such folder (looked from {os.getcwd()}).")
+    if not os.path.isdir(folder):
+        raise VideoDecodeError(
+            f"{folder} is a file, expected a folder of pictures. For a video file the video_read_type is 'decord'."
+        )
+    names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+    numbers = {name: _PICTURE_NUMBER.search(name) for name in names}
+    if not names or (unnumbered := sorted(name for name in names if numbers[name] is None)):
+        found = f"{unnumbered[0]} has none" if names else "there is no picture in it"
+        raise VideoDecodeError(
+            f"{folder}: expected pictures whose names end in their number, such as frame_1.jpg; {found}. Rename them, "
+            "or pass the frames as a list of PIL images with timestamps."
+        )
+    # The text in front of the number only orders pictures of the same number.
+    ordered = sorted(names, key=lambda name: (int(numbers[name][1]), name))
+    return [os.path.join(folder, name) for name in ordered]
+
+
+def open_pictures(paths: Sequence[str], seconds: Sequence[float], wanted: Sequence[int]) -> FrameReader:
+    """The reader of the pictures at positions `wanted`: uint8 [H, W, 3], and the second of each."""
+
+    def read() -> Iterator[tuple[np.ndarray, float]]:
+        for place in wanted:
+            yield np.array(load_image(paths[place])), seconds[place]
+
+    return read
+
+
+@dataclass(frozen=True)
+class ChosenFrames:
+    """Which frames of a source are read, and how.
+
+    Attributes:
+        read: Gives the frames.
+        seconds: Of the frames, as planned; some come several times.
+        start: Seconds at which the part begins that they are from.
+        duration: Seconds of that part.
+        damage: What is wrong with a file, if its packets show it.
+    """
+
+    read: FrameReader
+    seconds: list[float]
+    start: float
+    duration: float
+    damage: str | None = None
+
+
+def open_path(path: str, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
+    """Chooses frames of what a path leads to.
+
+    Args:
+        path: Of a local file or folder.
+        sampling: What is wanted of it.
+        backend: Of a file, a name in `BACKENDS`.
+
+    Raises:
+        FileNotFoundError, ValueError, VideoDecodeError: If there is nothing that can be read, or nothing of the part.
+    """
+    damage = None
+    if sampling.read_as == "folder":
+        pictures, rate = list_pictures(path), next(rate for part, rate in FOLDER_RATES if part in path)
+        times = [number / rate for number in range(len(pictures))]
+        choice = choose_numbered_frames(len(pictures), rate, sampling)
+        duration, opener = choice.seconds, partial(open_pictures, pictures, times)
+    else:
+        index = read_index(_local_file(path))
+        if sampling.read_as == "gif":
+            times = [float(number) for number in range(len(index.times))]
+            index = replace(index, times=times, rate=1.0, duration=float(len(times)))
+        times, damage = index.times, index.damage
+        choice = choose_frames(times, index.duration, index.rate, sampling)
+        whole = sampling.sampler.mode == "fps" and not sampling.has_part
+        duration, opener = index.duration if whole else choice.seconds, partial(BACKENDS[backend], path, index)
+    counts = Counter(choice.indices)
+    read = opener(list(counts))
+    if len(counts) < len(choice.indices):
+        read = partial(_read_again, read, {times[place]: count for place, count in counts.items()})
+    return ChosenFrames(read, [times[place] for place in choice.indices], choice.start, duration, damage)
+
+
+def _read_again(read: FrameReader, counts: dict[float, int]) -> Iterator[tuple[np.ndarray, float]]:
+    with closing(read()) as reader:
+        for pixels, second in reader:
+            # A damaged file may give another frame than the chosen one.
+            for _ in range(counts.get(second, 1)):
+                yield pixels, second
+
+
+def _local_file(path: str) -> str:
+    if not os.path.exists(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
+            raise ValueError(f"{path} is an address; only local files are opened. Download it and pass the path.")
+        raise FileNotFoundError(f"{path}: no such video file (looked from {os.getcwd()}).")
+    if os.path.isdir(path):
+        raise VideoDecodeError(
+            f"{path} is a folder, expected a video file. Pass its frames as a list of PIL images, or, for numbered "
+            "pictures, media_dict={'video_read_type': 'img'}."
+        )
+    if not os.path.isfile(path):
+        raise VideoDecodeError(f"{path} is not a regular file; expected a video file.")
+    if os.path.getsize(path) == 0:
+        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
+    return path

@@ -157,7 +157,9 @@ def model_fingerprint(model) -> str:
     Raises:
         ValueError: If weights are offloaded to the meta device: nothing would tell such models apart.
     """
-    digest = hashlib.sha256(_canonical(_architecture(model.config.to_dict())).encode())
+    config = model.config.to_dict()
+    config = {**config.pop("frames_config"), **config}  # flat, as in the files of earlier versions
+    digest = hashlib.sha256(_canonical(_architecture(config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_meta:
             raise ValueError(f"the weight {name} is on the meta device: load the model without offloading it")

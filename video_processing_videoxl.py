@@ -2,7 +2,7 @@
 
 Surprising here: a frame is resized as soon as it is decoded, in a background thread, so memory does not grow with the
 length or the size of the video and decoding overlaps with the consumer. Files that break off give what is readable and
-one warning. How frames are chosen and how files are read are two rooms of their own; their public names are here too.
+one warning.
 
 Shapes: F frames of the source, n frames of a batch, H x W the size of the source, S the edge of the square result.
 """
@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -25,30 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.utils import logging
 
-from .frame_sampling_videoxl import (
-    BY_RATE,
-    MAX_SAMPLE_FPS,
-    SAMPLE_FPS,
-    FrameSampler,
-    check_count,
-    check_sampling,
-    sample_frame_indices,
-    sample_frame_times,
-)
+from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count
 from .image_processing_videoxl import reading_image
-from .video_decoding_videoxl import BACKENDS, FrameReader, VideoDecodeError
-from .video_sources_videoxl import READINGS, plan_path
+from .video_decoding_videoxl import BACKENDS, ChosenFrames, VideoDecodeError, open_path
 
-__all__ = [
-    "FrameBatch",
-    "VideoDecodeError",
-    "VideoFrames",
-    "normalize_frames",
-    "open_video",
-    "resize_frames",
-    "sample_frame_indices",
-    "sample_frame_times",
-]
+__all__ = ["FrameBatch", "VideoDecodeError", "VideoFrames", "normalize_frames", "open_video", "resize_frames"]
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +143,7 @@ def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.nda
 
 def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fps: float | None) -> list[float]:
     if timestamps is None:
-        step = 1 / (sample_fps or 1)
+        step = 1 / (sample_fps or SAMPLE_FPS)
         logger.warning_once(
             f"Frames came without timestamps; they are taken to be {step:g} s apart, from 0. Pass timestamps=[…]."
         )
@@ -197,36 +178,25 @@ class VideoFrames:
     the end of a `with` block stops the thread and closes the file. A damaged file may give fewer frames than planned,
     with one warning.
 
+    Args:
+        chosen: The frames and who reads them.
+        source: The path as given; None for frames in memory.
+        sampling: The settings, ready for JSON; `size`, `exact_resize` and `fit` among them.
+        batch_frames: n, the most frames of a batch.
+
     Attributes:
         num_frames: Frames planned.
         timestamps: Their seconds from the first displayed frame, as planned. Some samplers take frames several times.
         start: Seconds at which the part of the source begins that the frames are from; 0 without a part.
         duration: Seconds from `start` to the end of the last frame of the source, or to the end of its part.
-        source: The path as given; None for frames in memory.
-        sampling: The settings, ready for JSON.
+        source, sampling: As given.
     """
 
-    def __init__(
-        self,
-        read: FrameReader,
-        *,
-        timestamps: list[float],
-        duration: float,
-        source: str | None,
-        sampling: dict[str, Any],
-        batch_frames: int,
-        damage: str | None = None,
-        start: float = 0.0,
-    ):
-        self.num_frames = len(timestamps)
-        self.timestamps = timestamps
-        self.start = start
-        self.duration = duration
-        self.source = source
-        self.sampling = sampling
-        self._read = read
-        self._batch_frames = batch_frames
-        self._damage = damage
+    def __init__(self, chosen: ChosenFrames, source: str | None, sampling: dict[str, Any], batch_frames: int):
+        self.num_frames, self.timestamps = len(chosen.seconds), chosen.seconds
+        self.start, self.duration = chosen.start, chosen.duration
+        self.source, self.sampling = source, sampling
+        self._chosen, self._batch_frames = chosen, batch_frames
         self._started = False
         self._stop = threading.Event()
         self._room = threading.Semaphore(_QUEUED_BATCHES)
@@ -279,10 +249,8 @@ class VideoFrames:
         queue.put(end)
 
     def _produce(self, queue: SimpleQueue) -> None:
-        size, exact, fit = (self.sampling[name] for name in ("size", "exact_resize", "fit"))
-        frames: list[torch.Tensor] = []
-        seconds: list[float] = []
-        delivered, until, damage = 0, 0.0, self._damage
+        frames, seconds = [], []
+        delivered, until, damage = 0, 0.0, self._chosen.damage
         cause: BaseException | None = None
 
         def flush() -> None:
@@ -292,13 +260,12 @@ class VideoFrames:
                 frames.clear()
                 seconds.clear()
 
-        with closing(self._read()) as reader:
+        with closing(self._chosen.read()) as reader:
             try:
                 for pixels, second in reader:
                     if self._stop.is_set():
                         return
-                    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-                    frames.append(resize_frames(image, size, exact=exact, fit=fit))
+                    frames.append(self._resized(pixels))
                     seconds.append(second)
                     delivered, until = delivered + 1, second
                     if len(frames) == self._batch_frames:
@@ -317,23 +284,21 @@ class VideoFrames:
                 f"chosen frames could be read, until second {until:.2f}; only these are used."
             )
 
+    def _resized(self, pixels: np.ndarray) -> torch.Tensor:
+        size, exact, fit = (self.sampling[name] for name in ("size", "exact_resize", "fit"))
+        return resize_frames(torch.from_numpy(pixels).permute(2, 0, 1)[None], size, exact=exact, fit=fit)
+
 
 def open_video(
     source: Any,
     *,
     size: int,
-    max_num_frames: int = 512,
-    sample_fps: float | None = SAMPLE_FPS,
-    max_sample_fps: float | None = MAX_SAMPLE_FPS,
+    sampling: Sampling | None = None,
     timestamps: Sequence[float] | None = None,
     backend: str = "pyav",
     batch_frames: int = 32,
     exact_resize: bool = False,
     fit: str = "stretch",
-    sampler: FrameSampler = BY_RATE,
-    start: float | None = None,
-    end: float | None = None,
-    read_as: str = "file",
 ) -> VideoFrames:
     """Opens a video, chooses its frames and gives them batch by batch, resized.
 
@@ -342,18 +307,12 @@ def open_video(
             uint8 numpy array or torch tensor [F, H, W, 3]. Frames in memory were chosen by the caller: all of them
             are used, also more than `max_num_frames`.
         size: S, the edge of the square that frames become, in pixels.
-        max_num_frames: The most frames to choose from a file.
-        sample_fps: Frames per second to choose from a file; None spreads `max_num_frames` over it.
-        max_sample_fps: Upper rate for short files; None for no more than `sample_fps`. See `sample_frame_indices`.
+        sampling: Which frames of a path are wanted; None for the default.
         timestamps: Seconds of frames in memory, strictly increasing. Without them they are `1 / sample_fps` apart.
         backend: "pyav", or "decord" where installed: it refuses the files whose frames decord misplaces, gives up on
             damaged ones, and its colours differ by some levels on 10-bit video.
         batch_frames: n, the most frames of a batch; never changes a frame.
         exact_resize, fit: See `resize_frames`.
-        sampler: How frames are chosen from a file.
-        start, end: The part of a file to choose from, in seconds, see `choose_frames`.
-        read_as: What a path leads to: "file", a video file; "gif", a file each of whose frames stands for a second;
-            "folder", a folder of numbered pictures (see `video_sources_videoxl`).
 
     Returns:
         The planned frames; decoding starts with the iteration.
@@ -363,55 +322,32 @@ def open_video(
         VideoDecodeError: A file that holds no readable video.
         ValueError: Anything else that was given wrongly.
     """
-    check_sampling(max_num_frames, sample_fps, max_sample_fps, sampler)
+    sampling = Sampling() if sampling is None else sampling
     check_count("size", size)
     check_count("batch_frames", batch_frames)
     _check_fit(fit)
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
-    sampling = {
-        "size": int(size),
-        "max_num_frames": int(max_num_frames),
-        "sample_fps": sample_fps,
-        "max_sample_fps": max_sample_fps,
-        "backend": backend,
-        "exact_resize": bool(exact_resize),
-        "fit": fit,
-    }
-    if read_as not in READINGS:
-        raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {read_as!r}.")
-    begin = 0.0
+    used = {"size": int(size), "backend": backend, "exact_resize": bool(exact_resize), "fit": fit}
+    settings = sampling.to_dict()
     if isinstance(source, (str, bytes, os.PathLike)):
         if timestamps is not None:
             raise ValueError("timestamps belong to frames in memory; a file has its own. Leave them out.")
-        rules = {name: sampling[name] for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
-        rules |= {"sampler": sampler, "start": start, "end": end}
         path = os.fsdecode(source)
-        plan = plan_path(path, read_as, BACKENDS[backend], rules)
-        read, seconds, begin, duration, damage = plan.read, plan.seconds, plan.start, plan.duration, plan.damage
-        part = {name: None if value is None else float(value) for name, value in (("start", start), ("end", end))}
-        sampling |= {"sampler": asdict(sampler), "read_as": read_as, **part}
-    elif isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
-        if start is not None or end is not None or read_as != "file":
-            raise ValueError("start, end and read_as are for paths; of frames in memory pass those that are wanted.")
-        _check_memory_frames(source)
-        path, damage = None, None
-        seconds = _memory_timestamps(timestamps, len(source), sample_fps)
-        read = partial(_read_memory, source, seconds)
-        last = seconds[-1] - seconds[-2] if len(seconds) > 1 else 1 / (sample_fps or 1)
-        duration = seconds[-1] + last
-    else:
+        return VideoFrames(open_path(path, sampling, backend), path, {**used, **settings}, batch_frames)
+    if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
         raise ValueError(
             "Expected a path, a list of PIL images or uint8 arrays [H, W, 3], or one uint8 array or tensor "
             f"[F, H, W, 3], got {type(source).__name__}."
         )
-    return VideoFrames(
-        read,
-        timestamps=seconds,
-        duration=duration,
-        source=path,
-        sampling=sampling,
-        batch_frames=batch_frames,
-        damage=damage,
-        start=begin,
-    )
+    if sampling.has_part or sampling.read_as != "file":
+        raise ValueError("start, end and read_as are for paths; of frames in memory pass those that are wanted.")
+    used |= {name: settings[name] for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
+    return VideoFrames(_open_memory(source, timestamps, sampling.sample_fps), None, used, batch_frames)
+
+
+def _open_memory(source: Any, timestamps: Sequence[float] | None, sample_fps: float | None) -> ChosenFrames:
+    _check_memory_frames(source)
+    seconds = _memory_timestamps(timestamps, len(source), sample_fps)
+    last = seconds[-1] - seconds[-2] if len(seconds) > 1 else 1 / (sample_fps or SAMPLE_FPS)
+    return ChosenFrames(partial(_read_memory, source, seconds), seconds, 0.0, seconds[-1] + last)

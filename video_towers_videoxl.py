@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.siglip.modeling_siglip import SiglipMLP, eager_attention_forward
 
-from .tower_config_videoxl import VideoXLInternVideo2Config, VideoXLUMTConfig
+from .configuration_videoxl import VideoXLInternVideo2Config, VideoXLUMTConfig
 
 # Frames, and patches along a side, that UMT was pretrained with: its position codes count in these.
 PRETRAINED_FRAMES, PRETRAINED_GRID = 4, 14

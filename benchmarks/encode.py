@@ -102,13 +102,13 @@ def make_clip(path: Path) -> None:
 
 def measure_decoding(path: str, sample_fps: float, args) -> dict:
     """Times reading a file's chosen frames."""
-    from videoxl import open_video
+    from videoxl import Sampling, open_video
 
     seconds = []
     for _ in range(args.repeats):
         started = clock("cpu")
-        options = {"max_num_frames": args.max_num_frames, "sample_fps": sample_fps, "max_sample_fps": None}
-        with open_video(path, size=args.image_size, batch_frames=args.chunk_frames, **options) as reader:
+        options = {"size": args.image_size, "batch_frames": args.chunk_frames}
+        with open_video(path, sampling=Sampling(args.max_num_frames, sample_fps, None), **options) as reader:
             count = sum(len(batch.timestamps) for batch in reader)
             duration = reader.duration
         seconds.append(round(clock("cpu") - started, 6))

@@ -109,7 +109,7 @@ def _member(case, config):
     text_config |= {"hidden_size": 64, "intermediate_size": 128, "vocab_size": bundled.text_config.vocab_size}
     values["text_config"] |= text_config | {"bos_token_id": None, "eos_token_id": None}
     values["video_token_id"] = bundled.video_token_id
-    if values["time_format"] is not None:
+    if values["frames_config"]["time_format"] is not None:
         values |= {name: getattr(bundled, name) for name in ("time_start_token_id", "time_end_token_id")}
     return frames, type(config)(**values | settings | {"dtype": None}), {}
 

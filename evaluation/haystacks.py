@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from videoxl import open_video, video_world
+from videoxl import Sampling, open_video, video_world
 
 KINDS = ("single", "multi_hop", "ordering", "counting")
 # Seeds go by place: new ones to the end. The last two are `published_needles`'.
@@ -323,8 +323,8 @@ class FilmFrames:
     """
 
     def __init__(self, path: str, settings: Settings, most: int):
-        rate = {"max_num_frames": most, "sample_fps": settings.fps, "max_sample_fps": settings.fps}
-        with open_video(path, size=settings.size, **rate) as film:
+        rate = Sampling(most, settings.fps, settings.fps)
+        with open_video(path, size=settings.size, sampling=rate) as film:
             batches = [batch.frames.permute(0, 2, 3, 1).numpy() for batch in film]
         self._frames, self._settings = np.concatenate(batches), settings
 

@@ -295,21 +295,7 @@ def _write_configs(config, video_token, source, folder, log):
     processor = {
         "processor_class": "VideoXLProcessor",
         "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
-        "image_size": config.vision_config.image_size,
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-        "frames_per_group": config.frames_per_group,
-        "tokens_per_group": config.compressor_config.tokens_per_group,
-        "time_format": config.time_format,
-        "image_grid_pinpoints": config.image_grid_pinpoints,
-        "image_timestamps": config.image_timestamps,
-        "frame_fit": config.frame_fit,
-        "exact_resize": config.exact_resize,
-        "frame_sampler": config.frame_sampler,
-        "min_num_frames": config.min_num_frames,
-        "frame_multiple": config.frame_multiple,
-        "video_message": config.video_message,
-        "image_tiling": config.image_tiling,
+        **VideoXLProcessor.settings_of(config),
     }
     if video_token is not None:
         processor["video_token"] = video_token

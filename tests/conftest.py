@@ -5,6 +5,7 @@ With the root on `sys.path`, `videoxl` is the package that `pip install .` would
 
 import atexit
 import contextlib
+import copy
 import os
 import shutil
 import sys
@@ -166,6 +167,7 @@ def _undone(model):
     """Whatever is set on the model's config meanwhile is undone."""
     before = dict(model.config.__dict__)
     model.config.sparse_attention = {}
+    model.config.frames_config = copy.deepcopy(before["frames_config"])
     yield model
     model.config.__dict__.clear()
     model.config.__dict__.update(before)

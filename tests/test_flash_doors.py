@@ -10,12 +10,12 @@ from conftest import VIDEOCHAT_FLASH_DOORS, _undone
 from margins import greedy_choice
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sampled import open_video
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
-from videoxl.conversation_videoxl import read_history
 from videoxl.hub.cards import check_card, converted_card
 from videoxl.hub.convert import convert
+from videoxl.messages_videoxl import read_history
 from videoxl.processing_videoxl import VideoXLProcessor
-from videoxl.video_processing_videoxl import open_video
 
 GREEDY = {"generation_config": {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}}
 MARKER = "<|vision_pad|>"
@@ -159,7 +159,7 @@ def test_a_limit_that_is_no_multiple_of_four_is_no_crash(flash, tokenizer, clips
 
 
 def _sampler(model, tokenizer):
-    return {"sampler": VideoXLProcessor.from_config(model.config, tokenizer).frame_options["sampler"]}
+    return {"sampler": VideoXLProcessor.from_config(model.config, tokenizer).sampling().sampler}
 
 
 def test_second_turns_carry_no_sentence_and_reuse_the_video(flash, tokenizer, clips, monkeypatch):
@@ -374,7 +374,8 @@ def test_converted_checkpoint_through_the_auto_classes(converted, clips):
     processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
     assert (processor.frame_sampler, processor.video_message) == ("dynamic_fps1", MESSAGE)
     built = VideoXLProcessor.from_config(model.config, tokenizer)
-    assert str(processor.frame_options) == str(built.frame_options)  # two copies of the code have no equal objects
+    assert processor.frame_options == built.frame_options
+    assert str(processor.sampling()) == str(built.sampling())  # two copies of the code have no equal objects
     assert processor.exact_resize and processor.image_size == 56
     answer, history = model.chat(clips[0], tokenizer, "What happens?", **GREEDY)
     video = history[0]["content"][0]["video"]

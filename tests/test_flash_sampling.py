@@ -7,15 +7,9 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from videoxl.frame_sampling_videoxl import (
-    FrameSampler,
-    choose_frames,
-    choose_numbered_frames,
-    middle_frame_indices,
-    sample_frame_indices,
-    sample_frame_times,
-)
-from videoxl.video_processing_videoxl import VideoDecodeError, open_video
+from sampled import choose_frames, choose_numbered_frames, open_video, sample_frame_indices, sample_frame_times
+from videoxl.frame_sampling_videoxl import FrameSampler, middle_frame_indices
+from videoxl.video_processing_videoxl import VideoDecodeError
 
 DYNAMIC = FrameSampler("dynamic_fps1")
 MESSAGE = "\nThe video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it. "

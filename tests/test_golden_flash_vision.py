@@ -7,10 +7,10 @@ import torch
 from goldens import FIXTURES, assert_close, open_flash_case, open_golden
 from PIL import Image
 from safetensors.torch import load_file
+from videoxl.configuration_videoxl import VideoXLUMTConfig
 from videoxl.hub.families import name_table
 from videoxl.image_processing_videoxl import tile_image
 from videoxl.token_merging_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
-from videoxl.tower_config_videoxl import VideoXLUMTConfig
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
 from videoxl.video_towers_videoxl import VideoXLUMT, clip_position_table, factorised_position_table
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from videoxl import processing_videoxl
+from videoxl.configuration_videoxl import VideoXLConfig
 from videoxl.processing_videoxl import DEFAULT_CHAT_TEMPLATE, VideoXLProcessor
 
 SIZE, TOKENS = 28, 3
@@ -25,9 +26,9 @@ PROMPT = (
 )
 # What the processor needs of the root, and so what it saves; a loader also asks for the model's config.
 FOLDER = (
-    *("processing_videoxl.py", "processor_inputs_videoxl.py", "video_processing_videoxl.py"),
-    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "video_sources_videoxl.py", "prompt_text_videoxl.py"),
-    *("image_processing_videoxl.py", "processor_config.json", "chat_template.jinja"),
+    *("processing_videoxl.py", "messages_videoxl.py", "video_processing_videoxl.py", "configuration_videoxl.py"),
+    *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "image_processing_videoxl.py"),
+    *("processor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
 
@@ -69,7 +70,8 @@ def opened(monkeypatch):
     calls = []
 
     def open_video(source, **arguments):
-        calls.append({"source": source, **arguments})
+        sampling = vars(arguments.pop("sampling"))
+        calls.append({"source": source, **arguments, **sampling})
         batch = SimpleNamespace(frames=torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), timestamps=[0.0])
         return [batch]
 
@@ -172,17 +174,12 @@ def test_expand_refuses(processor, timestamps):
 
 def config(**changes):
     values = {
-        "vision_config": SimpleNamespace(image_size=98),
-        "compressor_config": SimpleNamespace(tokens_per_group=16),
-        **{"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "frames_per_group": 2},
-        **{"image_grid_pinpoints": None, "image_timestamps": False, "frame_fit": "stretch"},
-        **{"frame_sampler": "fps", "min_num_frames": 64, "frame_multiple": 8, "video_message": None},
-        "exact_resize": False,
-        "image_tiling": "pad",
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 98, "patch_size": 7},
+        "compressor_config": {"grid_size": 8, "frames_per_group": 2},
+        **{"image_mean": [0.1] * 3, "image_std": [0.2] * 3},
         **{"video_token_id": 151654, "time_start_token_id": 1462, "time_end_token_id": 25},
-        "time_format": "Time {seconds:.1f}s:",
     }
-    return SimpleNamespace(**values | changes)
+    return VideoXLConfig(**values | changes)
 
 
 def test_from_config(real_tokenizer):
@@ -332,12 +329,30 @@ def test_pads_with_eos_without_a_pad_token(root):
 )
 def test_sampling_arguments(processor, opened, arguments, expected):
     processor(PROMPT, "a.mp4", **arguments)
-    processor(PROMPT, {"video_path": "a.mp4", **arguments})
     processor.apply_chat_template(user(video("a.mp4"), text()), tokenize=True, processor_kwargs=arguments)
-    processor.apply_chat_template(user(video("a.mp4", **arguments), text()), tokenize=True)
     for call in opened:
         assert (call["max_num_frames"], call["sample_fps"], call["max_sample_fps"]) == expected
-    assert len(opened) == 4
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"sample_fps": 2}, (512, 2, 4)),
+        ({"num_frames": 8}, (8, None, None)),
+        ({"nframes": 8, "fps": None}, (8, None, None)),
+        ({"fps": 0.5}, (512, 0.5, None)),
+        ({"fps": 2, "max_frames": 9}, (9, 2, None)),
+        ({"max_num_frames": 9, "sample_fps": None, "max_sample_fps": None}, (9, 1, 4)),  # None is no key
+    ],
+)
+def test_sampling_of_one_item(processor, opened, keys, expected):
+    processor(PROMPT, {"video_path": "a.mp4", **keys})
+    processor(PROMPT, {"video": {"path": "a.mp4", **keys}})
+    processor.apply_chat_template(user(video("a.mp4", **keys), text()), tokenize=True)
+    for call in opened:
+        assert (call["max_num_frames"], call["sample_fps"], call["max_sample_fps"]) == expected
+    assert len(opened) == 3
 
 
 @pytest.mark.parametrize(
@@ -359,7 +374,7 @@ def test_settings_of_one_video_win(processor, opened):
     ]
 
 
-@pytest.mark.parametrize("entry", [{"fps": 1}, {"path": "a", "url": "b"}, {"path": "a", "start": 3}])
+@pytest.mark.parametrize("entry", [{"fps": 1}, {"path": "a", "url": "b"}, {"path": "a", "begin": 3}])
 def test_odd_video_entries(processor, entry):
     with pytest.raises(ValueError, match="a video item takes one of"):
         processor(PROMPT, entry)
@@ -579,16 +594,48 @@ def test_a_processor_built_in_code_is_saved_with_its_code(processor, tmp_path):
     assert again.chat_template == processor.chat_template
 
 
-def test_bundled_settings_are_the_constructor_s(root):
-    bundled = json.loads((root / "processor_config.json").read_text())
-    names = set(VideoXLProcessor.__init__.__code__.co_varnames) - {"self", "tokenizer", "chat_template"}
-    assert set(bundled) >= {name for name in names if not name.startswith("_")} - {"__class__"}
-    model = json.loads((root / "config.json").read_text())
-    compressor = model["compressor_config"]
-    tokens = (compressor["grid_size"] // compressor["projector_pool_size"]) ** 2
-    assert (bundled["image_size"], bundled["frames_per_group"], bundled["tokens_per_group"]) == (
-        model["vision_config"]["image_size"],
-        compressor["frames_per_group"],
-        tokens,
+def test_bundled_settings_are_the_model_s(root, bundle):
+    model, tokenizer, _ = bundle
+    bundled = VideoXLProcessor.from_pretrained(root)
+    built = VideoXLProcessor.from_config(model.config, tokenizer).to_dict()
+    assert bundled.to_dict() | {"auto_map": None} == built | {"auto_map": None}
+    names = {"image_size", "frames_per_group", "tokens_per_group", "frames_config"}
+    assert names | {"max_num_frames", "sample_fps", "max_sample_fps", "video_token", "image_token"} <= set(built)
+
+
+def test_settings_of_earlier_versions_are_taken_over(root, tmp_path, tokenizer):
+    """They stood by themselves, beside what the processor has of its own."""
+    old = {
+        "image_size": SIZE,
+        "tokens_per_group": TOKENS,
+        "time_format": None,
+        "frame_fit": "crop",
+        "sample_fps": None,
+    }
+    (tmp_path / "processor_config.json").write_text(json.dumps(old))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(root / name, tmp_path / name)
+    processor = VideoXLProcessor.from_pretrained(tmp_path)
+    assert (processor.image_size, processor.tokens_per_group, processor.sample_fps) == (SIZE, TOKENS, None)
+    assert (
+        (processor.time_format, processor.frame_fit)
+        == (None, "crop")
+        == (
+            processor.frames_config.time_format,
+            processor.frames_config.frame_fit,
+        )
     )
-    assert bundled["time_format"] == model["time_format"]
+    loaded = VideoXLProcessor.from_pretrained(tmp_path, time_format="{seconds}:", exact_resize=True)
+    assert (loaded.time_format, loaded.frame_fit, loaded.exact_resize) == ("{seconds}:", "crop", True)
+    loaded.time_format = "Time {seconds:.1f}s:"
+    assert loaded.time_token_ids(0) == VideoXLProcessor(tokenizer).time_token_ids(0)
+    loaded.save_pretrained(tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "processor_config.json").read_text())
+    assert "time_format" not in written and written["frames_config"]["frame_fit"] == "crop"
+    assert VideoXLProcessor.from_pretrained(tmp_path / "new").to_dict() | {"auto_map": None} == loaded.to_dict() | {
+        "auto_map": None
+    }
+    with pytest.raises(ValueError, match="frame_fit must be one of"):
+        VideoXLProcessor.from_pretrained(tmp_path, frame_fit="shrink")
+    with pytest.raises(ValueError, match="no setting time_fromat"):
+        VideoXLProcessor(tokenizer, time_fromat=None)

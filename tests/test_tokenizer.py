@@ -51,7 +51,7 @@ def test_longer_numbers_and_other_tails_are_split(tokenizer):
 
 def test_the_config_names_the_tokens_around_a_time(root, tokenizer):
     config = json.loads((root / "config.json").read_text())
-    ids = tokenizer(config["time_format"].format(seconds=3.25))["input_ids"]
+    ids = tokenizer(config["frames_config"]["time_format"].format(seconds=3.25))["input_ids"]
     assert (ids[0], ids[-1]) == (config["time_start_token_id"], config["time_end_token_id"])
     assert tokenizer.convert_tokens_to_ids("<|vision_pad|>") == config["video_token_id"]
     text = config["text_config"]

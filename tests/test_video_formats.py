@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from sampled import open_video
 from test_video_processing import EVERY_FRAME, THIRTIETHS, numbered_picture, read, write_clip
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_processing_videoxl as vp
@@ -60,7 +61,7 @@ def test_playlists_are_refused_whatever_they_are_called(folder, kind):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(PLAYLISTS[kind].format(address=address))
             with pytest.raises(vp.VideoDecodeError, match="names other files.*Give the video file itself") as caught:
-                vp.open_video(path, size=8)
+                open_video(path, size=8)
             assert path in str(caught.value) and address not in str(caught.value)
 
 
@@ -69,15 +70,15 @@ def test_the_list_of_formats_holds_where_a_text_says_nothing_of_itself(folder):
     for text in (f"\0\n#EXTM3U\n{TARGET}\n", f"# x\nffconcat version 1.0\nfile '../{TARGET}'\n"):
         (folder / "lists" / "a.m3u8").write_text(text)
         with pytest.raises(vp.VideoDecodeError, match="expected a video file"):
-            vp.open_video("lists/a.m3u8", size=8)
+            open_video("lists/a.m3u8", size=8)
 
 
 def test_ffmpeg_itself_refuses_formats_that_are_not_on_the_list(folder, monkeypatch):
-    monkeypatch.setattr(vd, "_PLAYLISTS", {})  # as if a text had got past the look at its beginning
+    monkeypatch.setattr(vd, "PLAYLISTS", {})  # as if a text had got past the look at its beginning
     for name, text in (("a.m3u8", HLS), ("a.mp4", PLAYLISTS["ffconcat"]), ("a.sdp", SDP)):
         (folder / "lists" / name).write_text(text.format(address=f"{folder}/{TARGET}"))
         with pytest.raises(vp.VideoDecodeError, match="not read here.*Give the video file itself"):
-            vp.open_video(f"lists/{name}", size=8)
+            open_video(f"lists/{name}", size=8)
 
 
 def test_no_other_backend_gets_a_playlist(folder, monkeypatch):
@@ -88,7 +89,7 @@ def test_no_other_backend_gets_a_playlist(folder, monkeypatch):
     monkeypatch.setattr(vd, "decord", Decord())
     (folder / "lists" / "a.mp4").write_text(HLS.format(address=f"../{TARGET}"))
     with pytest.raises(vp.VideoDecodeError, match="playlist"):
-        vp.open_video("lists/a.mp4", size=8, backend="decord")
+        open_video("lists/a.mp4", size=8, backend="decord")
 
 
 def test_chat_and_processor_inherit_it(folder, model, tokenizer, processor):
@@ -132,7 +133,7 @@ def test_a_movie_whose_pictures_lie_in_another_file(folder):
     with av.open("a.mov", options={"enable_drefs": "1"}) as container:
         assert sum(packet.size > 0 for packet in container.demux(video=0)) == 8, "the reference leads somewhere"
     with pytest.raises(vp.VideoDecodeError, match="another file"):
-        vp.open_video("a.mov", size=8)
+        open_video("a.mov", size=8)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -157,7 +158,7 @@ def test_planes_in_three_files_are_not_put_together(folder):
     for suffix in "YUV":
         np.zeros((288, 352) if suffix == "Y" else (144, 176), np.uint8).tofile(f"a.{suffix}")
     with pytest.raises(vp.VideoDecodeError, match="not read here"):
-        vp.open_video("a.Y", size=8)
+        open_video("a.Y", size=8)
     write_clip("b.mp4", THIRTIETHS[:4])
     os.rename("b.mp4", "b.y")
     assert read("b.y", **EVERY_FRAME)[1] == [0, 1, 2, 3]
@@ -172,7 +173,7 @@ def test_planes_in_three_files_are_not_put_together(folder):
 )
 def test_names_are_only_names(folder, name):
     with pytest.raises(FileNotFoundError):
-        vp.open_video(name, size=8)
+        open_video(name, size=8)
     os.rename(write_clip("a.mp4", THIRTIETHS[:4]), name)
     assert read(name, **EVERY_FRAME)[1] == [0, 1, 2, 3]
 
@@ -189,4 +190,4 @@ def test_sound_is_said_to_be_sound(folder, name):
             output.mux(stream.encode(piece))
         output.mux(stream.encode())
     with pytest.raises(vp.VideoDecodeError, match="audio file"):
-        vp.open_video(name, size=8)
+        open_video(name, size=8)

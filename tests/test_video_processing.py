@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sampled import open_video, sample_frame_indices, sample_frame_times
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_processing_videoxl as vp
 
@@ -30,6 +31,7 @@ package = types.ModuleType("videoxl")
 package.__path__ = [sys.argv[1]]
 sys.modules["videoxl"] = package
 from videoxl import video_processing_videoxl as vp
+from videoxl.frame_sampling_videoxl import Sampling
 """
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
 LONG = [round(number * 1000 / 30) for number in range(400)]
@@ -76,7 +78,7 @@ def write_clip(
 
 
 def read(source, size=96, **settings_):
-    with vp.open_video(source, size=size, **settings_) as video:
+    with open_video(source, size=size, **settings_) as video:
         batches = list(video)
     numbers = [number_in(frame) for batch in batches for frame in batch.frames]
     return video, numbers, [second for batch in batches for second in batch.timestamps]
@@ -100,12 +102,12 @@ def test_sampling_equals_the_reference(test_data):
     rows = json.loads((test_data / "golden" / "videoxl2" / "frame_sampling.json").read_text())["rows"]
     for row in rows:
         chosen = {name: row[name] for name in ("max_num_frames", "sample_fps", "max_sample_fps")}
-        indices = vp.sample_frame_indices(row["num_frames"], row["avg_fps"], **chosen)
+        indices = sample_frame_indices(row["num_frames"], row["avg_fps"], **chosen)
         assert (len(indices), indices[: len(row["head"])]) == (row["count"], row["head"])
         assert indices[-len(row["tail"]) :] == row["tail"]
         assert hashlib.sha1(",".join(map(str, indices)).encode()).hexdigest() == row["sha1_of_indices"]
         times = [number / row["avg_fps"] for number in range(row["num_frames"])]
-        assert vp.sample_frame_times(times, **chosen) == indices
+        assert sample_frame_times(times, **chosen) == indices
     assert len(rows) == 432
 
 
@@ -123,7 +125,7 @@ def test_sampling_equals_the_reference(test_data):
     ],
 )
 def test_sampling_where_the_reference_crashes_or_has_no_rule(num_frames, fps, settings_, expected):
-    assert vp.sample_frame_indices(num_frames, fps, **settings_) == expected
+    assert sample_frame_indices(num_frames, fps, **settings_) == expected
 
 
 RATES = st.sampled_from([5.0, 10.0, 12.5, 15.0, 24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0])
@@ -140,16 +142,16 @@ SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 def test_rounded_times_of_a_constant_rate_choose_like_the_rate(num_frames, fps, chosen, ticks_a_second):
     times = [round(number / fps * ticks_a_second) / ticks_a_second for number in range(num_frames)]
-    expected = vp.sample_frame_indices(num_frames, fps, **chosen)
+    expected = sample_frame_indices(num_frames, fps, **chosen)
     if num_frames > 2:  # two rounded times do not tell the rate
-        assert vp.sample_frame_times(times, frame_rate=fps, **chosen) == expected
+        assert sample_frame_times(times, frame_rate=fps, **chosen) == expected
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=400), SETTINGS)
 @settings(max_examples=150, deadline=None)
 def test_any_times_give_increasing_frames_within_the_budget(gaps, chosen):
     times = (np.cumsum(gaps) / 1000).tolist()
-    indices = vp.sample_frame_times(times, **chosen)
+    indices = sample_frame_times(times, **chosen)
     assert indices == sorted(set(indices))
     assert 0 <= indices[0] <= indices[-1] < len(times)
     assert 1 <= len(indices) <= chosen["max_num_frames"]
@@ -159,10 +161,9 @@ def test_any_times_give_increasing_frames_within_the_budget(gaps, chosen):
 
 def test_variable_rate_takes_what_is_on_display():
     times = [0.0, 0.9, 1.1, 1.2, 5.0, 5.1, 8.0]
-    assert vp.sample_frame_times(times, max_num_frames=7, max_sample_fps=None) == [0, 1, 3, 4, 5, 6]
-    assert vp.sample_frame_times(times, max_num_frames=3, sample_fps=None) == [0, 3, 6]
-    assert vp.sample_frame_times([5.0], max_num_frames=3) == [0]
-    assert vp.sample_frame_times([], max_num_frames=3) == []
+    assert sample_frame_times(times, max_num_frames=7, max_sample_fps=None) == [0, 1, 3, 4, 5, 6]
+    assert sample_frame_times(times, max_num_frames=3, sample_fps=None) == [0, 3, 6]
+    assert sample_frame_times([5.0], max_num_frames=3) == [0]
 
 
 @pytest.mark.parametrize(
@@ -179,14 +180,14 @@ def test_variable_rate_takes_what_is_on_display():
 )
 def test_settings_out_of_range(settings_, tmp_path):
     with pytest.raises(ValueError, match="max_num_frames|sample_fps"):
-        vp.sample_frame_indices(10, 25.0, **settings_)
+        sample_frame_indices(10, 25.0, **settings_)
     with pytest.raises(ValueError, match="max_num_frames|sample_fps"):
-        vp.open_video([Image.new("RGB", (8, 8))], size=8, **settings_)
+        open_video([Image.new("RGB", (8, 8))], size=8, **settings_)
 
 
 def test_times_that_do_not_increase():
     with pytest.raises(ValueError, match="strictly increasing"):
-        vp.sample_frame_times([0.0, 0.5, 0.5], max_num_frames=4)
+        sample_frame_times([0.0, 0.5, 0.5], max_num_frames=4)
 
 
 def test_resize_is_pil_or_two_levels_from_it():
@@ -245,35 +246,29 @@ def test_sampled_frames_are_those_of_the_sampler(tmp_path, name, settings_):
     path = write_clip(tmp_path / name, LONG, keyframes=40)
     chosen = {"max_num_frames": 60, **settings_}
     _, numbers, seconds = read(path, **chosen)
-    assert numbers == vp.sample_frame_indices(400, 30.0, **chosen)
+    assert numbers == sample_frame_indices(400, 30.0, **chosen)
     assert np.allclose(seconds, np.array(numbers) / 30, atol=1.1e-3)
 
 
-def test_a_seek_that_misses_is_made_good_by_reading_on(tmp_path, monkeypatch):
-    path = write_clip(tmp_path / "a.mp4", LONG, keyframes=40)
-    calls = []
-    seek = vd._seek
-    monkeypatch.setattr(vd, "_seek", lambda *args: calls.append(1) or (seek(*args) if len(calls) < 3 else None))
-    _, numbers, _ = read(path, max_num_frames=7, sample_fps=None)
-    assert len(calls) == 3
-    assert numbers == vp.sample_frame_indices(400, 30.0, max_num_frames=7, sample_fps=None)
-
-
-def test_a_seek_past_the_keyframe_is_noticed(tmp_path):
-    path = str(write_clip(tmp_path / "a.mp4", keyframes=30))
+def test_a_seek_past_the_keyframe_is_made_good_by_reading_on(tmp_path):
+    path = str(write_clip(tmp_path / "a.mp4", LONG, keyframes=40))
     index = vd.read_index(path)
-    shifted = replace(index, keys=[*index.keys[:30], index.keys[30] - 1, *index.keys[31:]])
-    with vd._open(path) as container:
-        stream = container.streams.video[0]
-        assert next(vd._seek(container, stream, index, 60))[0] == 60
-        assert vd._seek(container, stream, shifted, 30) is None
+    key = index.keyframes[2]
+    # An index that misleads: by it this keyframe lies a tick earlier, so the frame there is never met.
+    misled = replace(index, keys=[*index.keys[:key], index.keys[key] - 1, *index.keys[key + 1 :]])
+    wanted = [0, key + 1, key + 9, 300]
+    for one in (index, misled):
+        frames = list(vd.open_pyav(path, one, wanted)())
+        pixels = [vp.resize_frames(torch.from_numpy(frame).permute(2, 0, 1)[None], 96)[0] for frame, _ in frames]
+        assert [number_in(frame) for frame in pixels] == wanted
+        assert [second for _, second in frames] == [index.times[place] for place in wanted]
 
 
 def test_a_packet_without_a_picture_shows_the_picture_before():
     decoded = [(place, f"picture {place}") for place in (0, 1, 4, 5, 6)]
-    assert list(vd._pick(iter(decoded), [0, 2, 3, 5])) == [(0, "picture 0"), (1, "picture 1"), (5, "picture 5")]
+    assert list(vd.pick_frames(iter(decoded), [0, 2, 3, 5])) == [(0, "picture 0"), (1, "picture 1"), (5, "picture 5")]
     left = iter(decoded)
-    list(vd._pick(left, [1]))
+    list(vd.pick_frames(left, [1]))
     assert next(left)[0] == 4  # nothing beyond the last wanted frame is decoded
 
 
@@ -381,8 +376,8 @@ def test_display_matrix(matrix, turn):
     frame = Turned()
     a, b, c, d = (value << 16 for value in matrix)
     frame.side_data = [Data(struct.pack("=9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))]
-    assert vd._display_matrix(frame) == (a, b, c, d)
-    assert np.array_equal(vd._upright_rgb(frame, (a, b, c, d)), np.array(turn(Image.fromarray(corners()))))
+    assert vd.display_matrix(frame) == (a, b, c, d)
+    assert np.array_equal(vd.upright_rgb(frame, (a, b, c, d)), np.array(turn(Image.fromarray(corners()))))
 
 
 @pytest.mark.parametrize(("space", "red"), [(1, (0.2126, 0.0722)), (6, (0.299, 0.114)), (9, (0.2627, 0.0593))])
@@ -401,22 +396,22 @@ def test_colour_matrix_and_range(space, red, full):
     kr, kb = red
     r, b = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
     expected = np.clip([r, (y - kr * r - kb * b) / (1 - kr - kb), b], 0, 255)
-    assert np.abs(vd._upright_rgb(frame, UPRIGHT)[20, 20] - expected).max() <= 3
+    assert np.abs(vd.upright_rgb(frame, UPRIGHT)[20, 20] - expected).max() <= 3
 
 
 def test_colour_matrix_that_ffmpeg_cannot_convert_is_said(warnings):
     frame = av.VideoFrame(64, 48, "yuv420p")
     frame.colorspace = 14  # ICtCp
-    assert vd._upright_rgb(frame, UPRIGHT).shape == (48, 64, 3)
+    assert vd.upright_rgb(frame, UPRIGHT).shape == (48, 64, 3)
     assert "BT.601" in warnings[0]
 
 
 def test_batch_size_changes_no_frame(tmp_path):
     path = write_clip(tmp_path / "a.mp4")
-    whole = list(vp.open_video(path, size=48, batch_frames=1000, **EVERY_FRAME))
+    whole = list(open_video(path, size=48, batch_frames=1000, **EVERY_FRAME))
     assert len(whole) == 1
     for batch_frames in (1, 7, 90):
-        batches = list(vp.open_video(path, size=48, batch_frames=batch_frames, **EVERY_FRAME))
+        batches = list(open_video(path, size=48, batch_frames=batch_frames, **EVERY_FRAME))
         assert all(len(batch.frames) == len(batch.timestamps) <= batch_frames for batch in batches)
         assert torch.equal(torch.cat([batch.frames for batch in batches]), whole[0].frames)
         assert [second for batch in batches for second in batch.timestamps] == whole[0].timestamps
@@ -426,7 +421,7 @@ def test_exact_resize_of_a_file_is_pil(tmp_path):
     path = write_clip(tmp_path / "a.mp4", THIRTIETHS[:3])
     with av.open(str(path)) as container:
         decoded = [frame.to_image() for frame in container.decode(video=0)]
-    batch = next(iter(vp.open_video(path, size=56, exact_resize=True, **EVERY_FRAME)))
+    batch = next(iter(open_video(path, size=56, exact_resize=True, **EVERY_FRAME)))
     for frame, image in zip(batch.frames, decoded, strict=True):
         expected = np.array(image.resize((56, 56), Image.Resampling.BICUBIC))
         assert np.array_equal(frame.permute(1, 2, 0).numpy(), expected)
@@ -444,23 +439,23 @@ def test_leaving_early_stops_the_thread_and_closes_the_file(tmp_path):
         held = [os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)] if os.path.isdir(fds) else []
         return not decoder_threads() and str(path.resolve()) not in held
 
-    for _ in vp.open_video(path, size=48, batch_frames=1, **EVERY_FRAME):
+    for _ in open_video(path, size=48, batch_frames=1, **EVERY_FRAME):
         assert not nothing_left()
         break
     assert nothing_left()
 
-    with vp.open_video(path, size=48, batch_frames=1, **EVERY_FRAME) as video:
+    with open_video(path, size=48, batch_frames=1, **EVERY_FRAME) as video:
         batches = iter(video)
         next(batches)
     assert nothing_left()
 
-    video = vp.open_video(path, size=48, batch_frames=1, **EVERY_FRAME)
+    video = open_video(path, size=48, batch_frames=1, **EVERY_FRAME)
     with pytest.raises(KeyError):
         for _ in video:
             raise KeyError("the consumer's own mistake")
     assert nothing_left()
 
-    with vp.open_video(path, size=48):
+    with open_video(path, size=48):
         assert nothing_left(), "nothing starts before the first frame is asked for"
     assert nothing_left()
 
@@ -473,11 +468,11 @@ def test_a_program_may_end_in_the_middle_of_a_video(tmp_path, root):
 
 
 def test_frames_are_read_once(tmp_path):
-    video = vp.open_video(write_clip(tmp_path / "a.mp4"), size=48)
+    video = open_video(write_clip(tmp_path / "a.mp4"), size=48)
     list(video)
     with pytest.raises(RuntimeError, match="once"):
         iter(video)
-    closed = vp.open_video(tmp_path / "a.mp4", size=48)
+    closed = open_video(tmp_path / "a.mp4", size=48)
     closed.close()
     with pytest.raises(RuntimeError, match="closed"):
         iter(closed)
@@ -485,7 +480,7 @@ def test_frames_are_read_once(tmp_path):
 
 def test_facts_known_before_decoding(tmp_path):
     path = write_clip(tmp_path / "a.mp4")
-    video = vp.open_video(path, size=48, max_num_frames=np.int64(6), sample_fps=None)
+    video = open_video(path, size=48, max_num_frames=np.int64(6), sample_fps=None)
     assert video.source == str(path)
     assert (video.num_frames, len(video.timestamps)) == (6, 6)
     assert json.loads(json.dumps(video.sampling)) == video.sampling
@@ -512,15 +507,15 @@ def test_frames_in_memory_are_used_as_they_are(warnings):
 
 def test_frames_in_memory_may_differ_in_size_and_mode():
     images = [Image.new("L", (30, 20), 255), Image.new("RGBA", (50, 90), (255, 0, 0, 0)), Image.new("P", (8, 8))]
-    batch = next(iter(vp.open_video(images, size=16, timestamps=[0, 1, 2])))
+    batch = next(iter(open_video(images, size=16, timestamps=[0, 1, 2])))
     assert batch.frames.shape == (3, 3, 16, 16)
     assert batch.frames[:, :, 8, 8].tolist() == [[255, 255, 255], [255, 0, 0], [0, 0, 0]]
 
 
 def test_missing_timestamps_are_assumed_aloud(warnings):
     array = np.zeros((3, 8, 8, 3), np.uint8)
-    assert vp.open_video(array, size=8, sample_fps=2).timestamps == [0.0, 0.5, 1.0]
-    assert vp.open_video(array, size=8, sample_fps=None).timestamps == [0.0, 1.0, 2.0]
+    assert open_video(array, size=8, sample_fps=2).timestamps == [0.0, 0.5, 1.0]
+    assert open_video(array, size=8, sample_fps=None).timestamps == [0.0, 1.0, 2.0]
     assert len(warnings) == 2
     assert "without timestamps" in warnings[0]
 
@@ -530,7 +525,7 @@ def test_missing_timestamps_are_assumed_aloud(warnings):
 )
 def test_timestamps_that_cannot_be(stamps):
     with pytest.raises(ValueError, match="3 strictly increasing, finite seconds"):
-        vp.open_video(np.zeros((3, 8, 8, 3), np.uint8), size=8, timestamps=stamps)
+        open_video(np.zeros((3, 8, 8, 3), np.uint8), size=8, timestamps=stamps)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +549,7 @@ def test_timestamps_that_cannot_be(stamps):
 )
 def test_frames_of_another_kind(source):
     with pytest.raises(ValueError, match="Expected"):
-        vp.open_video(source, size=8)
+        open_video(source, size=8)
 
 
 def test_files_that_are_no_video(tmp_path):
@@ -568,10 +563,10 @@ def test_files_that_are_no_video(tmp_path):
         output.mux(stream.encode())
     for name, hint in (("empty.mp4", "empty"), ("text.mp4", "cannot open"), ("sound.m4a", "audio"), ("", "folder")):
         with pytest.raises(vp.VideoDecodeError, match=hint) as caught:
-            vp.open_video(str(tmp_path / name), size=8)
+            open_video(str(tmp_path / name), size=8)
         assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
-        vp.open_video(tmp_path / "missing.mp4", size=8)
+        open_video(tmp_path / "missing.mp4", size=8)
 
 
 def test_a_video_of_which_nothing_decodes(tmp_path):
@@ -581,20 +576,20 @@ def test_a_video_of_which_nothing_decodes(tmp_path):
     data[start:] = b"\xff" * (len(data) - start)
     path.write_bytes(data)
     with pytest.raises(vp.VideoDecodeError, match="none could be decoded"):
-        list(vp.open_video(path, size=8))
+        list(open_video(path, size=8))
     assert not decoder_threads()
 
 
 @pytest.mark.parametrize("address", ["http://example.org/a.mp4", "https://example.org/a.mp4", "rtsp://camera/1"])
 def test_nothing_is_fetched(address):
     with pytest.raises(ValueError, match="Download"):
-        vp.open_video(address, size=8)
+        open_video(address, size=8)
 
 
 def test_protocols_and_patterns_in_names_are_only_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
-        vp.open_video("concat:a.mp4|b.mp4", size=8)
+        open_video("concat:a.mp4|b.mp4", size=8)
     write_clip("a.mp4", THIRTIETHS[:4])
     os.rename("a.mp4", "concat:a.mp4")
     assert read("concat:a.mp4", **EVERY_FRAME)[1] == [0, 1, 2, 3]
@@ -603,7 +598,7 @@ def test_protocols_and_patterns_in_names_are_only_names(tmp_path, monkeypatch):
     assert read("p%03d.png")[1] == [9]
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
     with pytest.raises(vp.VideoDecodeError):
-        list(vp.open_video("list.m3u8", size=8))
+        list(open_video("list.m3u8", size=8))
 
 
 def test_animated_image(tmp_path):
@@ -625,7 +620,7 @@ def test_arguments_that_do_not_go_together(tmp_path, monkeypatch):
         ({"batch_frames": 0}, "batch_frames"),
     ):
         with pytest.raises(ValueError, match=found):
-            vp.open_video(path, **{"size": 8, **wrong})
+            open_video(path, **{"size": 8, **wrong})
 
 
 @pytest.mark.skipif(vd.decord is None, reason="decord is optional and not installed")
@@ -635,7 +630,7 @@ def test_decord_gives_the_same_frames_or_refuses(tmp_path):
     assert read(path, max_num_frames=20, backend="decord")[1:] == expected
     for name, ticks in (("a.ts", THIRTIETHS), ("edit.mp4", [tick - 500 for tick in THIRTIETHS])):
         with pytest.raises(ValueError, match="decord"):
-            vp.open_video(write_clip(tmp_path / name, ticks), size=8, backend="decord")
+            open_video(write_clip(tmp_path / name, ticks), size=8, backend="decord")
 
 
 # The clock's border: light grey, red, green, blue, 15 seconds each.
@@ -666,7 +661,7 @@ READABLE = [
 
 @pytest.mark.parametrize("name", READABLE)
 def test_real_file_gives_the_frames_of_a_plain_decode(videos, warnings, name):
-    video = vp.open_video(videos / name, size=32, max_num_frames=9, sample_fps=None)
+    video = open_video(videos / name, size=32, max_num_frames=9, sample_fps=None)
     batch = next(iter(video))
     assert batch.timestamps == video.timestamps
     wanted, plain, start = dict(zip(batch.timestamps, batch.frames, strict=True)), {}, None
@@ -675,7 +670,7 @@ def test_real_file_gives_the_frames_of_a_plain_decode(videos, warnings, name):
             start = frame.pts if start is None else start
             second = float((frame.pts - start) * frame.time_base)
             if second in wanted:
-                pixels = torch.from_numpy(vd._upright_rgb(frame, vd._display_matrix(frame)))
+                pixels = torch.from_numpy(vd.upright_rgb(frame, vd.display_matrix(frame)))
                 plain[second] = vp.resize_frames(pixels.permute(2, 0, 1)[None], 32)
     assert plain.keys() == wanted.keys()
     assert all(torch.equal(plain[second][0], wanted[second]) for second in wanted)
@@ -685,7 +680,7 @@ def test_real_file_gives_the_frames_of_a_plain_decode(videos, warnings, name):
 @pytest.mark.parametrize("name", ["clock_movie_300s.mp4", "derived/clock_300s_vfr_24_6_12fps.mp4"])
 @pytest.mark.parametrize("settings_", [{}, {"max_num_frames": 40, "sample_fps": None}, {"max_num_frames": 100}])
 def test_burnt_in_clock(videos, name, settings_):
-    video = vp.open_video(videos / name, size=64, **settings_)
+    video = open_video(videos / name, size=64, **settings_)
     count = 0
     for batch in video:
         for second, colour in zip(batch.timestamps, batch.frames[:, :, 32, 1], strict=True):
@@ -705,20 +700,20 @@ def test_phone_clips_stand_upright(videos, degrees, shape):
     with av.open(str(videos / f"rotation_{degrees}_3frames.mov")) as container:
         frame = next(container.decode(video=0))
     stored = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    upright = vd._upright_rgb(frame, vd._display_matrix(frame))
+    upright = vd.upright_rgb(frame, vd.display_matrix(frame))
     assert upright.shape == (*shape, 3)
     assert np.array_equal(upright, np.array(stored.rotate(-degrees, expand=True)))
 
 
 def test_damaged_real_files(videos, warnings):
-    video = vp.open_video(videos / "corrupted_decord.mp4", size=32)
+    video = open_video(videos / "corrupted_decord.mp4", size=32)
     seconds = [second for batch in video for second in batch.timestamps]
     assert seconds == video.timestamps[: len(seconds)]
     assert 2.4 < seconds[-1] < 2.8
     assert f"{len(seconds)} of {video.num_frames}" in warnings.pop()
 
-    video = vp.open_video(videos / "derived/truncated_moov_front.mp4", size=32)
-    whole = vp.open_video(videos / "derived/clock_300s_vfr_24_6_12fps.mp4", size=32, **EVERY_FRAME)
+    video = open_video(videos / "derived/truncated_moov_front.mp4", size=32)
+    whole = open_video(videos / "derived/clock_300s_vfr_24_6_12fps.mp4", size=32, **EVERY_FRAME)
     seconds = [second for batch in video for second in batch.timestamps]
     assert set(seconds) <= set(whole.timestamps)
     assert 179 < seconds[-1] < 182
@@ -726,14 +721,14 @@ def test_damaged_real_files(videos, warnings):
     assert not warnings
 
     with pytest.raises(vp.VideoDecodeError, match="cut off"):
-        vp.open_video(videos / "derived/truncated_no_moov.mp4", size=32)
+        open_video(videos / "derived/truncated_no_moov.mp4", size=32)
 
 
 MEMORY = """
 import resource
-next(iter(vp.open_video(sys.argv[2], size=384, max_num_frames=4)))
+next(iter(vp.open_video(sys.argv[2], size=384, sampling=Sampling(4))))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-frames = sum(len(batch.frames) for batch in vp.open_video(sys.argv[2], size=384, sample_fps=30))
+frames = sum(len(batch.frames) for batch in vp.open_video(sys.argv[2], size=384, sampling=Sampling(sample_fps=30)))
 print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -332,8 +332,8 @@ class MixtureDataset(Dataset):
 
     def _open_scaled(self, path, scale):
         """Frames of a file with scaled timestamps, as a video item."""
-        settings = {name: getattr(self.processor, name) for name in _VIDEO_KEYS} | self.video
-        batches = list(open_video(path, **self.processor.frame_options, **settings))
+        sampling = self.processor.sampling(**self.video)
+        batches = list(open_video(path, sampling=sampling, **self.processor.frame_options))
         frames = torch.cat([batch.frames for batch in batches]).permute(0, 2, 3, 1)
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
 

@@ -82,7 +82,7 @@ def small_config(tokenizer) -> dict:
         "video_token_id": tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
         "time_start_token_id": time_ids[0],
         "time_end_token_id": time_ids[-1],
-        "time_format": "Time {seconds:.1f}s:",
+        "frames_config": {"model_type": "videoxl_frames", "time_format": "Time {seconds:.1f}s:"},
     }
 
 
