@@ -37,7 +37,7 @@ from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import dropping_of
 from .token_selector_videoxl import build_token_selector
-from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
+from .vision_videoxl import build_vision_tower, encode_videos
 
 
 class VideoXLPreTrainedModel(PreTrainedModel):
@@ -76,7 +76,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.embeddings_table)
 
 
-class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMixin):
+class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
     """Vision tower, compressor, projector, token selector and language model without its head."""
 
     def __init__(self, config: VideoXLConfig):
@@ -115,6 +115,10 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin, VideoXLPrefillMix
     def embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of prompt ids; placeholders, which need no row of their own, get any."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.video_token_id, 0))
+
+    def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
+        """Visual tokens of videos and images; arguments, results and errors are those of `encode_videos`."""
+        return encode_videos(self, pixel_values_videos, output_tower_features, return_dict)
 
     @property
     def tokens_per_group(self) -> int:
