@@ -52,7 +52,7 @@ from .prefill_videoxl import (
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
-from .vision_videoxl import VideoXLVisionMixin, build_vision_tower
+from .vision_videoxl import build_vision_tower, encode_videos
 
 # What members do differently, in the order in which it is asked for: see `SequencePolicy.apply`.
 POLICIES += [BeaconMemory, TokenDropping, TokenSelection]
@@ -95,7 +95,7 @@ class VideoXLPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.embeddings_table)
 
 
-class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin):
+class VideoXLModel(VideoXLPreTrainedModel):
     """Vision tower, compressor, projector, token selector and language model without its head."""
 
     # Tokens of a prompt that run through the language model at once, see `SEGMENT_TOKENS`.
@@ -135,6 +135,10 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLVisionMixin):
     def embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of prompt ids; placeholders, which need no row of their own, get any."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.video_token_id, 0))
+
+    def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
+        """Visual tokens of videos and images; arguments, results and errors are those of `encode_videos`."""
+        return encode_videos(self, pixel_values_videos, output_tower_features, return_dict)
 
     @property
     def tokens_per_group(self) -> int:

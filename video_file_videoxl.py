@@ -1,49 +1,39 @@
 """One encoded video as one safetensors file: tensors, facts about them, and a digest over every byte.
 
 What is surprising:
-* The file is written here, not by `safetensors.save_file`, which wants contiguous tensors on the CPU: keys that are a
-  view of a longer buffer, or on a GPU, would be copied whole. Here they pass in pieces. The library reads the file.
-* The digest is the sha256 of the whole file with its own 64 digits set to "0". They stand at a fixed offset, so one
-  pass over the data writes and hashes. A file that another program has written anew counts as damaged.
-* A file has its name only once it is complete and on the disk. On Linux it has no name at all before that, so a killed
-  process leaves nothing behind; elsewhere it can leave a `.videoxl-*.part`, which is never read.
+* safetensors writes contiguous tensors only, and key-values are views of longer buffers: contiguous for every head. So
+  they are stored head by head ("layers.0.keys/00000" and so on), which copies nothing; a map of the file joins them
+  again. From a GPU all tensors come to the host before they are written.
+* The digest is the sha256 of the whole file with its own 64 digits set to "0". A file that another program has written
+  anew counts as damaged.
+* A file is written and checked in a temporary folder beside its place, `.videoxl-*`, and moved there once it is on the
+  disk. A killed process can leave such a folder behind, which is never read.
 * Tensors loaded to the CPU are a private map of the file: writing into them changes no file, and saving over the path,
   or deleting it, does not disturb them. Overwriting the bytes in place (`cp`) does: load it again then.
 """
 
-import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import secrets
+import tempfile
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 FORMAT = "videoxl.encoded_video"
-LAYOUT_VERSION = 1
-PIECE_BYTES = 8 * 2**20  # copied, hashed and written at once: little beside a video, enough for full speed
+# Version 1 had every tensor in one piece, and an entry of metadata for each of what is now one.
+LAYOUT_VERSION = 2
+HASHED_AT_ONCE = 8 * 2**20  # bytes read at a time for the digest
 SOURCE_END_BYTES = 2**20  # read at each end of a video for its fingerprint
 SAMPLED_VALUES = 64  # read of each weight for the model's fingerprint
 LOAD_TRIES = 10  # a load starts anew if the file is replaced under it
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header
 
-_HEADER_START = b'{"__metadata__":{"digest":"'
-_NO_DIGEST = b"0" * 64
-_DIGEST_FROM, _DIGEST_TO = len(_HEADER_START), len(_HEADER_START) + len(_NO_DIGEST)
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NO_DIGEST = "0" * 64
+# What reading a damaged header can lead to.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Config entries that do not say what the model computes from given weights: private ones, the library's own, ...
 _LIBRARY_KEYS = (
     "_.*|architectures|attention_dropout|auto_map|bos_token_id|chunk_size_feed_forward|dtype|eos_token_id|id2label"
@@ -64,11 +54,12 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
 
     Args:
         path: Where to; an existing file is replaced once the new one is complete. A link is followed.
-        tensors: By name; any strides and device, also views that share storage (each is written out in full).
+        tensors: By name; any strides and device. No two may overlap in memory.
         facts: What JSON can hold; comes back as JSON gives it (lists for tuples).
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        OSError: If the file cannot be written.
         ValueError: If the path is not a file's, or tensors or facts cannot be stored.
     """
     path = os.path.realpath(os.fsdecode(path))
@@ -76,26 +67,33 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
         raise ValueError(f"{path} is a folder or a device: give the name of a file to save the video in")
     if not os.path.isdir(folder := os.path.dirname(path)):
         raise FileNotFoundError(f"the folder {folder} does not exist: create it, or save the video elsewhere")
-    # Larger items first, as the library does: every tensor starts at a multiple of its item's size.
-    names = sorted(tensors, key=lambda name: (-_checked(name, tensors[name]).element_size(), name))
-    header = _header(names, tensors, facts)
-    digest = hashlib.sha256(header)
-    with _complete_file(path) as file:
-        file.write(header)
-        for name in names:
-            for piece in _pieces(tensors[name].detach()):
-                # Contiguous before it moves: a strided copy between devices goes through a second one. A single value
-                # is contiguous with any stride, but only stride 1 can be viewed as bytes.
-                piece = piece.contiguous().cpu()
-                data = memoryview(piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy())
-                digest.update(data)
-                file.write(data)
-        file.seek(8 + _DIGEST_FROM)
-        file.write(digest.hexdigest().encode())
+    blocks, shapes = {}, {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name} must be a dense tensor that holds values, got {type(tensor).__name__}")
+        parts = _contiguous_blocks(tensor)
+        blocks |= {f"{name}/{n:05}": part for n, part in enumerate(parts)} if len(parts) > 1 else {name: parts[0]}
+        shapes |= {name: list(tensor.shape)} if len(parts) > 1 else {}
+    about = {"digest": _NO_DIGEST, "facts": facts, "layout_version": LAYOUT_VERSION, "shapes": shapes}
+    try:
+        # One entry, because the library writes several in any order; the digest is the first thing in it.
+        metadata = {FORMAT: json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be what JSON can hold (no tensors, no NaN): {error}") from error
+    with tempfile.TemporaryDirectory(prefix=".videoxl-", dir=folder) as temporary:
+        part = os.path.join(temporary, "part")
+        try:
+            save_file(blocks, part, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"tensors must be of a dtype that safetensors has, and not overlap: {error}") from error
+        _write_digest(part)
+        os.replace(part, path)
 
 
 def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """Reads what `save_video_file` wrote.
+    """Reads what `save_video_file` wrote, also in its layout version 1.
 
     Args:
         path: The file.
@@ -117,15 +115,19 @@ def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[st
         raise FileNotFoundError(f"no saved video {path}: check the path, or encode the video and save it there")
     for _ in range(LOAD_TRIES):
         with open(path, "rb") as file:
-            facts = _read_facts(file, path, verify)
+            refused = None
             try:
-                with safe_open(path, framework="pt", device="cpu") as content:
-                    tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no iterator)
-            except SafetensorError as error:
-                raise _refusal(path, f"what safetensors cannot read ({error})") from error
+                tensors, facts = _read(file, path, verify)
+            except (SafetensorError, *_DAMAGE) as error:
+                refused = error
             # The library opens the path by itself: what was checked must be what it has mapped.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
+                if refused is None:
+                    return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
+                raise ValueError(
+                    f"{path} is damaged or of another kind: expected a video saved by EncodedVideo.save, found "
+                    f"{refused}. Encode the video again and save it"
+                ) from refused
     raise ValueError(f"{path} was replaced {LOAD_TRIES} times while it was read: load it when it is no longer written")
 
 
@@ -210,108 +212,66 @@ def _canonical(value) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _checked(name, tensor) -> torch.Tensor:
-    if not isinstance(name, str) or name == "__metadata__":
-        raise ValueError(f'a stored tensor\'s name must be a string other than "__metadata__", got {name!r}')
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(f"{name} must be a dense tensor that holds values, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"{name} must be of one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}: convert it")
-    return tensor
+def _contiguous_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor's values in order, as contiguous views of it; as a copy where rows of values are not contiguous."""
+    if tensor.is_contiguous() or tensor.ndim <= 2:
+        return [tensor.contiguous()]
+    return [block for part in tensor for block in _contiguous_blocks(part)]
 
 
-def _header(names, tensors, facts) -> bytes:
-    """The file up to the data, without the digest: length (8 bytes), then JSON, padded so that the data is aligned."""
-    try:
-        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"facts must be what JSON can hold (no tensors, no NaN): {error}") from error
-    entries, end = {}, 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    metadata = {"digest": _NO_DIGEST.decode(), "format": FORMAT, "layout_version": str(LAYOUT_VERSION)}
-    metadata |= {"data_bytes": str(end), "facts": text}
-    header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    if len(header) > MAX_HEADER_BYTES:
-        raise ValueError(f"facts of {len(header)} bytes, at most {MAX_HEADER_BYTES} fit: store long lists as tensors")
-    return len(header).to_bytes(8, "little") + header
+def _write_digest(path) -> None:
+    """Puts a file's digest in its place, and makes it as readable as other files (the library's are their owner's)."""
+    with open(path, "r+b") as file, open(f"{path}.plain", "xb") as plain:
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"the facts, or a tensor's name, cannot be read again: {error}") from error
+        digest = _file_digest(file, _NO_DIGEST)
+        file.seek(0)
+        file.seek(file.read(HASHED_AT_ONCE).index(_NO_DIGEST.encode()))
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(path, os.fstat(plain.fileno()).st_mode)
 
 
-def _pieces(tensor):
-    """Views of a tensor, in the order of its values, each of at most `PIECE_BYTES`."""
-    if tensor.nbytes <= PIECE_BYTES:
-        if tensor.numel():
-            yield tensor
-    elif rows := PIECE_BYTES // (tensor.nbytes // tensor.shape[0]):
-        yield from tensor.split(rows)
-    else:
-        for row in tensor:
-            yield from _pieces(row)
-
-
-@contextlib.contextmanager
-def _complete_file(path):
-    """A new file that takes the name `path` when the block ends without an error, and is gone otherwise."""
-    folder = os.path.dirname(path)
-    part = os.path.join(folder, f".videoxl-{os.getpid()}-{secrets.token_hex(8)}.part")
-    unnamed = _open_unnamed(folder)
-    file = unnamed or open(part, "xb")  # noqa: SIM115 (closed below)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if unnamed:
-                # A name for the complete file; Python follows the link in /proc only if a folder is given.
-                os.link(f"/proc/self/fd/{file.fileno()}", part, src_dir_fd=file.fileno(), follow_symlinks=True)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise
-
-
-def _open_unnamed(folder):
-    """A file without a name in the folder, None where the system cannot make one or give it a name later."""
-    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
-        return None
-    with contextlib.suppress(OSError):
-        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
-
-
-def _read_facts(file, path, verify) -> dict:
-    """Checks an open file, all of it or only its form, and returns its facts."""
-    size = os.fstat(file.fileno()).st_size
+def _file_digest(file, digest: str) -> str:
+    """The digest of an open file that holds `digest` at present."""
+    file.seek(0)
     start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise _refusal(path, f"{size} bytes that do not begin with a whole safetensors header")
-    header = file.read(length)
-    try:
-        metadata = json.loads(header).get("__metadata__", {})
-        found, version, stored = (metadata.get(key) for key in ("format", "layout_version", "data_bytes"))
-        facts = json.loads(metadata.get("facts", "{}"))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _refusal(path, "a header that is not JSON of the expected form") from error
-    if found != FORMAT or not header.startswith(_HEADER_START):
-        raise _refusal(path, f"a safetensors file of format {found!r} instead of {FORMAT!r}")
-    if version != str(LAYOUT_VERSION):
-        raise _refusal(path, f"layout version {version} (this code reads {LAYOUT_VERSION}, newer code newer ones)")
-    if (held := str(size - 8 - length)) != stored:
-        raise _refusal(path, f"{held} bytes of data instead of {stored} (cut short?)")
-    if verify:
-        digest = hashlib.sha256(start + header[:_DIGEST_FROM] + _NO_DIGEST + header[_DIGEST_TO:])
-        buffer = memoryview(bytearray(PIECE_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-        if digest.hexdigest().encode() != header[_DIGEST_FROM:_DIGEST_TO]:
-            raise _refusal(path, "content that does not agree with its digest")
-    return facts
+    header = file.read(int.from_bytes(start, "little")).replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    found = hashlib.sha256(start + header)
+    while piece := file.read(HASHED_AT_ONCE):
+        found.update(piece)
+    return found.hexdigest()
 
 
-def _refusal(path, found) -> ValueError:
-    expected, remedy = "expected a video saved by EncodedVideo.save", "Encode the video again and save it"
-    return ValueError(f"{path} is damaged or of another kind: {expected}, found {found}. {remedy}")
+def _read(file, path, verify) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors, mapped, and facts of an open file; fails in many ways if it is not what `save_video_file` writes."""
+    with safe_open(path, framework="pt", device="cpu") as content:
+        metadata, blocks = content.metadata() or {}, {name: content.get_tensor(name) for name in content.offset_keys()}
+    if FORMAT not in metadata and metadata.get("format") != FORMAT:
+        raise ValueError(f"a safetensors file of format {metadata.get('format')!r} instead of {FORMAT!r}")
+    about = json.loads(metadata[FORMAT]) if FORMAT in metadata else metadata
+    if (version := str(about["layout_version"])) not in ("1", str(LAYOUT_VERSION)):
+        raise ValueError(f"layout version {version} (this code reads 1 to {LAYOUT_VERSION}, newer code newer ones)")
+    if verify and _file_digest(file, about["digest"]) != about["digest"]:
+        raise ValueError("content that does not agree with its digest")
+    if version == "1":
+        return blocks, json.loads(about["facts"])
+    return _joined(blocks, about["shapes"], path, os.fstat(file.fileno()).st_size), about["facts"]
+
+
+def _joined(blocks, shapes, path, size) -> dict[str, torch.Tensor]:
+    """Tensors of a file of `size` bytes: of `blocks`, in the file's order, those of each name in `shapes` are one."""
+    content = torch.from_file(path, size=size, dtype=torch.uint8)  # a private map, as the library's is
+    start, tensors = size - sum(block.nbytes for block in blocks.values()), {}
+    for name, block in blocks.items():
+        whole = name.rpartition("/")[0]
+        if whole not in shapes:
+            tensors[name] = block
+        elif whole not in tensors:
+            stop = start + math.prod(shapes[whole]) * block.itemsize
+            tensors[whole] = content[start:stop].view(block.dtype).view(shapes[whole])
+        start += block.nbytes
+    return tensors

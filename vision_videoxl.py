@@ -1,6 +1,8 @@
-"""The vision path: the tower, and how videos and images become visual tokens a bounded number of frames at a time.
+"""The vision path: the towers, and how videos and images become visual tokens a bounded number of frames at a time.
 
-What is surprising:
+SigLIP and CLIP are transformers' own. UMT-L and InternVideo2-1B, which see clips of four frames, are built here.
+
+What is surprising about encoding:
 * Groups of frames never see each other, so videos may share a pass, and any split into whole groups gives the same
   tokens. Where the tower sees whole clips each runs by itself: token merging decides between near ties, and in another
   batch the last bits of a sum, so the choice, could differ.
@@ -10,18 +12,41 @@ What is surprising:
   picture's, line by line through all tiles, so its pixels say how many rows and columns of tiles there are: they come
   as [1 + rows, columns, 3, S, S], the first row holding copies of the overview.
 
-V videos, F frames, G groups of frames, T tiles, N visual tokens per group, P patches, C tower channels, S image side.
+What is surprising about the towers over clips, all of it what the published weights were trained with
+(VideoChat-Flash, arXiv 2501.00574; public reference `vision_tower_builder.py`):
+* Attention is joint over space and time, inside one clip of four frames, without a mask. Clips never see each other.
+* UMT's position code is the sinusoid of a patch's place in the flattened clip of 14 x 14 grids: one running number,
+  not factorised. Larger grids interpolate it frame by frame. It is neither parameter nor in any file.
+* UMT's queries and values have biases, its keys have none; InternVideo2 has none, and normalises queries and keys over
+  all heads at once.
+* InternVideo2's position tables were trained, one for clips and one for images, and are stored. It has no final norm.
+
+V videos, F frames, G groups of frames, N visual tokens per group, B clips (or images of one frame), T frames of a clip
+or tiles of an image, P patches of a frame, C tower channels, S side of a frame in pixels.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.siglip.modeling_siglip import SiglipMLP, eager_attention_forward
 from transformers.utils import ModelOutput
 
 from .compressor_videoxl import duplicated_frames, pad_to_whole_groups
-from .video_towers_videoxl import VIDEO_TOWER_MODELS
+from .configuration_videoxl import VideoXLInternVideo2Config, VideoXLUMTConfig
+
+# Frames, and patches along a side, that UMT was pretrained with: its position codes count in these.
+PRETRAINED_FRAMES, PRETRAINED_GRID = 4, 14
+# What layer scale is before training (the published values are loaded).
+INITIAL_LAYER_SCALE = 1e-5
 
 
 @dataclass
@@ -37,117 +62,125 @@ class VideoXLVideoFeatures(ModelOutput):
     tower_features: tuple[torch.Tensor, ...] | None = None
 
 
-class VideoXLVisionMixin:
-    """Encoding for a model with `vision_tower`, `compressor`, `multi_modal_projector` and a `config`."""
+def encode_videos(
+    model, pixel_values_videos, output_tower_features: bool = False, return_dict: bool = True
+) -> VideoXLVideoFeatures | tuple:
+    """Encodes videos into visual tokens, a bounded number of frames at a time.
 
-    def get_video_features(self, pixel_values_videos, output_tower_features=False, return_dict=True):
-        """Encodes videos into visual tokens, a bounded number of frames at a time.
+    Args:
+        model: A `VideoXLModel`: its `vision_tower`, `compressor` and `multi_modal_projector` run.
+        pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W] (a video) and [T_i, 1, 3, H, W] (an image;
+            with an overview [1 + rows, columns, 3, H, W]); any device and float dtype.
+        output_tower_features: Also return the tower's output.
+        return_dict: False returns a plain tuple.
 
-        Args:
-            pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W] (a video) and [T_i, 1, 3, H, W] (an
-                image; with an overview [1 + rows, columns, 3, H, W]); any device and float dtype.
-            output_tower_features: Also return the tower's output.
-            return_dict: False returns a plain tuple.
+    Returns:
+        `VideoXLVideoFeatures`; per video, `pooler_output` holds [G, N, hidden] and `tower_features` [F, P, C]; per
+        image, [T, N, hidden] and [T, P, C].
 
-        Returns:
-            `VideoXLVideoFeatures`; per video, `pooler_output` holds [G, N, hidden] and `tower_features` [F, P, C];
-            per image, [T, N, hidden] and [T, P, C].
+    Raises:
+        ValueError: On pixels of another shape.
+    """
+    _require_pixels(model.config, pixel_values_videos)
+    columns = [pixels.shape[1] if pixels.ndim == 5 else 1 for pixels in pixel_values_videos]
+    videos = [_fill_groups(model.config, pixels) for pixels in pixel_values_videos]
+    size = model.config.frames_per_group
+    tokens, towers = [[] for _ in videos], [[] for _ in videos]
+    for owners, chunk in _share_chunks(model.config, videos):
+        copies = size if chunk.ndim == 5 else 1
+        visual, tower = _encode_frames(model, chunk.flatten(0, -4), copies)
+        groups = [-(-frames * copies // size) for _, frames in owners]
+        for (video, _), part in zip(owners, visual.split(groups), strict=True):
+            tokens[video].append(part)
+        if output_tower_features:
+            for (video, _), part in zip(owners, tower.split([frames for _, frames in owners]), strict=True):
+                towers[video].append(part)
+        del tower  # else the next chunk's would live beside it
+    tokens = [interleave_tiles(torch.cat(parts), count) for parts, count in zip(tokens, columns, strict=True)]
+    towers = tuple(torch.cat(parts) for parts in towers) if output_tower_features else None
+    output = VideoXLVideoFeatures(tuple(tokens), towers)
+    return output if return_dict else output.to_tuple()
 
-        Raises:
-            ValueError: On pixels of another shape.
-        """
-        side, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        listed = isinstance(pixel_values_videos, (list, tuple)) and len(pixel_values_videos) > 0
-        if not (torch.is_tensor(pixel_values_videos) or listed and all(map(torch.is_tensor, pixel_values_videos))):
+
+def _require_pixels(config, pixel_values_videos) -> None:
+    """Raises ValueError if pixels are not of the form that `encode_videos` takes."""
+    side, channels = config.vision_config.image_size, config.vision_config.num_channels
+    listed = isinstance(pixel_values_videos, (list, tuple)) and len(pixel_values_videos) > 0
+    if not (torch.is_tensor(pixel_values_videos) or listed and all(map(torch.is_tensor, pixel_values_videos))):
+        raise ValueError(
+            f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of "
+            f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
+            "processor builds it"
+        )
+    frame, tiled = (channels, side, side), config.image_tiling == "overview"
+    for pixels in pixel_values_videos:
+        columns = pixels.shape[1] if tiled and pixels.ndim == 5 else 1
+        if 0 in pixels.shape or tuple(pixels.shape[1:]) not in (frame, (columns, *frame)):
             raise ValueError(
-                f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of "
-                f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
+                f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
+                f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
                 "processor builds it"
             )
-        for pixels in pixel_values_videos:
-            frame, tiled = (channels, side, side), self.config.image_tiling == "overview"
-            columns = pixels.shape[1] if tiled and pixels.ndim == 5 else 1
-            if 0 in pixels.shape or tuple(pixels.shape[1:]) not in (frame, (columns, *frame)):
-                raise ValueError(
-                    f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
-                    f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
-                    "processor builds it"
-                )
-        columns = [pixels.shape[1] if pixels.ndim == 5 else 1 for pixels in pixel_values_videos]
-        pixel_values_videos = [self._fill_groups(pixels) for pixels in pixel_values_videos]
-        size = self.config.compressor_config.frames_per_group
-        tokens, towers = [[] for _ in pixel_values_videos], [[] for _ in pixel_values_videos]
-        for owners, chunk in self._vision_chunks(pixel_values_videos):
-            copies = size if chunk.ndim == 5 else 1
-            visual, tower = self._encode_frames(chunk.flatten(0, -4), copies)
-            groups = [-(-frames * copies // size) for _, frames in owners]
-            for (video, _), part in zip(owners, visual.split(groups), strict=True):
-                tokens[video].append(part)
-            if output_tower_features:
-                for (video, _), part in zip(owners, tower.split([frames for _, frames in owners]), strict=True):
-                    towers[video].append(part)
-            del tower  # else the next chunk's would live beside it
-        tokens, towers = [torch.cat(parts) for parts in tokens], [torch.cat(p) for p in towers if p]
-        tokens = [interleave_tiles(*tiled) for tiled in zip(tokens, columns, strict=True)]
-        output = VideoXLVideoFeatures(tuple(tokens), tuple(towers) if output_tower_features else None)
-        return output if return_dict else output.to_tuple()
 
-    def _vision_chunks(self, videos):
-        """Yields ([(video, frames)], pixels): images, and short videos in whole groups, share a chunk."""
-        limit, size = self.config.resolve_vision_chunk_frames(), self.config.compressor_config.frames_per_group
-        owners, parts, total = [], [], 0
-        for video, pixels in enumerate(videos):
-            for part in pixels.split(limit):
-                if parts and (
-                    total + part.shape[0] > limit
-                    or (part.device, part.ndim) != (parts[0].device, parts[0].ndim)
-                    or (part.ndim == 4 and total % size)
-                ):
-                    yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
-                    owners, parts, total = [], [], 0
-                owners.append((video, part.shape[0]))
-                parts.append(part)
-                total += part.shape[0]
-        yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _encode_frames(self, pixels: torch.Tensor, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [F, 3, H, W] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C].
+def _fill_groups(config, pixels: torch.Tensor) -> torch.Tensor:
+    """A video's frames, in whole groups where random ones are doubled; the compressor repeats the last one itself.
 
-        With `copies` each frame counts so many times, behind the tower.
-        """
-        patch_embedding = self.vision_tower.embeddings.patch_embedding.weight
-        device = patch_embedding.device if patch_embedding.device.type != "meta" else self.device  # offloaded
-        pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
-        if self.config.sees_clips:
-            return self._encode_clips(pixels, 1 if copies > 1 else self.config.frames_per_group)
-        features = TOWERS[self.config.vision_config.model_type](self.vision_tower, pixels)
-        repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
-        return self.multi_modal_projector(self.compressor(repeated)), features
+    Of an image's overview one copy is left: [1 + rows * columns, 1, 3, S, S].
+    """
+    if pixels.ndim == 5 and pixels.shape[1] > 1:
+        return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
+    padding = config.frame_padding
+    if padding not in ("last", "random"):
+        raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
+    if padding == "last" or pixels.ndim == 5:
+        return pixels
+    return pixels[duplicated_frames(len(pixels), config.frames_per_group, config.frame_padding_seed)]
 
-    def _encode_clips(self, pixels: torch.Tensor, clip_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_encode_frames`, clip by clip; the last clip is filled by repeating the last frame."""
-        tokens, towers = [], []
-        for clip in pad_to_whole_groups(pixels, clip_frames).split(clip_frames):
-            tower = self.vision_tower(clip[None])
-            tokens.append(self.multi_modal_projector(self.compressor(tower)))
-            towers.append(tower)
-        features = torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)
-        return torch.cat(tokens), features[: len(pixels)]
 
-    def _fill_groups(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Frames of a video in whole groups where random ones are doubled; the compressor repeats the last one.
+def _share_chunks(config, videos):
+    """Yields ([(video, frames)], pixels): images, and short videos in whole groups, share a chunk."""
+    limit, size = config.resolve_vision_chunk_frames(), config.frames_per_group
+    owners, parts, total = [], [], 0
+    for video, pixels in enumerate(videos):
+        for part in pixels.split(limit):
+            if parts and (
+                total + part.shape[0] > limit
+                or (part.device, part.ndim) != (parts[0].device, parts[0].ndim)
+                or (part.ndim == 4 and total % size)
+            ):
+                yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
+                owners, parts, total = [], [], 0
+            owners.append((video, part.shape[0]))
+            parts.append(part)
+            total += part.shape[0]
+    yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
 
-        Of an image's overview one copy is left: [1 + rows * columns, 1, 3, S, S].
-        """
-        if pixels.ndim == 5 and pixels.shape[1] > 1:
-            return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
-        padding = self.config.frame_padding
-        if padding not in ("last", "random"):
-            raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
-        if padding == "last" or pixels.ndim == 5:
-            return pixels
-        order = duplicated_frames(len(pixels), self.config.frames_per_group, self.config.frame_padding_seed)
-        return pixels[order]
+
+def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames [F, 3, S, S] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C].
+
+    The compressor sees every frame's features `copies` times.
+    """
+    patch_embedding = model.vision_tower.embeddings.patch_embedding.weight
+    device = patch_embedding.device if patch_embedding.device.type != "meta" else model.device  # offloaded
+    pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
+    if model.config.sees_clips:
+        return _encode_clips(model, pixels, 1 if copies > 1 else model.config.frames_per_group)
+    features = TOWERS[model.config.vision_config.model_type](model.vision_tower, pixels)
+    repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
+    return model.multi_modal_projector(model.compressor(repeated)), features
+
+
+def _encode_clips(model, pixels: torch.Tensor, clip_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_encode_frames`, clip by clip; the last clip is filled by repeating the last frame."""
+    tokens, towers = [], []
+    for clip in pad_to_whole_groups(pixels, clip_frames).split(clip_frames):
+        tower = model.vision_tower(clip[None])
+        tokens.append(model.multi_modal_projector(model.compressor(tower)))
+        towers.append(tower)
+    features = torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)
+    return torch.cat(tokens), features[: len(pixels)]
 
 
 def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
@@ -155,7 +188,7 @@ def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
 
     Args:
         tokens: [1 + rows * columns, N, hidden], N a square number: the overview, then the tiles row by row.
-        columns: Tiles side by side.
+        columns: Tiles side by side; with 1 the tokens are in that order already.
 
     Returns:
         The same shape; line by line through all tiles of a row of tiles.
@@ -165,6 +198,265 @@ def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
     side = int(tokens.shape[1] ** 0.5)
     picture = rearrange(tokens[1:], "(r c) (y x) h -> (r y c x) h", c=columns, y=side)
     return torch.cat([tokens[:1], picture.view_as(tokens[1:])])
+
+
+def sinusoid_table(num_positions: int, channels: int) -> torch.Tensor:
+    """[num_positions, C] in float32: even channels sin, odd cos, of position / 10000^(2 * (channel div 2) / C)."""
+    channel = torch.arange(channels, dtype=torch.float64, device="cpu")
+    position = torch.arange(num_positions, dtype=torch.float64, device="cpu")
+    angle = position[:, None] / 10000.0 ** (2 * (channel // 2) / channels)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def clip_position_table(num_frames: int, grid_size: int, channels: int) -> torch.Tensor:
+    """UMT's position code of a clip: that of the pretrained grids, interpolated to these frames and this grid.
+
+    Args:
+        num_frames: T; other numbers than the pretrained one are interpolated linearly over time, a single frame takes
+            the pretrained first one.
+        grid_size: Patches along the side of a frame; interpolated bicubically, frame by frame.
+
+    Returns:
+        [T * P, C] in float32, on the CPU.
+    """
+    frames = 1 if num_frames == 1 else PRETRAINED_FRAMES
+    table = sinusoid_table(frames * PRETRAINED_GRID**2, channels)
+    if num_frames != frames:
+        over_time = rearrange(table, "(t p) c -> p c t", t=frames)
+        resized = F.interpolate(over_time, size=num_frames, mode="linear", align_corners=False)
+        table = rearrange(resized, "p c t -> (t p) c")
+    if grid_size != PRETRAINED_GRID:
+        grids = rearrange(table, "(t y x) c -> t c y x", t=num_frames, y=PRETRAINED_GRID)
+        resized = F.interpolate(grids, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+        table = rearrange(resized, "t c y x -> (t y x) c")
+    return table
+
+
+def factorised_position_table(num_frames: int, grid_size: int, channels: int) -> torch.Tensor:
+    """InternVideo2's position code before training: a quarter of the channels tells the time, the rest x and y.
+
+    Returns:
+        [1 + T * P, C] in float32, on the CPU; the first row, the class token's, is zero.
+    """
+
+    def code(count, width):
+        frequency = 10000.0 ** (torch.arange(width // 2, dtype=torch.float64, device="cpu") / -(width // 2))
+        angle = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    over_time, over_side = code(num_frames, channels // 4), code(grid_size, channels // 8 * 3)
+    shape = (num_frames, grid_size, grid_size, -1)
+    parts = [over_time[:, None, None], over_side[None, None], over_side[None, :, None]]  # time, x, y
+    table = torch.cat([part.expand(shape) for part in parts], dim=3).flatten(0, 2).float()
+    return torch.cat([torch.zeros(1, table.shape[1], device="cpu"), table])
+
+
+class VideoXLClipEmbeddings(nn.Module):
+    """Patches of a clip as vectors, with UMT's position code. [B, T, 3, S, S] -> [B, T * P, C]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        patch = (1, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv3d(config.num_channels, config.hidden_size, patch, stride=patch)
+        for name, table in self.position_tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def position_tables(self) -> dict[str, torch.Tensor]:
+        """The tables that this module holds outside of checkpoints."""
+        grid, channels = self.config.grid_size, self.config.hidden_size
+        return {
+            "clip_positions": clip_position_table(self.config.num_frames, grid, channels),
+            "image_positions": clip_position_table(1, grid, channels),
+        }
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, T, 3, S, S] -> [B, T * P, C], without positions."""
+        return rearrange(self.patch_embedding(pixels.transpose(1, 2)), "b c t y x -> b (t y x) c")
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(pixels)
+        positions = self.image_positions if pixels.shape[1] == 1 else self.clip_positions
+        return patches + positions.to(patches.dtype)
+
+
+class VideoXLClassClipEmbeddings(VideoXLClipEmbeddings):
+    """InternVideo2's: a class token in front, and trained positions. [B, T, 3, S, S] -> [B, 1 + T * P, C]."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        patches, channels = config.grid_size**2, config.hidden_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, channels))
+        self.clip_position_embedding = nn.Parameter(torch.zeros(1, 1 + config.num_frames * patches, channels))
+        self.image_position_embedding = nn.Parameter(torch.zeros(1, 1 + patches, channels))
+
+    def position_tables(self) -> dict[str, torch.Tensor]:
+        return {}  # they are parameters
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(pixels)
+        tokens = torch.cat([self.class_embedding.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + (self.image_position_embedding if pixels.shape[1] == 1 else self.clip_position_embedding)
+
+
+class VideoXLClipAttention(nn.Module):
+    """Attention over all patches of a clip, with fused projections. [B, n, C] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        channels = config.hidden_size
+        self.head_dim = channels // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.q_bias = self.v_bias = self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = Qwen2RMSNorm(channels, eps=config.norm_eps)
+            self.k_norm = Qwen2RMSNorm(channels, eps=config.norm_eps)
+        else:
+            self.q_bias = nn.Parameter(torch.zeros(channels))
+            self.v_bias = nn.Parameter(torch.zeros(channels))
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        if self.q_bias is None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        else:
+            query, value = query + self.q_bias, value + self.v_bias
+        split = [rearrange(states, "b n (h d) -> b h n d", d=self.head_dim) for states in (query, key, value)]
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attention(self, *split, None, is_causal=False, scaling=self.scale, dropout=0.0)
+        return self.proj(attended.flatten(2))
+
+
+class VideoXLLayerScale(nn.Module):
+    """A trained factor per channel, multiplied in float32."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), INITIAL_LAYER_SCALE))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (hidden_states.float() * self.weight.float()).to(hidden_states.dtype)
+
+
+class VideoXLClipLayer(GradientCheckpointingLayer):
+    """A pre-norm block. [B, n, C] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        # The tower with normalised queries and keys has root-mean-square norms throughout.
+        norm = Qwen2RMSNorm if config.qk_norm else nn.LayerNorm
+        self.layer_norm1 = norm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = VideoXLClipAttention(config)
+        self.layer_norm2 = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SiglipMLP(config)
+        self.scale1, self.scale2 = (
+            VideoXLLayerScale(config.hidden_size) if config.layer_scale else nn.Identity() for _ in range(2)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.scale1(self.self_attn(self.layer_norm1(hidden_states)))
+        return hidden_states + self.scale2(self.mlp(self.layer_norm2(hidden_states)))
+
+
+class VideoXLClipEncoder(nn.Module):
+    """The blocks of a tower, one after the other. [B, n, C] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([VideoXLClipLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class VideoXLFrameFormat(NamedTuple):
+    """What the published quick start takes for an image processor: `model.get_vision_tower().image_processor`.
+
+    Args:
+        size: (height, width) of the frames that the tower takes, in pixels.
+    """
+
+    size: tuple[int, int]
+
+    def preprocess(self, images=None, return_tensors=None):
+        """Raises ValueError: frames are prepared elsewhere."""
+        raise ValueError(
+            "AutoProcessor.from_pretrained(...) of this model's folder prepares frames; chat does so itself"
+        )
+
+
+class VideoXLVideoTower(PreTrainedModel):
+    """A tower over clips: pixels [B, T, 3, S, S] (T = 1: images) -> features [B, T * P, C], by frame, row, column."""
+
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixels"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    embeddings_class = VideoXLClipEmbeddings
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = self.embeddings_class(config)
+        self.encoder = VideoXLClipEncoder(config)
+        eps = config.final_norm_eps
+        self.final_norm = nn.Identity() if eps is None else nn.LayerNorm(config.hidden_size, eps=eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # override: the library's default leaves bare parameters, and tables that loading from "meta" emptied
+        super()._init_weights(module)
+        if isinstance(module, VideoXLClassClipEmbeddings):
+            config = module.config
+            for name, frames in (("clip", config.num_frames), ("image", 1)):
+                positions = factorised_position_table(frames, config.grid_size, config.hidden_size)
+                init.copy_(getattr(module, f"{name}_position_embedding"), positions[None])
+            init.normal_(module.class_embedding, std=0.02)
+        elif isinstance(module, VideoXLClipEmbeddings):
+            for name, table in module.position_tables().items():
+                init.copy_(getattr(module, name), table)
+        elif isinstance(module, VideoXLLayerScale):
+            init.constant_(module.weight, INITIAL_LAYER_SCALE)
+        elif isinstance(module, VideoXLClipAttention) and module.q_bias is not None:
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+
+    @property
+    def image_processor(self) -> VideoXLFrameFormat:
+        """For the published quick start, which takes it and does nothing with it."""
+        return VideoXLFrameFormat((self.config.image_size, self.config.image_size))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        embedded = self.embeddings(pixels)
+        patches = pixels.shape[1] * self.config.grid_size**2
+        return self.final_norm(self.encoder(embedded)[:, -patches:])
+
+
+class VideoXLUMT(VideoXLVideoTower):
+    """UMT-L, without the masking and the decoder that it was pretrained with."""
+
+    config_class = VideoXLUMTConfig
+
+
+class VideoXLInternVideo2(VideoXLVideoTower):
+    """InternVideo2-1B, without its pooling and its projections; its class token is dropped behind the last block."""
+
+    config_class = VideoXLInternVideo2Config
+    embeddings_class = VideoXLClassClipEmbeddings
+
+
+VIDEO_TOWER_MODELS = {model.config_class.model_type: model for model in (VideoXLUMT, VideoXLInternVideo2)}
 
 
 def _siglip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
@@ -178,7 +470,7 @@ def _clip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
     return tower.encoder(inputs_embeds=embedded).last_hidden_state[:, 1:]
 
 
-# Towers by their config's model type: a function of the tower and pixels [F, 3, S, S] that gives features [F, P, C].
+# Towers over frames by their config's model type: from the tower and pixels [F, 3, S, S] to features [F, P, C].
 TOWERS = {"siglip_vision_model": _siglip_features, "clip_vision_model": _clip_features}
 
 
@@ -194,10 +486,8 @@ def build_vision_tower(config) -> PreTrainedModel:
         raise ValueError(
             f"vision_config.model_type must be one of {', '.join(known)}, got {vision_config.model_type!r}"
         )
-    if vision_config.model_type in VIDEO_TOWER_MODELS:
-        tower = VIDEO_TOWER_MODELS[vision_config.model_type](vision_config)
-    else:
-        tower = AutoModel.from_config(vision_config)
+    build = VIDEO_TOWER_MODELS.get(vision_config.model_type, AutoModel.from_config)
+    tower = build(vision_config)
     del tower.encoder.layers[tower_depth(config) :]
     return tower
 
@@ -206,6 +496,3 @@ def tower_depth(config) -> int:
     """Layers of the tower that are used."""
     layer = config.vision_feature_layer
     return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
-
-
-__all__ = ["VideoXLVideoFeatures", "VideoXLVisionMixin", "build_vision_tower", "interleave_tiles", "tower_depth"]

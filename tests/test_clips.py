@@ -9,7 +9,7 @@ import torch
 from goldens import open_flash_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from videoxl.token_merging_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
+from videoxl.compressor_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
 
 LENGTHS = st.integers(5, 90)
 SEEDS = st.integers(0, 10_000)

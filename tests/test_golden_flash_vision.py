@@ -7,12 +7,12 @@ import torch
 from goldens import FIXTURES, assert_close, open_flash_case, open_golden
 from PIL import Image
 from safetensors.torch import load_file
+from videoxl.compressor_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
 from videoxl.configuration_videoxl import VideoXLUMTConfig
 from videoxl.hub.families import name_table
 from videoxl.image_processing_videoxl import tile_image
-from videoxl.token_merging_videoxl import match_tokens, merge_schedule, merge_sum, merge_tokens
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
-from videoxl.video_towers_videoxl import VideoXLUMT, clip_position_table, factorised_position_table
+from videoxl.vision_videoxl import VideoXLUMT, clip_position_table, factorised_position_table
 
 # The golden's notes allow 1e-4 for everything; sizes and matches are exact.
 FEATURES, TABLES, PIXELS = 5e-5, 1e-6, 1e-6
