@@ -32,7 +32,7 @@ from .compressor_videoxl import (
 from .configuration_videoxl import VideoXLConfig
 from .generation_videoxl import VideoXLGenerationMixin
 from .kv_cache import CACHE_NAME, CACHE_NAMES, given_cache, new_cache, own_layers, refuse_unknown
-from .planning_videoxl import VideoXLPlanningMixin
+from .planning_videoxl import plan_video
 from .prefill_videoxl import VideoXLPrefillMixin
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import dropping_of
@@ -346,11 +346,12 @@ class VideoXLModel(VideoXLPreTrainedModel, VideoXLPrefillMixin):
 
 
 class VideoXLForConditionalGeneration(
-    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLPlanningMixin, VideoXLGenerationMixin, GenerationMixin
+    VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLGenerationMixin, GenerationMixin
 ):
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    plan = plan_video
     # For `Trainer`: the loss is divided by `num_items_in_batch` where that comes.
     accepts_loss_kwargs = True
 
