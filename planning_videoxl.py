@@ -79,16 +79,17 @@ class Kept(NamedTuple):
 
     Attributes:
         held: Key-values of the encoded video.
-        waiting: Rows of it that wait for a question.
+        waiting: Its rows that wait for a question.
         seen_tokens, seen: The key-values that a question runs behind; None where they are the video's. Where layers
-            hold different numbers of tokens the mean over them, rounded down.
+            hold different numbers of tokens, the mean over them, rounded down.
         pooled: Pooled key-values that stay beside the video; None without bi-level decoding.
-        own: At most so much a question keeps for itself, of any video up to this length; 0 behind the video's own.
-        most_held: At most so much is held of any video up to this length; None for `held`.
+        own: What a question keeps for itself, at most for any video up to this length; 0 where it continues what is
+            held.
+        most_held: What is held, at most for any video up to this length; None for `held`.
         rows: Rows of the video that run with each question.
-        rows_at_once: At most so many run at once; None for the usual number.
-        passing: Room for rows of the video whose key-values do not stay.
-        asking: What is there while a question is prepared, and not while it runs.
+        rows_at_once: How many rows run at once, at most; None for the usual number.
+        passing: Room for rows whose key-values do not stay.
+        asking: What is there while a question is prepared, and gone while it runs.
     """
 
     held: int
@@ -105,7 +106,7 @@ class Kept(NamedTuple):
 
 
 def kept_whole(size: SequenceSize, config, settings) -> Kept:
-    """Every token's key-values stay."""
+    """The key-values of every token stay."""
     return Kept(size.total * size.token_bytes)
 
 
@@ -115,7 +116,7 @@ def kept_beacons(size: SequenceSize, config, settings) -> Kept:
     held = size.text + sum(window.count for window in windows)
     longest = min(size.visual, settings.beacons["window"])
     most = longest // min(settings.beacons["ratios"]) + 1
-    # Of several ratios a last, partial window may draw a larger one than the same window when it is full.
+    # With several ratios a last, partial window may leave more beacons than it does once it is full.
     most_held = (held + most - windows[-1].count) * size.token_bytes
     rows = longest + most
     return Kept(
@@ -178,7 +179,7 @@ def kept_levels(size: SequenceSize, config, settings) -> Kept:
 
     stamps = [int(size.stamps[start : start + chunk].sum()) for start in starts]
     mixed = levels(policy, [min(chunk, groups - start) for start in starts], stamps)
-    # A chunk that is full is a longer last one; a budget is spent in steps, and may leave more of a longer video.
+    # At most: the last chunk is full, and the budget, if there is one, is spent to the end.
     stamps[-1] = chunk * int(size.stamps.max())
     unlimited = levels(replace(policy, max_tokens=None, max_bytes=None), [chunk] * len(starts), stamps).tokens
     budgets = [unlimited, policy.max_tokens, policy.max_bytes and policy.max_bytes // size.token_bytes]
