@@ -9,7 +9,7 @@ What is surprising:
 * Not counted: the process itself (a CUDA context is some hundred megabytes), workspaces of cuDNN, cuBLAS and oneDNN,
   what an allocator keeps for later, and the copy of the video's key-values that a second question at the same time
   makes, or an answer that is longer than the room left behind them (at first 256 tokens, then a quarter of the video).
-* With `offload` peaks are the device's: the rest of the key-values is host memory.
+* With `offload` and a window peaks are the device's: the rest of the key-values is host memory.
 
 G groups of frames; a row is one token on its way through the language model.
 """
@@ -474,11 +474,11 @@ class _Planner:
         return stages
 
     def _on_device(self, held, size, batch) -> int:
-        """Bytes of key-values that are where the model is: with `offload` the window, text and what just came."""
+        """Bytes of key-values where the model is: with `offload` and a window that, text and what just came."""
         settings, per_group = self.settings, size.visual // len(size.stamps)
         window = (settings.window_chunks + 1) * settings.chunk_groups * per_group + batch
         near = min(held, (size.text + window) * size.token_bytes)
-        return near if settings.offload and self.device != "cpu" else held
+        return near if settings.offload and settings.prefill != "full" and self.device != "cpu" else held
 
     def _spare(self, held, size) -> int:
         """Room behind key-values in buffers that have just grown; on a CPU untouched pages take no memory."""
