@@ -27,7 +27,7 @@ from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
 from .kv_cache import CACHE_NAME
-from .prefill_videoxl import SequencePolicy, run_behind, run_text
+from .prefill_videoxl import Kept, SequencePolicy, run_behind, run_text
 from .sparse_attention import follow_plan
 
 
@@ -166,9 +166,23 @@ class BeaconMemory(SequencePolicy):
         tokens = config.compressor_config.tokens_per_group
         return self.window // math.gcd(self.window, tokens) * config.frames_per_group
 
-    def kept_tokens(self, tokens: int) -> int:
-        """Beacons of a video of so many visual tokens."""
-        return sum(window.count for window in plan_windows(tokens, **self._windows))
+    def kept(self, size, config):
+        # Text and beacons stay, and for a moment the key-values of a window.
+        windows = plan_windows(size.visual, **self._windows)
+        held = size.text + sum(window.count for window in windows)
+        longest = min(size.visual, self.window)
+        most = longest // min(self.ratios) + 1
+        # With several ratios a last, partial window may leave more beacons than it does once it is full.
+        most_held = (held + most - windows[-1].count) * size.token_bytes
+        rows = longest + most
+        return Kept(
+            held=held * size.token_bytes,
+            seen_tokens=held,
+            seen=held * size.token_bytes,
+            most_held=most_held,
+            rows_at_once=rows,
+            passing=rows * (size.token_bytes + 2 * size.row_bytes),
+        )
 
     def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
         begin = cursor = layout.length - inputs_embeds.shape[1]

@@ -14,13 +14,14 @@ tokens, D head size.
 """
 
 import copy
+from dataclasses import replace
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from .kv_cache import ROTATED_AT_ONCE, VideoXLCache, VideoXLCacheLayer, rotate
-from .prefill_videoxl import Decoding, positions_after, run_text
+from .prefill_videoxl import Decoding, Kept, positions_after, run_text
 from .selection_videoxl import (
     DENSE,
     POOLED,
@@ -138,6 +139,40 @@ class BilevelDecoding(Decoding):
     def waits(self, cache):
         layout = cache.layout
         return cache.choices is None and layout is not None and bool(layout.videos)
+
+    def kept(self, kept, size, settings):
+        # Which chunks are chosen does not change how much that is: only the last one, always dense, may be shorter.
+        groups, chunk, per_group = len(size.stamps), settings.decode_chunk_groups, size.visual // len(size.stamps)
+        starts = range(0, groups, chunk)
+        policy = replace(ReloadPolicy.parse(settings.reload), mass=None)
+        scored = len(starts) > 2 and policy.method in ("probe", "mean_key")
+
+        def levels(policy, counts, stamps):
+            dense, pooled = (
+                tuple(count * tokens for count in counts) for tokens in (per_group, per_group // settings.pool_size)
+            )
+            cost = ChunkCost(size.header, tuple(stamps), dense, pooled, size.token_bytes)
+            return choose_levels(policy, [1.0] * len(counts) if scored else None, cost, [0] * len(counts))
+
+        stamps = [int(size.stamps[start : start + chunk].sum()) for start in starts]
+        mixed = levels(policy, [min(chunk, groups - start) for start in starts], stamps)
+        # At most: the last chunk is full, and the budget, if there is one, is spent to the end.
+        stamps[-1] = chunk * int(size.stamps.max())
+        unlimited = levels(replace(policy, max_tokens=None, max_bytes=None), [chunk] * len(starts), stamps).tokens
+        budgets = [unlimited, policy.max_tokens, policy.max_bytes and policy.max_bytes // size.token_bytes]
+        most = max(mixed.tokens, min(tokens for tokens in budgets if tokens))
+        pooled = groups * (per_group // settings.pool_size) if scored or POOLED in mixed.levels else 0
+        # The cache that the scorer runs over, and rotated keys of a layer, in several precisions.
+        asking = (size.text + pooled) * size.token_bytes * scored
+        asking += 4 * max(pooled, min(most, ROTATED_AT_ONCE)) * size.layer_bytes
+        return Kept(
+            held=size.total * size.token_bytes,
+            seen_tokens=mixed.tokens,
+            seen=mixed.tokens * size.token_bytes,
+            pooled=pooled * size.token_bytes,
+            own=most * size.token_bytes,
+            asking=asking,
+        )
 
     def prepare(self, model, cache, question, call):
         if not self.waits(cache):

@@ -12,7 +12,6 @@ What is surprising:
   what else a file holds comes to `__post_init__`.
 """
 
-import math
 import random
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -504,17 +503,6 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             f"its positions reach {reach} (config.text_config.max_position_embeddings and rope scaling), whatever "
             f"tokenizer_model_max_length={tokens} says; for more load it with rope_scaling={yarn}"
         )
-
-    def resolve_unit_frames(self, beacons: dict | None) -> int:
-        """Frames behind which a video can be continued as if it had not ended: a group, or what fills beacon windows.
-
-        Args:
-            beacons: As `resolve_beacons` gave them when the video was begun.
-        """
-        if beacons is None or self.token_selector is not None:
-            return self.frames_per_group
-        window = beacons["window"]
-        return window // math.gcd(window, self.compressor_config.tokens_per_group) * self.frames_per_group
 
     def resolve_keep_ratio(self) -> float:
         """The share of visual tokens that the selector keeps now.

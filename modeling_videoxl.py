@@ -33,7 +33,7 @@ from .compressor_videoxl import (
 )
 from .configuration_videoxl import VideoXLConfig
 from .kv_cache import CACHE_NAME, CACHE_NAMES, VideoXLCache
-from .planning_videoxl import VideoXLPlanningMixin
+from .planning_videoxl import plan_video
 from .prefill_videoxl import (
     DECODINGS,
     POLICIES,
@@ -335,10 +335,11 @@ class VideoXLModel(VideoXLPreTrainedModel):
         return embeds.index_put((is_visual,), visual)
 
 
-class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, VideoXLPlanningMixin, GenerationMixin):
+class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, GenerationMixin):
     """Video-XL with its language-modelling head: `forward`, `generate`, `chat` and `encode_video`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    plan = plan_video
     # For `Trainer`: the loss is divided by `num_items_in_batch` where that comes.
     accepts_loss_kwargs = True
     # What `save_pretrained` writes brings its code with it, however the model was loaded.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -26,6 +27,71 @@ from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefi
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
 SEGMENT_TOKENS = 4096
+
+
+class SequenceSize(NamedTuple):
+    """A prompt's header and the video behind it, for the functions that say what is kept of them.
+
+    Attributes:
+        header: Tokens of the header.
+        stamps: [G] tokens of the groups' timestamps.
+        visual: Visual tokens.
+        layers: Layers of the language model.
+        layer_bytes: Keys and values of one token in one layer.
+        row_bytes: One row.
+    """
+
+    header: int
+    stamps: np.ndarray
+    visual: int
+    layers: int
+    layer_bytes: int
+    row_bytes: int
+
+    @property
+    def text(self) -> int:
+        """Tokens that are not visual."""
+        return self.header + int(self.stamps.sum())
+
+    @property
+    def total(self) -> int:
+        return self.text + self.visual
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.layers * self.layer_bytes
+
+
+class Kept(NamedTuple):
+    """What is kept of a sequence, in bytes but for the tokens.
+
+    Attributes:
+        held: Key-values of the encoded video.
+        waiting: Its rows that wait for a question.
+        seen_tokens, seen: The key-values that a question runs behind; None where they are the video's. Where layers
+            hold different numbers of tokens, the mean over them, rounded down.
+        pooled: Pooled key-values that stay beside the video; None without bi-level decoding.
+        own: What a question keeps for itself, at most for any video up to this length; 0 where it continues what is
+            held.
+        most_held: What is held, at most for any video up to this length; None for `held`.
+        rows: Rows of the video that run with each question.
+        rows_at_once: How many rows run at once, at most; None for the usual number.
+        passing: Room for rows whose key-values do not stay.
+        asking: What is there while a question is prepared, and gone while it runs.
+    """
+
+    held: int
+    waiting: int = 0
+    seen_tokens: int | None = None
+    seen: int | None = None
+    pooled: int | None = None
+    own: int = 0
+    most_held: int | None = None
+    rows: int = 0
+    rows_at_once: int | None = None
+    passing: int = 0
+    asking: int = 0
 
 
 class InForce:
@@ -148,6 +214,10 @@ class SequencePolicy:
     def require_same(self, other: "SequencePolicy") -> None:
         """Raises ValueError if a sequence under way under this policy cannot go on where another one is asked for."""
 
+    def kept(self, size: SequenceSize, config) -> Kept:
+        """What is kept of a sequence, for the planner."""
+        return Kept(size.total * size.token_bytes)
+
     def begin(self, cache: VideoXLCache) -> None:
         """Notes in a cache that was loaded what `extend` would have noted."""
         cache.policy = self
@@ -233,6 +303,10 @@ class Decoding:
     def waits(self, cache: VideoXLCache) -> bool:
         """Whether the next question changes what is kept."""
         return False
+
+    def kept(self, kept: Kept, size: SequenceSize, settings) -> Kept:
+        """What becomes, for the planner, of what a policy keeps."""
+        return kept
 
     def prepare(self, model, cache, question, call: Call) -> None:
         """Makes of a cache of one row, in place, what the question [1, n, hidden] sees."""

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from .kv_cache import CACHE_NAME, WaitingRows
-from .prefill_videoxl import SequencePolicy, run_text
+from .prefill_videoxl import Kept, SequencePolicy, run_text
 from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, attention_mass, plan_prefill
 
 # How many of the first stages are uniform, by the published names of `llm_compress_type`.
@@ -175,6 +175,15 @@ class TokenDropping(SequencePolicy):
 
     def facts(self):
         return {**super().facts(), "dropping": self._settings}
+
+    def kept(self, size, config):
+        stages = drop_stages(self._settings)
+        layers = [len(span) for span in DropProgress(stages).spans(size.layers)]
+        left = [size.visual, *(int(size.visual * stage.after) for stage in stages)]  # in each span of layers
+        held = (layers[0] * size.visual + size.layers * size.text) * size.layer_bytes
+        seen = sum(n * (size.text + tokens) for n, tokens in zip(layers, left, strict=True)) * size.layer_bytes
+        own = seen + left[1] * size.row_bytes  # rows wait behind the first stage, too
+        return Kept(held, size.visual * size.row_bytes, seen // size.token_bytes, seen, own=own, rows=left[1])
 
     def begin(self, cache):
         super().begin(cache)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .prefill_videoxl import SequencePolicy
+from .prefill_videoxl import Kept, SequencePolicy
 from .sparse_attention import GroupSpan, VisualLayout
 
 # Base of the rotation of rows, as in the reference.
@@ -206,6 +206,24 @@ class TokenSelection(SequencePolicy):
 
     def facts(self):
         return self.inner.facts()
+
+    def kept(self, size, config):
+        kept = kept_count(size.visual, config.resolve_keep_ratio(), config.max_visual_tokens)
+        run = self.inner.kept(size._replace(visual=kept), config)
+        # A part of the rows as it is read, in float32, and with timestamps projected, attended and projected again.
+        exact = 4 * config.text_config.hidden_size
+        read = size.row_bytes * (5 if config.token_selector == "timed_query" else 1) + exact * (size.row_bytes < exact)
+        scoring = min(ROWS_AT_ONCE, size.total) * read + 16 * size.visual
+        return Kept(
+            held=0,
+            waiting=size.total * size.row_bytes,
+            seen_tokens=run.held // size.token_bytes,
+            seen=run.held,
+            own=(run.most_held or run.held) + run.passing,
+            rows=size.text + kept,
+            rows_at_once=run.rows_at_once,
+            asking=scoring,
+        )
 
     def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
         if cache.held or cache.waiting is None and cache.get_seq_length():

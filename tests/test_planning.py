@@ -1,4 +1,4 @@
-"""`plan`: tokens and key-values equal what is made, peaks equal what is allocated, and `max_frames` is its inverse."""
+"""`plan`: tokens and key-values equal what is made, peaks are near what is allocated, `max_frames` is its inverse."""
 
 import json
 
@@ -94,7 +94,7 @@ def test_mixed_key_values_are_exact(model, tokenizer, count, settings):
 def test_settings_are_read_at_call_time(model):
     before = model.plan(150)
     model.config.vision_chunk_frames = 64
-    assert model.plan(150).stages["vision"]["tower's features"] == 2 * before.stages["vision"]["tower's features"]
+    assert model.plan(150).stages["vision"]["activations"] == 2 * before.stages["vision"]["activations"]
     model.config.sparse_attention = {"decode": "bilevel"}
     assert model.plan(150).mixed_tokens < before.total_tokens
 
@@ -111,7 +111,7 @@ def allocated_peak(function) -> int:
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
-def test_peak_is_what_the_allocator_sees(model, tokenizer, prefill):
+def test_peak_is_near_what_the_allocator_sees(model, tokenizer, prefill):
     model.config.sparse_attention = {"prefill": prefill}
     encode(model, tokenizer, 4)
     videos = []
@@ -144,7 +144,7 @@ def test_other_members_tokens_and_sizes_are_exact(member, tokenizer, count):
     assert "key-values" in str(plan) and plan.to_dict()["kv_bytes"] == plan.kv_bytes
 
 
-def test_other_members_peaks_are_what_the_allocator_sees(member, tokenizer):
+def test_other_members_peaks_are_near_what_the_allocator_sees(member, tokenizer):
     encode(member, tokenizer, 4)
     frames = np.zeros((600, 8, 8, 3), np.uint8)
     plan, videos = member.plan(600, tokenizer=tokenizer, max_new_tokens=1, question_tokens=3), []
@@ -163,7 +163,7 @@ def test_other_members_peaks_are_what_the_allocator_sees(member, tokenizer):
         with torch.no_grad():
             peak = allocated_peak(lambda: member(**ids, past_key_values=videos[0].question_cache()))
         expected = plan.beyond("question") - videos[0].nbytes
-        assert 0.7 < expected / peak < 1.4, (expected, peak)
+        assert 0.9 < expected / peak < 1.7, (expected, peak)
 
 
 def test_other_members_run_in_bounded_memory(member, tokenizer):
@@ -192,15 +192,66 @@ def test_other_members_run_in_bounded_memory(member, tokenizer):
         assert peaks[1] < 1.5 * peaks[0]
 
 
-@pytest.mark.parametrize("lengths", [10, pytest.param(None, marks=pytest.mark.slow)])
-def test_other_members_max_frames(member, lengths):
-    """All lengths up to the longest fit: ten of them quickly, every seventh slowly."""
+def test_other_members_peaks_never_fall(member):
+    peaks = [member.plan(count).peak_bytes for count in range(1, 120)]
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prefill": "streaming"},
+        {"decode": "bilevel"},
+        {"decode": "bilevel", "pool_size": 3, "reload": {"method": "probe", "share": 0.5, "max_tokens": 300}},
+        {"decode": "bilevel", "decode_chunk_groups": 3, "reload": "none"},
+        {"decode": "bilevel", "reload": {"method": "mean_key", "count": 1, "timestamps": "kept", "max_tokens": 250}},
+    ],
+)
+def test_peaks_never_fall(model, settings):
+    model.config.sparse_attention = settings
+    peaks = [model.plan(count).peak_bytes for count in range(1, 240)]
+    assert peaks == sorted(peaks)
+
+
+@pytest.fixture(scope="module")
+def published(random_model, root):
+    """Video-XL-2 at its published size, in shapes alone: on no device, planned as for a GPU."""
+    values = json.loads((root / "presets" / "video-xl-2-8b.json").read_text())
+    with torch.device("meta"):
+        return type(random_model)(type(random_model.config)(**values)).to(torch.bfloat16)
+
+
+def test_published_size(published):
+    """What docs/memory.md says: 18.4 GB for 512 frames, by a count of each tensor 18.3 GB."""
+    plan = published.plan(512, max_new_tokens=256)
+    assert plan.kv_bytes == plan.total_tokens * 57344
+    assert 18.2e9 < plan.peak_bytes < 18.6e9
+    assert 2000 < plan.max_frames("24GB") < 3000
+    small = published.plan(512, max_new_tokens=256).beyond("vision")
+    published.config.vision_chunk_frames = 8
+    assert published.plan(512, max_new_tokens=256).beyond("vision") < small - 0.4e9
+    published.config.vision_chunk_frames = 32
+
+
+def test_offloaded_key_values_are_host_memory(published):
+    """The device holds text, timestamps and a window, however long the video."""
+    published.config.sparse_attention = {"prefill": "streaming", "offload": True}
+    short, long = published.plan(512), published.plan(2048)
+    published.config.sparse_attention = {"prefill": "streaming"}
+    whole = published.plan(2048)
+    assert whole.kv_bytes == long.kv_bytes
+    text = long.timestamp_tokens - short.timestamp_tokens
+    more = long.stages["prefill"]["key-values"] - short.stages["prefill"]["key-values"]
+    assert 0 <= more - text * 57344 < 16 * 57344  # the timestamps of a batch may have a digit more
+    assert whole.stages["prefill"]["key-values"] == whole.kv_bytes > 4 * long.stages["prefill"]["key-values"]
+
+
+def test_other_members_max_frames(member):
     weights = member.plan(1).weight_bytes
     for extra in (8, 15, 30):
         frames = member.plan(1).max_frames(weights + extra * 10**6)
         assert frames > 0 and member.plan(frames).peak_bytes <= weights + extra * 10**6
-        step = max(frames // lengths, 1) if lengths else 7
-        assert all(member.plan(length).peak_bytes <= weights + extra * 10**6 for length in range(1, frames, step))
+        assert all(member.plan(length).peak_bytes <= weights + extra * 10**6 for length in range(1, frames, 7))
         assert member.plan(2 * frames + 16).peak_bytes > weights + extra * 10**6
 
 
