@@ -1,7 +1,7 @@
 """No test may take a greedy answer where the two best words are as good as equal: other processors round otherwise.
 
-Every greedy step of every float32 model that a test runs in this process is watched. Seeds and questions are chosen so that
-the best word leads by `CHOSEN` at every step; a test fails below `TIE`, which is far above what rounding moves (1e-4).
+Every greedy step of every float32 model that a test runs in this process is watched. Seeds and questions are chosen so
+that the best word leads by `CHOSEN` at every step; a test fails below `TIE`, far above what rounding moves (1e-4).
 A test that compares no words, or words of the same computation, is marked `ties`.
 """
 
