@@ -114,7 +114,8 @@ def test_presets_say_what_the_published_files_say(name):
     side = known.vision_config.image_size
     grids = [[side * columns, side * rows] for columns in range(1, 7) for rows in range(1, 7)]
     assert read.image_grid_pinpoints == grids and known.image_grid_pinpoints is None  # which means the same
-    assert read.to_dict() | {"image_grid_pinpoints": None} == known.to_dict()
+    read.image_grid_pinpoints = None
+    assert read.to_dict() == known.to_dict()
     # What a config takes from either is compared above; here what both say by the same name.
     stated = {**preset["text_config"], **preset, "rope_theta": preset["text_config"]["rope_parameters"]["rope_theta"]}
     same = {key: value for key, value in stated.items() if key in published and key != "model_type"}

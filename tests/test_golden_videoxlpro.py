@@ -6,7 +6,7 @@ import pytest
 import torch
 from goldens import assert_close, open_golden
 from videoxl.compressor_videoxl import duplicated_frames, group_frames, pad_to_whole_groups, resize_feature_grid
-from videoxl.frame_sampling_videoxl import sample_frame_indices
+from videoxl.frame_sampling_videoxl import Sampling, sample_frame_indices
 from videoxl.sparse_attention import VisualLayout
 from videoxl.token_selector_videoxl import rotate_rows
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
@@ -149,7 +149,7 @@ def test_time_texts_and_frames_of_the_reference(request, test_data):
         assert texts == entry["time_texts"]
         if entry["total_frames"] >= entry["max_frames"]:  # else the reference doubles frames
             settings = {"max_num_frames": entry["max_frames"], "sample_fps": None}
-            assert sample_frame_indices(entry["total_frames"], entry["fps"], **settings) == entry["indices"]
+            assert sample_frame_indices(entry["total_frames"], entry["fps"], Sampling(**settings)) == entry["indices"]
             compared += 1
     assert compared > 50
     for name, rate in (("train_cv2", "fps"), ("train_pyav_videoxl1", "average_rate")):
@@ -161,6 +161,6 @@ def test_time_texts_and_frames_of_the_reference(request, test_data):
             limit = entry["frames_upbound"] or entry["total_frames"]
             settings = {"max_num_frames": limit, "sample_fps": entry["video_fps"], "max_sample_fps": None}
             fps = float(numerator) / float(denominator or 1)
-            assert sample_frame_indices(entry["total_frames"], fps, **settings) == entry["indices"]
+            assert sample_frame_indices(entry["total_frames"], fps, Sampling(**settings)) == entry["indices"]
             compared += 1
         assert compared > 20
