@@ -77,6 +77,7 @@ def assert_as_before(asked, key, fact, dtype="float32"):
         assert answer == fact["answer"]
 
 
+@pytest.mark.ties  # only words that lead clearly are compared
 @pytest.mark.parametrize("name", VIDEOS)
 def test_saved_videos_load_and_answer_as_they_did(name, user):
     case, facts = VIDEOS[name], FACTS["videos"][name]

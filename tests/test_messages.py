@@ -70,6 +70,7 @@ def test_items_of_another_form_are_refused_by_both(model, tokenizer, processor, 
             processor.apply_chat_template(user(item))
 
 
+@pytest.mark.ties  # the same computation twice
 def test_chat_and_processor_read_the_same_frames(model, tokenizer, processor, clips):
     """Whatever an item says of its video: the keys of both, of other libraries, and of the published code."""
     frames = np.random.default_rng(0).integers(0, 255, (7, 40, 60, 3), dtype=np.uint8)
@@ -100,6 +101,7 @@ def assert_same(model, tokenizer, processor, item):
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
 
 
+@pytest.mark.ties  # no words are compared
 def test_the_processor_takes_the_history_that_chat_returned(model, tokenizer, processor, clips):
     _, history = model.chat(clips[0], tokenizer, "What moves?", max_num_frames=5, generation_config=SHORT)
     video = history[0]["content"][0]["video"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from videoxl import selection_videoxl
+from videoxl import sparse_attention
 from videoxl.selection_videoxl import (
     AUTO_SHARE,
     DENSE,
@@ -281,8 +281,8 @@ def naive_weights(query, key, scaling):
 )
 @pytest.mark.parametrize("blocks", [(2**23, 2**22), (64, 24), (1, 1)])
 def test_attention_mass_is_the_softmax(monkeypatch, heads, kv_heads, queries, past, blocks):
-    monkeypatch.setattr(selection_videoxl, "MAX_WEIGHTS", blocks[0])
-    monkeypatch.setattr(selection_videoxl, "MAX_KEY_ELEMENTS", blocks[1])
+    monkeypatch.setattr(sparse_attention, "MAX_WEIGHTS", blocks[0])
+    monkeypatch.setattr(sparse_attention, "MAX_KEY_ELEMENTS", blocks[1])
     torch.manual_seed(0)
     # The model's queries are a transposed view.
     query = torch.randn(1, queries, heads, 8).transpose(1, 2) * 3
@@ -304,7 +304,7 @@ def test_attention_mass_survives_large_logits_and_half_precision():
 @pytest.mark.parametrize("blocks", [(2**23, 2**22), (64, 24)])
 def test_the_best_head_and_word_count(monkeypatch, blocks):
     """With `max` a chunk scores what one head gives it from one word, per key, over layers and pieces."""
-    monkeypatch.setattr(selection_videoxl, "MAX_WEIGHTS", blocks[0])
+    monkeypatch.setattr(sparse_attention, "MAX_WEIGHTS", blocks[0])
     torch.manual_seed(0)
     key_chunk = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, -1])
     probe, best = AttentionProbe(key_chunk, 4, range(1, 3), reduce="max"), torch.zeros(4, dtype=torch.float64)
