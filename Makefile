@@ -3,13 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 DEMO := .venv-demo
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-# What must hold on the oldest supported transformers.
-OLDEST_TESTS = tests/test_loading.py tests/test_chat.py tests/test_processing.py tests/test_bilevel.py \
-	tests/test_images.py tests/test_clients.py tests/test_token_dropping.py tests/test_before.py \
-	$(wildcard tests/test_golden_*.py)
+# Two processes, each with one thread: the models of the tests are tiny, so threads gain little, and beside another
+# process they spin for a core that is taken. A process that has done its half of the files takes over of the other's.
+PARALLEL = -n 2 --dist worksteal
+# What must hold on every supported transformers, the oldest and whatever is the newest today.
+EVERY_VERSION_TESTS = $(wildcard tests/test_golden_*.py) $(addprefix tests/test_, $(addsuffix .py, loading chat \
+	processing bilevel images clients token_dropping families library before append))
+# What compares numbers, so what another processor could change.
+NUMERIC_TESTS = $(EVERY_VERSION_TESTS) $(addprefix tests/test_, $(addsuffix .py, bundle clips evaluation flash_doors \
+	flash_sampling modeling selection slow_members sparse_attention training training_slots))
 # Packages of requirements.txt that only some things need.
 OPTIONAL = accelerate peft matplotlib
 
@@ -21,14 +27,14 @@ DEMO_ANSWERS = "orange / right / large / egg / At 9 seconds"
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
-# The models of the tests are tiny, so threads gain little; beside another process they spin for a core that is taken.
-test test-all test-browser test-oldest test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-newest test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo page notebook screenshot test test-all test-browser test-oldest test-without train-small evaluate style format clean
+.PHONY: help demo page notebook screenshot train-small evaluate style format clean
+.PHONY: test test-all test-browser test-oldest test-newest test-processors test-without
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, in full and with sparse attention
 	@echo "Full attention:"
@@ -42,19 +48,32 @@ demo: $(VENV)/.installed ## ask the bundled checkpoint about the bundled clip, i
 	@echo "To be seen in the clip:" $(DEMO_ANSWERS)
 
 test: style ## style, then the tests that take seconds
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: style ## style, then all tests that need no GPU
-	$(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not cuda" $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.installed ## loading, chat, bi-level and parity tests on the oldest supported transformers
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(EVERY_VERSION_TESTS) $(PYTEST_ARGS)
+
+test-newest: newest ## the same on the newest release of everything but torch, installed anew
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST)/bin/python -m pytest $(PARALLEL) $(EVERY_VERSION_TESTS) $(PYTEST_ARGS)
+
+test-processors: $(VENV)/.installed ## tests that compare numbers, computed as other processors would (not part of CI)
+	$(BIN)/python tests/processors.py $(PARALLEL) $(NUMERIC_TESTS) $(PYTEST_ARGS)
 
 test-browser: $(DEMO)/.installed browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
 	$(DEMO)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
 
 screenshot: $(DEMO)/.installed browser ## take the README's picture of the demo page again
 	SCREENSHOT=$(CURDIR)/assets/demo_page.png $(DEMO)/bin/python -m pytest tests/test_demo_browser.py -m slow -k picture
+
+# What is newest changes from day to day, so there is no file that says it is done.
+.PHONY: newest
+newest:
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager -r requirements-newest.txt
 
 # Without the right to install, the tests of the page are skipped and say why.
 .PHONY: browser
@@ -70,7 +89,7 @@ notebook: $(VENV)/.installed ## execute the notebook again and save its outputs
 	$(BIN)/python notebooks/execute.py notebooks/quickstart.ipynb
 
 test-without: $(VENV)/.installed ## the tests with each optional package that is installed missing in turn
-	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PYTEST_ARGS); done
+	set -e; for package in $(OPTIONAL); do $(BIN)/python tests/without.py $$package $(PARALLEL) $(PYTEST_ARGS); done
 
 train-small: $(VENV)/.installed ## train the bundled checkpoint from nothing (hours on two cores; goes on where it stopped)
 	$(BIN)/python training/train_small.py --install

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from margins import watch_answers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -105,6 +106,12 @@ class Case:
                 rows.append(output.logits[0, -1])
         return torch.stack(rows)
 
+    def leads(self, outputs, greedy):
+        """By how much each word of the reference's answer leads over all others, behind a prefill: [n]."""
+        logits = torch.cat([outputs.logits[0, -1:], self.decode_logits(outputs.past_key_values, greedy[:-1])])
+        words = torch.tensor(greedy)[:, None]
+        return logits.gather(1, words)[:, 0] - logits.scatter(1, words, -torch.inf).amax(1)
+
 
 @dataclass(frozen=True)
 class FlashCase(Case):
@@ -146,6 +153,7 @@ def open_golden(request, family, source, folders=("checkpoint", "checkpoint"), *
     The checkpoint's config and weights may come from two of its `folders`; `config` replaces entries of the published
     config.json.
     """
+    watch_answers()
     key = (family, source, *folders, *sorted(config.items()))
     if key not in _opened:
         folder = FIXTURES if source == "shipped" else request.getfixturevalue("test_data") / "golden"

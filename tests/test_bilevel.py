@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margins import beam_scores
 from test_modeling import logits_of, pixels, prompt
 from videoxl.bilevel_videoxl import chunks_of, explicit_chunks, kept_spans
 from videoxl.cache_layers_videoxl import rotate
@@ -78,16 +79,14 @@ def test_first_and_last_chunk_are_always_dense(model):
 @pytest.mark.parametrize("positions", ["compact", "true"])
 def test_use_cache_and_generate_forms_agree(model, positions):
     model.config.sparse_attention = {**BILEVEL, "reload": {"method": "probe", "count": 1, "positions": positions}}
-    ids, videos = torch.tensor([prompt(model, [6])]), [pixels(model, 24)]
+    ids, videos = torch.tensor([prompt(model, [6])]), [pixels(model, 24, 10)]
     greedy = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6)
     for form in ({"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
         again = model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=6, **form)
         assert torch.equal(again, greedy), form
-    beams = [
-        model.generate(input_ids=ids, pixel_values_videos=videos, max_new_tokens=5, num_beams=3, use_cache=use_cache)
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(*beams)
+    inputs = {"input_ids": ids, "pixel_values_videos": videos, "max_new_tokens": 5, "num_beams": 3}
+    scores = [beam_scores(model, **inputs, use_cache=use_cache) for use_cache in (True, False)]
+    torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
     with torch.no_grad():
         out = model(ids, pixel_values_videos=videos, use_cache=False)
     assert out.past_key_values is None and out.logits.shape[1] == 4
@@ -200,7 +199,11 @@ def test_token_budget_holds(model, tokenizer, video, budget):
 @pytest.mark.parametrize("sparse", [{}, {**BILEVEL, "reload": {"count": 2}}])
 def test_several_questions_in_one_call(model, tokenizer, video, sparse):
     model.config.sparse_attention = sparse
-    questions = ["What moves?", "How many red circles are there at the end of the video?", "Why?"]
+    questions = [
+        "Please say: What moves?",
+        "Please say: How many red circles are there at the end of the video?",
+        "Please say: Why?",
+    ]
     alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
     assert model.chat_batch(video, tokenizer, questions, generation_config=SHORT) == alone
     beams = {**SHORT, "num_beams": 2}
@@ -418,13 +421,15 @@ def test_pooled_keys_do_not_leak_between_branches_of_one_video(model, tokenizer,
     branches = [copy.deepcopy(video), copy.deepcopy(video)]
     model.config.sparse_attention = {**BILEVEL, "reload": "none"}
     for branch, frames in zip(branches, (FRAMES[:8], FRAMES[8:16]), strict=True):
-        model.chat(branch, tokenizer, "What?", generation_config=SHORT)
+        model.chat(branch, tokenizer, "Tell me: What?", generation_config=SHORT)
         branch.append(frames, [20.0 + 0.5 * index for index in range(8)])
     fresh = copy.deepcopy(video)
     fresh.append(FRAMES[8:16], [20.0 + 0.5 * index for index in range(8)])
     options = {"return_history": False, "generation_config": SHORT}
-    model.chat(branches[0], tokenizer, "What?", **options)
-    assert model.chat(branches[1], tokenizer, "What?", **options) == model.chat(fresh, tokenizer, "What?", **options)
+    model.chat(branches[0], tokenizer, "Tell me: What?", **options)
+    assert model.chat(branches[1], tokenizer, "Tell me: What?", **options) == model.chat(
+        fresh, tokenizer, "Tell me: What?", **options
+    )
 
 
 def test_append_keeps_the_plan_the_video_was_made_with(model, tokenizer):

@@ -29,6 +29,7 @@ def counted(model):
     return calls, [patch.object(type(model), name, count(name, getattr(type(model), name))) for name in names]
 
 
+@pytest.mark.ties  # the same computation twice
 def test_published_quick_start(model, tokenizer, clips):
     gen_kwargs = {
         "do_sample": False,
@@ -61,31 +62,36 @@ def test_chat_is_generate_on_the_processors_prompt(model, tokenizer, processor, 
 
 
 def test_second_turn_touches_no_video(model, tokenizer, clips):
-    first, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
+    first, history = model.chat(clips[0], tokenizer, "Tell me: What moves?", generation_config=SHORT)
     before = copy.deepcopy(history)
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
-        second, longer = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
-        without_path, _ = model.chat(None, tokenizer, "And then?", chat_history=history, generation_config=SHORT)
-        third, _ = model.chat(clips[0], tokenizer, "Why?", chat_history=longer, generation_config=SHORT)
+        second, longer = model.chat(
+            clips[0], tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT
+        )
+        without_path, _ = model.chat(
+            None, tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT
+        )
+        third, _ = model.chat(clips[0], tokenizer, "Tell me: Why?", chat_history=longer, generation_config=SHORT)
     assert calls == []
     assert second == without_path
     assert history == before and len(longer) == 4
     assert longer[0]["content"][0]["video"] is history[0]["content"][0]["video"]
     assert [message["role"] for message in longer] == ["user", "assistant"] * 2
     # The text of earlier turns is really there.
-    alone = model.chat(clips[0], tokenizer, "And then?", return_history=False, generation_config=SHORT)
+    alone = model.chat(clips[0], tokenizer, "Tell me: And then?", return_history=False, generation_config=SHORT)
     assert third and second != alone
 
 
 def test_history_through_json_encodes_anew(model, tokenizer, clips):
     _, history = model.chat(clips[0], tokenizer, "What moves?", generation_config=SHORT)
-    expected, _ = model.chat(clips[0], tokenizer, "And then?", chat_history=history, generation_config=SHORT)
+    expected, _ = model.chat(clips[0], tokenizer, "Tell me: And then?", chat_history=history, generation_config=SHORT)
     restored = json.loads(json.dumps(history))
     calls, patches = counted(model)
     with patches[0], patches[1], patches[2]:
         answers = [
-            model.chat(p, tokenizer, "And then?", restored, False, generation_config=SHORT) for p in (clips[0], None)
+            model.chat(p, tokenizer, "Tell me: And then?", restored, False, generation_config=SHORT)
+            for p in (clips[0], None)
         ]
     assert answers == [expected] * 2
     assert calls.count("get_video_features") > 0
@@ -93,7 +99,7 @@ def test_history_through_json_encodes_anew(model, tokenizer, clips):
         {"role": "<|im_start|>user", "content": "<image>\nWhat moves?"},
         {"role": "<|im_start|>assistant", "content": history[1]["content"]},
     ]
-    assert model.chat(clips[0], tokenizer, "And then?", published, False, generation_config=SHORT) == expected
+    assert model.chat(clips[0], tokenizer, "Tell me: And then?", published, False, generation_config=SHORT) == expected
 
 
 def test_encode_once_equals_chat_on_the_path(model, tokenizer, clips):
@@ -113,19 +119,19 @@ def test_encode_once_equals_chat_on_the_path(model, tokenizer, clips):
 
 def test_interleaved_videos_equal_separate_runs(model, tokenizer, clips):
     def two_turns(path):
-        first, history = model.chat(path, tokenizer, "What moves?", generation_config=SHORT)
-        return [first, model.chat(path, tokenizer, "And then?", history, False, generation_config=SHORT)]
+        first, history = model.chat(path, tokenizer, "Now, what moves?", generation_config=SHORT)
+        return [first, model.chat(path, tokenizer, "Now, and then?", history, False, generation_config=SHORT)]
 
     separate = [two_turns(path) for path in clips]
     assert separate[0] != separate[1]
     histories, interleaved = [], [[], []]
     for number, path in enumerate(clips):
-        answer, history = model.chat(path, tokenizer, "What moves?", generation_config=SHORT)
+        answer, history = model.chat(path, tokenizer, "Now, what moves?", generation_config=SHORT)
         interleaved[number].append(answer)
         histories.append(history)
     for number in (1, 0):
         interleaved[number].append(
-            model.chat(clips[number], tokenizer, "And then?", histories[number], False, generation_config=SHORT)
+            model.chat(clips[number], tokenizer, "Now, and then?", histories[number], False, generation_config=SHORT)
         )
     assert interleaved == separate
 
@@ -280,6 +286,7 @@ def test_encode_needs_a_video(model, tokenizer):
         model.encode_video(None, tokenizer)
 
 
+@pytest.mark.ties
 def test_every_real_file(model, tokenizer, test_data):
     from videoxl.video_processing_videoxl import VideoDecodeError
 
@@ -288,7 +295,7 @@ def test_every_real_file(model, tokenizer, test_data):
     unreadable = []
     for name, fact in facts.items():
         try:
-            video = model.encode_video(folder / name, tokenizer, max_num_frames=24, sample_fps=None)
+            video = model.encode_video(folder / name, tokenizer, max_num_frames=12, sample_fps=None)
         except ValueError as error:
             assert type(error).__name__ == VideoDecodeError.__name__ and name.split("/")[-1] in str(error)
             unreadable.append(name)
@@ -296,7 +303,7 @@ def test_every_real_file(model, tokenizer, test_data):
         assert video.timestamps == sorted(set(video.timestamps)) and video.timestamps[0] == 0
         if "runc" not in name and "corrupt" not in name:
             assert video.duration == pytest.approx(fact["duration"], abs=0.3)
-            assert video.num_frames == 24 or video.num_frames < 24 and video.duration < 2
+            assert video.num_frames == 12 or video.num_frames < 12 and video.duration < 2
         assert model.chat(video, tokenizer, "What is shown?", return_history=False, generation_config=SHORT)
     assert unreadable == ["derived/truncated_no_moov.mp4"]
 

@@ -1,4 +1,4 @@
-"""`cli.py` as a user runs it: subprocesses on the bundled checkpoint and clip; and what the clip shows."""
+"""`cli.py` as a user runs it, on the bundled checkpoint and clip, here and in processes; and what the clip shows."""
 
 import json
 import os
@@ -12,7 +12,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from command_line import one_line_error, run_main
 
+import cli as cli_program
 from cli_output import chunk_table, printable
 
 CLIP = os.path.join("assets", "demo.mp4")
@@ -20,10 +22,22 @@ CLIP = os.path.join("assets", "demo.mp4")
 
 @pytest.fixture(scope="module")
 def cli(root):
-    def run(*arguments: str, cwd=root, typed="", **environment: str) -> subprocess.CompletedProcess:
+    """Runs the command line in this process, from the root."""
+
+    def run(*arguments, cwd=root, **surroundings) -> subprocess.CompletedProcess:
+        return run_main(cli_program.main, *arguments, cwd=cwd, **surroundings)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cli_process(root):
+    """Runs the command line in a process of its own, from the root."""
+
+    def run(*arguments, cwd=root) -> subprocess.CompletedProcess:
         command = [sys.executable, str(root / "cli.py"), *map(str, arguments)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-        return subprocess.run(command, cwd=cwd, env=env, input=typed, capture_output=True, text=True, timeout=300)
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -31,13 +45,6 @@ def cli(root):
 @pytest.fixture(scope="module")
 def tokens_per_group(root):
     return json.loads((root / "processor_config.json").read_text())["tokens_per_group"]
-
-
-def one_line_error(done: subprocess.CompletedProcess) -> str:
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr
 
 
 def test_answers_are_shown(cli, tokens_per_group):
@@ -58,12 +65,12 @@ def test_answers_are_shown(cli, tokens_per_group):
     assert all(sign.isprintable() or sign == "\n" for sign in done.stdout)
 
 
-def test_json_with_several_questions(cli, root, tmp_path, tokens_per_group):
+def test_json_with_several_questions(cli_process, root, tmp_path, tokens_per_group):
     questions = ["What happens?", "Which colour is the circle?", "What happens?"]
     # From another folder, and where the hub could not be reached: the default model is the folder of cli.py.
     video = root / CLIP
     options = ["--json", "--max-new-tokens", "6", "--max-num-frames", "12", "--dtype", "bfloat16"]
-    done = cli(video, *questions, *options, cwd=tmp_path)
+    done = cli_process(video, *questions, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
@@ -278,6 +285,12 @@ def test_help_teaches(cli):
 def test_bad_usage_is_one_line_and_status_2(cli, arguments, said):
     done = cli(*arguments)
     assert said in one_line_error(done)
+    assert done.returncode == 2
+
+
+def test_a_process_that_is_used_badly_says_one_line(cli_process):
+    done = cli_process(CLIP, "What?", "--model", "someone/something")
+    assert "--trust-remote-code" in one_line_error(done)
     assert done.returncode == 2
 
 

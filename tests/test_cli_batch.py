@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import cli, one_line_error  # noqa: F401 (a fixture)
+from command_line import one_line_error
+from test_cli import cli  # noqa: F401 (a fixture)
 
 import cli_batch
 from cli_batch import Clock, Journal, Question, Video, read_questions
 
 QUICK = ["--max-new-tokens", "4", "--max-num-frames", "8"]
+LINES = 120
 QUESTIONS = [
     {"video": "a.mp4", "question": "What moves?"},
     {"video": "b.mp4", "question": "What moves?"},
@@ -92,7 +94,10 @@ def test_answers_are_those_of_single_questions(cli, folder):  # noqa: F811
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
-    questions = [{"video": name, "question": f"What is {i}?"} for i in range(400) for name in ("a.mp4", "b.mp4")]
+    # Seconds of work: it is stopped after the third line.
+    questions = [
+        {"video": name, "question": f"What is {i}?"} for i in range(LINES // 2) for name in ("a.mp4", "b.mp4")
+    ]
     ask(folder, questions)
     arguments = ["batch", folder / "questions.jsonl", "--out", folder / "answers.jsonl", *QUICK]
     process = subprocess.Popen(
@@ -118,12 +123,12 @@ def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
         with open(journal, "a") as file:
             file.write('{"id": 3, "vid')
         early = [json.loads(line) for line in journal.read_text().splitlines()[:-1]]
-    assert 3 <= len(early) < 800
+    assert 3 <= len(early) < LINES
     done = cli(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"{800 - len(early)} questions about" in done.stderr
+    assert f"{LINES - len(early)} questions about" in done.stderr
     final = answers(folder)
-    assert [entry["id"] for entry in final] == list(range(1, 801))
+    assert [entry["id"] for entry in final] == list(range(1, LINES + 1))
     kept = {entry["id"]: entry for entry in early}
     assert all(final[number - 1] == entry for number, entry in kept.items())
 

@@ -73,10 +73,11 @@ def test_answers_stream_and_equal_chat(chat, clips):
 def test_visitors_do_not_meet(chat, clips):
     before = set(vars(chat.model))
     mine, theirs = map(chat.encode, clips)
-    mine = list(chat.ask(mine, "What moves?"))[-1].session
-    theirs = list(chat.ask(theirs, "Which colour?"))[-1].session
+    mine = list(chat.ask(mine, "Please say: What moves?"))[-1].session
+    theirs = list(chat.ask(theirs, "Please say: Which colour?"))[-1].session
     histories = [
-        direct(chat, clip, text)[1] for clip, text in zip(clips, ("What moves?", "Which colour?"), strict=True)
+        direct(chat, clip, text)[1]
+        for clip, text in zip(clips, ("Please say: What moves?", "Please say: Which colour?"), strict=True)
     ]
     for session, clip, history in zip((mine, theirs), clips, histories, strict=True):
         assert list(chat.ask(session, "Why?"))[-1].text == direct(chat, clip, "Why?", history)[0]

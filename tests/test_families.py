@@ -78,18 +78,19 @@ def test_two_calls_give_one_answer_and_videos_may_be_interleaved(member, tokeniz
 
 
 def test_histories_and_other_system_messages(member, tokenizer, clips):
-    answer, history = member.chat(clips[0], tokenizer, QUESTION, **GREEDY, **ONE_PER_SECOND)
+    question = f"Tell me: {QUESTION}"
+    answer, history = member.chat(clips[0], tokenizer, question, **GREEDY, **ONE_PER_SECOND)
     before = copy.deepcopy([message["role"] for message in history])
-    second = member.chat(None, tokenizer, "And then?", chat_history=history, return_history=False, **GREEDY)
-    again = member.chat(None, tokenizer, "And then?", chat_history=history, return_history=False, **GREEDY)
+    second = member.chat(None, tokenizer, "Tell me: And then?", chat_history=history, return_history=False, **GREEDY)
+    again = member.chat(None, tokenizer, "Tell me: And then?", chat_history=history, return_history=False, **GREEDY)
     assert second == again and [message["role"] for message in history] == before
     for system in ("You see films.", "Time : Time 0000.0s: watch closely and answer in one word, please."):
         video = member.encode_video(clips[0], tokenizer, system_prompt=system, **ONE_PER_SECOND)
         asked = member.chat(
-            clips[0], tokenizer, QUESTION, chat_history=[{"role": "system", "content": system}],
+            clips[0], tokenizer, question, chat_history=[{"role": "system", "content": system}],
             return_history=False, **GREEDY, **ONE_PER_SECOND,
         )  # fmt: skip
-        assert ask(member, tokenizer, video) == asked
+        assert ask(member, tokenizer, video, question) == asked
 
 
 def test_questions_in_one_batch_equal_single_ones(member, tokenizer, clips):
@@ -106,7 +107,14 @@ def test_files(member, tokenizer, own_processor, clips, tmp_path):
     video.save(tmp_path / "clip.videoxl")
     loaded = member.load_video(tmp_path / "clip.videoxl", tokenizer)
     assert loaded.nbytes == video.nbytes and loaded.layout == video.layout and loaded.prefill == video.prefill
-    assert torch.equal(first_logits(member, own_processor, loaded), first_logits(member, own_processor, video))
+    for mine, theirs in zip(loaded.cache.layers, video.cache.layers, strict=True):
+        if theirs.keys is None:  # its rows wait for a question
+            assert mine.keys is None
+            continue
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    # Equal numbers elsewhere in memory may be added up in another order.
+    logits = [first_logits(member, own_processor, each) for each in (loaded, video)]
+    torch.testing.assert_close(*logits, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("cuts", [[9], [3, 4, 14], [1, 2, 3, 5, 22]])
@@ -179,23 +187,25 @@ def test_a_second_video_is_seen(member, tokenizer, inputs, clips):
 
 
 def test_images_in_chat_files_and_mixed_with_videos(member, tokenizer, own_processor, clips, tmp_path):
+    question = "Please say what you see."
     picture = Image.fromarray(frames_of(9, 1)[0].numpy())
     picture.resize((150, 50)).save(tmp_path / "photo.png")
     photo = {"type": "image", "image": str(tmp_path / "photo.png")}
     clip = {"type": "video", "video": clips[0]}
     for content in ([photo], [clip, photo], [photo, clip, photo]):
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = own_processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             **ONE_PER_SECOND,
         )  # fmt: skip
         output = member.generate(**inputs, **GREEDY["generation_config"])[0, inputs["input_ids"].shape[1] :]
-        answer = ask(member, tokenizer, content, **ONE_PER_SECOND)
+        answer = ask(member, tokenizer, content, question, **ONE_PER_SECOND)
         assert answer == own_processor.decode(output, skip_special_tokens=True).strip()
     image = member.encode_video(photo["image"], tokenizer)
     image.save(tmp_path / "photo.videoxl")
     loaded = member.load_video(tmp_path / "photo.videoxl", tokenizer)
-    assert ask(member, tokenizer, loaded) == ask(member, tokenizer, image) == ask(member, tokenizer, photo["image"])
+    answers = [ask(member, tokenizer, each, question) for each in (loaded, image, photo["image"])]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_a_loss_reaches_every_part(member, inputs):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VIDEOCHAT_FLASH_DOORS, _undone
+from margins import greedy_choice
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
@@ -197,12 +198,14 @@ def test_published_call_by_keywords(flash, tokenizer, clips):
 
 def test_parts_of_a_video(flash, flash_processor, tokenizer, clips, tmp_path):
     part = {"video_read_type": "decord", "start": 2, "end": 5.5}
-    answer, history = flash.chat(clips[0], tokenizer, "What?", media_dict=part, **GREEDY)
+    answer, history = flash.chat(clips[0], tokenizer, "Please say: What?", media_dict=part, **GREEDY)
     video = history[0]["content"][0]["video"]
     assert (video.start, video.duration, video.end) == (2.0, 3.5, 5.5)
     assert video.num_frames == 32 and video.timestamps[0] >= 2 and video.timestamps[-1] < 5.5
-    assert "lasts for 3.50 seconds, and 32 frames" in suffix_of(flash_processor, video, "What?")
-    assert answer == ask(flash, tokenizer, flash.encode_video(clips[0], tokenizer, media_dict=part), "What?")
+    assert "lasts for 3.50 seconds, and 32 frames" in suffix_of(flash_processor, video, "Please say: What?")
+    assert answer == ask(
+        flash, tokenizer, flash.encode_video(clips[0], tokenizer, media_dict=part), "Please say: What?"
+    )
     # The same part is reused, with and without saying so; another part, or the whole, is another video.
     for same in ({}, {"media_dict": part}):
         _, longer = flash.chat(clips[0], tokenizer, "Then?", chat_history=history, **same, **GREEDY)
@@ -214,12 +217,14 @@ def test_parts_of_a_video(flash, flash_processor, tokenizer, clips, tmp_path):
     kept = json.loads(json.dumps(history))
     _, longer = flash.chat(None, tokenizer, "Then?", chat_history=kept, **GREEDY)
     assert longer[0]["content"][0]["video"].duration == 3.5
-    _, own = flash.chat(video, tokenizer, "What?", **GREEDY)
+    _, own = flash.chat(video, tokenizer, "Please say: What?", **GREEDY)
     _, longer = flash.chat(None, tokenizer, "Then?", chat_history=json.loads(json.dumps(own)), **GREEDY)
     assert longer[0]["content"][0]["video"].num_frames == 32
     video.save(tmp_path / "part.videoxl")
     loaded = flash.load_video(tmp_path / "part.videoxl", tokenizer, start=2, end=5.5)
-    assert (loaded.start, loaded.duration) == (2.0, 3.5) and ask(flash, tokenizer, loaded, "What?") == answer
+    assert (loaded.start, loaded.duration) == (2.0, 3.5) and ask(
+        flash, tokenizer, loaded, "Please say: What?"
+    ) == answer
     with pytest.raises(ValueError, match="does not fit"):
         flash.load_video(tmp_path / "part.videoxl", tokenizer, start=1)
 
@@ -294,25 +299,33 @@ def test_several_videos_each_say_their_own(flash, flash_processor, tokenizer, cl
 def test_only_words_of_the_answer_count_as_repeated(flash, tokenizer, clips):
     """As in the published code, which generates from embeddings. A penalty below 1 favours what counts: it shows."""
     video = flash.encode_video(clips[0], tokenizer)
-    prompt = "What happens? What moves?"
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 0.5}
+    prompt, penalty = "What happens? What moves?", 0.1
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": penalty}
     answer = flash.chat(video, tokenizer, prompt, return_history=False, generation_config=settings)
+
+    def favour(scores, tokens):
+        changed = scores.clone()
+        for token in set(tokens):
+            changed[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+        return greedy_choice(changed)
+
     content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
     processor = VideoXLProcessor.from_config(flash.config, tokenizer)
     text = processor.render([{"role": "user", "content": content}])
-    ids, said = torch.tensor([processor.prompt_pieces(text, [video.shown])[1]]), []
+    asked = processor.prompt_pieces(text, [video.shown])[1]
+    ids, said, unfavoured = torch.tensor([asked]), [], []
     cache = flash._question_cache(video)
     with torch.no_grad():
         for _ in range(6):
             scores = flash(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
             scores[tokenizer.eos_token_id] = -torch.inf
-            for token in set(said):
-                scores[token] = scores[token] * 0.5 if scores[token] < 0 else scores[token] / 0.5
-            said.append(int(scores.argmax()))
+            unfavoured.append(greedy_choice(scores))
+            if not said:
+                assert favour(scores, asked) != unfavoured[0], "words of the question would show if they counted"
+            said.append(favour(scores, said))
             ids = torch.tensor([said[-1:]])
     assert answer == tokenizer.decode(said, skip_special_tokens=True).strip()
-    plain = settings | {"repetition_penalty": 1.0}
-    assert answer != flash.chat(video, tokenizer, prompt, return_history=False, generation_config=plain)
+    assert said != unfavoured
 
 
 def test_images_have_no_sentence(flash, tokenizer):
@@ -373,7 +386,9 @@ def test_converted_checkpoint_through_the_auto_classes(converted, clips):
     )  # fmt: skip
     output = model.generate(**inputs, **GREEDY["generation_config"])
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
-    part, _ = model.chat(clips[1], tokenizer, "And this?", chat_history=history, media_dict={"start": 1, "end": 4})
+    part, _ = model.chat(
+        clips[1], tokenizer, "And this?", chat_history=history, media_dict={"start": 1, "end": 4}, **GREEDY
+    )
     assert isinstance(part, str)
 
 

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from goldens import assert_close, open_golden
+from margins import CHOSEN
 from videoxl.beacon_memory_videoxl import kept_tokens, plan_windows
 from videoxl.cache_layers_videoxl import rotate
 from videoxl.video_processing_videoxl import normalize_frames, resize_frames
 
 # Absolute, as the golden's notes suggest.
 FEATURES, MEMORY, LOGITS = 1e-4, 1e-4, 2e-4
-# Below this margin between the two best tokens rounding may choose another one.
-SAFE_MARGIN = 3e-4
+# Of keys that are turned by their place: another `exp` moves a frequency by a unit in its last place, and with it the
+# key by place times amplitude as much, 1e-4 at the last places here.
+TURNED = 1e-3
 CASES = [("shipped", "c3"), *(("full", f"c{number}") for number in range(7))]
 
 
@@ -116,10 +118,11 @@ def test_memory_logits_and_answers_at_every_ratio(case):
         assert [layer.held for layer in cache.layers] == run["memory_after_prefill"]["per_layer"]
         positions = torch.arange(cache.layers[0].held)
         keys = torch.cat([rotate(layer.keys, positions, None, inv_freq) for layer in cache.layers])
-        assert_close(keys, tensor("memory_k"), MEMORY)
+        assert_close(keys, tensor("memory_k"), TURNED)
         assert_close(torch.cat([layer.values for layer in cache.layers]), tensor("memory_v"), MEMORY)
         greedy = run["greedy"]
         assert_close(case.decode_logits(cache, greedy[:-1]), tensor("decode_logits"), LOGITS)
-        if min(run["greedy_margins"]) > SAFE_MARGIN:
+        # Where the two best tokens are closer, rounding may choose the other: the logits above must do.
+        if min(run["greedy_margins"]) > CHOSEN:
             generated = case.model.generate(**case.inputs, do_sample=False, max_new_tokens=6)
             assert generated[0, case.inputs["input_ids"].shape[1] :].tolist() == greedy

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margins import beam_scores
 from PIL import Image
 from videoxl.image_processing_videoxl import choose_grid, cut_tiles, is_image, load_image
 from videoxl.video_processing_videoxl import open_video
@@ -336,8 +337,8 @@ def test_beams_and_batches_with_images(model, processor, clips, photo):
     for row, messages in zip(batched, single, strict=True):
         alone = prepare(processor, messages, max_num_frames=8)
         assert row.tolist() == model.generate(**alone, **SHORT)[0, alone["input_ids"].shape[1] :].tolist()
-    beams = [model.generate(**inputs, **SHORT, num_beams=2, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*beams)
+    scores = [beam_scores(model, **inputs, **SHORT, num_beams=2, use_cache=cached) for cached in (True, False)]
+    torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
 
 
 # ---------------------------------------------------------------- chat

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from dropping_oracle import run_oracle
+from margins import CHOSEN
 from transformers import AutoModel, Qwen2Config, Qwen2Model
 
 SETTINGS = [
@@ -156,7 +157,7 @@ def test_padded_batches_beams_and_sequences(flash, settings):
     for beam in beams[:, len(row) :].tolist():
         logits = oracle(flash, row, videos, beam)[0][-len(beam) - 1 : -1]
         sums.append(logits.log_softmax(-1).gather(1, torch.tensor(beam)[:, None]).sum().item())
-    assert sums == sorted(sums, reverse=True)
+    assert sums[0] - sums[1] > CHOSEN, "two beams are as good as equal: choose another seed"
     assert torch.equal(beams, flash.generate(**single, **options, num_beams=3, num_return_sequences=2))
     together = flash.generate(**batch, **options, num_beams=3, num_return_sequences=2)
     assert together[:2, width:].tolist() == beams[:, len(row) :].tolist()
@@ -334,7 +335,7 @@ def test_a_conversation_with_two_videos_and_batches(flash, tokenizer):
     switch(flash, *SETTINGS[0])
     greedy = {"max_new_tokens": 4, "do_sample": False}
     video = flash.encode_video(FRAMES, tokenizer, timestamps=TIMES)
-    questions = ["What moves?", "Which colour is it, and where does it stand?"]
+    questions = ["Please say: What moves?", "Please say: Which colour is it, and where does it stand?"]
     singles = [
         flash.chat(video, tokenizer, each, return_history=False, generation_config=greedy) for each in questions
     ]

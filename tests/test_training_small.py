@@ -1,9 +1,10 @@
 """The bundled checkpoint's recipes, their order, and the curves."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
+from command_line import run_main
 
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
@@ -87,11 +88,13 @@ def test_curves_of_the_committed_logs(workshop, root, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
-def test_help(root):
+def test_help(root, monkeypatch):
     for name in ("train_small", "pretrain_vision", "pretrain_reading"):
-        run = subprocess.run(
-            [sys.executable, root / "training" / f"{name}.py", "--help"], capture_output=True, text=True
-        )
+        path = root / "training" / f"{name}.py"
+        # As Python starts a file.
+        monkeypatch.syspath_prepend(str(path.parent))
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        run = run_main(lambda _, path=path: runpy.run_path(str(path), run_name="__main__"))
         assert run.returncode == 0 and "usage" in run.stdout, run.stderr
 
 
