@@ -246,7 +246,9 @@ def test_offloaded_key_values_are_host_memory(published):
     assert whole.stages["prefill"]["key-values"] == whole.kv_bytes > 4 * long.stages["prefill"]["key-values"]
 
 
-def test_other_members_max_frames(member):
+@pytest.mark.parametrize("lengths", [10, pytest.param(None, marks=pytest.mark.slow)])
+def test_other_members_max_frames(member, lengths):
+    """All lengths up to the longest fit: ten of them quickly, every seventh slowly."""
     weights = member.plan(1).weight_bytes
     for extra in (8, 15, 30):
         frames = member.plan(1).max_frames(weights + extra * 10**6)
