@@ -57,14 +57,14 @@ class VideoEncoder:
         model: A `VideoXLForConditionalGeneration`.
         processor: Its processor.
         in_force: Settings and policy of the call.
-        sampling: The call's `Sampling`; items may say otherwise.
+        rates: `max_num_frames`, `sample_fps` and `max_sample_fps` of the call; items may say otherwise.
         backend, progress, system_prompt: See `encode_video`.
     """
 
     model: Any
     processor: VideoXLProcessor
     in_force: InForce
-    sampling: Any
+    rates: dict
     backend: str
     progress: bool | None
     system_prompt: str | None = None
@@ -111,7 +111,7 @@ class VideoEncoder:
         unit = self.in_force.policy.unit_frames(config)
         batch_frames = max(config.resolve_vision_chunk_frames() // unit, 1) * unit
         # An item that was encoded before brings its sampling.
-        options = {**video_request(item, self.sampling), **self.processor.frame_options}
+        options = {**video_request(item, self.processor.sampling(**self.rates)), **self.processor.frame_options}
         with open_video(**options, backend=self.backend, batch_frames=batch_frames) as reader:
             tokens = -(-reader.num_frames // config.frames_per_group) * model.tokens_per_group
             require_context(model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
@@ -205,9 +205,8 @@ class VideoXLChatMixin:
         items[0][items[0]["type"]] = readable_source(items[0])
         self._set_media(items, media_dict)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
-        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        sampling = processor.sampling(max_num_frames=max_num_frames, **rates)
-        encoder = VideoEncoder(self, processor, InForce(self.config), sampling, video_backend, progress, system_prompt)
+        rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        encoder = VideoEncoder(self, processor, InForce(self.config), rates, video_backend, progress, system_prompt)
         return encoder.encode(items[0], None, prefix)
 
     @torch.no_grad()
@@ -270,10 +269,10 @@ class VideoXLChatMixin:
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         messages = self._read_turn(video_path, user_prompt, chat_history, timestamps, media_dict)
-        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        sampling, in_force = processor.sampling(max_num_frames=max_num_frames, **rates), InForce(self.config)
+        rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        in_force = InForce(self.config)
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
-        encoder = VideoEncoder(self, processor, in_force, sampling, video_backend, progress, system)
+        encoder = VideoEncoder(self, processor, in_force, rates, video_backend, progress, system)
         encoded, suffix = encoder.encode_conversation(messages)
         videos = [source_of(item) for item in visual_items(messages)]
         reload = _reload_options(in_force.settings, videos, user_prompt, dense_chunks, selector)
