@@ -92,7 +92,7 @@ def load_image(source: Any) -> Image.Image:
 
 
 def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that keeps most of an image's pixels, of these the one with the least empty space; else the first.
+    """The grid that keeps most of an image's pixels; of several the one with the least empty space, then the first.
 
     Args:
         size: (width, height) of the image.
@@ -137,7 +137,7 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
 
 
 def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -> torch.Tensor:
-    """An image as the model takes it.
+    """Cuts an image into the tiles that the model takes.
 
     Args:
         image, size, grids: See `cut_tiles`.
@@ -157,7 +157,7 @@ def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -
 
 
 def count_tiles(tiles: torch.Tensor) -> int:
-    """T of what `tile_image` gives; copies of the overview do not count."""
+    """T, the tiles in what `tile_image` returns; copies of the overview do not count."""
     return 1 + (tiles.shape[0] - 1) * tiles.shape[1]
 
 
