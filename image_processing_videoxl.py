@@ -23,19 +23,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # PostScript: PIL would have Ghostscript run it, whatever the file is called.
 PROGRAM_FORMATS = ("EPS",)
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
-
-
-def is_image(source: Any) -> bool:
-    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
-    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
 @contextmanager

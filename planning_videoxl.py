@@ -17,7 +17,7 @@ import numpy as np
 
 from .cache_layers_videoxl import MIN_SPARE_TOKENS
 from .frame_sampling_videoxl import FrameSampler, Sampling
-from .image_processing_videoxl import is_image
+from .messages_videoxl import is_image
 from .planning_dropping_videoxl import dropping_stages
 from .planning_families_videoxl import compressed_stages
 from .planning_memory_videoxl import MemoryFormulas, largest
