@@ -23,21 +23,15 @@ def encode(model, tokenizer, count):
 
 
 def state(video):
-    """All that a video is, with copies of what is changed in place."""
+    """What can be seen of a video; what cannot shows when frames are appended again."""
     layers = [(layer.hidden, layer.held, layer.get_seq_length(), layer.row_shift) for layer in video.cache.layers]
-    tensors = [video.input_ids, *(() if video._tail is None else (video._tail,))]
+    tensors = [video.input_ids]
     for layer in video.cache.layers:
         tensors += [layer.keys, layer.values] if layer.held else []
     waiting = video.cache.waiting
     tensors += [] if waiting is None or not len(waiting) else [waiting[:]]
     facts = (video.num_frames, video.duration, video.start, video.end, video.appended, video.mark, video.layout)
-    facts += (list(video.timestamps), video.nbytes, str(layers), video.cache.get_seq_length(), video.prefill)
-    facts += (
-        sorted(video.cache.__dict__),
-        sorted(video.__dict__),
-        video._whole,
-        getattr(video.cache, "choices", None),
-    )
+    facts += (list(video.timestamps), video.nbytes, str(layers), video.prefill, video.cache.choices)
     return facts, [tensor.clone() for tensor in tensors]
 
 
