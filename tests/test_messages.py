@@ -67,7 +67,7 @@ def test_items_of_another_form_are_refused_by_both(model, tokenizer, processor, 
         model.chat([TEXT, item], tokenizer, "What?")
     if isinstance(item, dict):
         with pytest.raises(ValueError, match=says):
-            processor.apply_chat_template(user(item))
+            processor.apply_chat_template(user(item), tokenize=True)
 
 
 @pytest.mark.ties  # the same computation twice
