@@ -182,25 +182,21 @@ class SharesFrameSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call runs with: `sparse_attention` and the published switches, beacon memory and the dropping of tokens.
+    """What a call runs with: `sparse_attention` or the published switches, beacon memory and dropping of tokens."""
 
-    Attributes:
-        prefill, chunk_groups, window_chunks, decode, decode_chunk_groups, pool_size, reload, offload: See
-            `VideoXLSparseAttentionConfig`, which takes the defaults from here.
-        beacons: Beacon memory: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
-        dropping: Dropping of visual tokens between layers: `type`, `layers` and `ratios`; None where nothing is.
-    """
-
+    # "full": dense causal; "streaming": chunk by chunk; "mask": so too, but timestamp queries see the whole past.
     prefill: str = "full"
-    chunk_groups: int = 4
-    window_chunks: int = 3
-    decode: str = "full"
-    decode_chunk_groups: int = 4
-    pool_size: int = 4
-    reload: str | dict = "auto"
+    chunk_groups: int = 4  # groups of frames in one prefill chunk, at least 1
+    window_chunks: int = 3  # earlier chunks that a chunk sees in full, at least 1
+    decode: str = "full"  # keeps all KV; "bilevel": dense KV for relevant chunks, pooled KV for the others
+    decode_chunk_groups: int = 4  # groups in one chunk of bi-level decoding
+    pool_size: int = 4  # kernel and stride of the pooling over a group's visual KV
+    reload: str | dict = "auto"  # how relevant chunks are chosen from the question: `ReloadPolicy.parse`
+    # `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in "streaming"
+    # prefill; "mask" works, but moves a layer's past to the device for every chunk.
     offload: bool = False
-    beacons: dict | None = None
-    dropping: dict | None = None
+    beacons: dict | None = None  # beacon memory: `window`, `ratios`, `mix`, `seed`; None where nothing is compressed
+    dropping: dict | None = None  # of visual tokens between layers: `type`, `layers`, `ratios`; None where nothing is
 
     def __post_init__(self):
         for name, known in (("prefill", PREFILL_MODES), ("decode", DECODE_MODES), ("offload", (True, False))):
@@ -219,25 +215,11 @@ class Settings:
 
 
 class VideoXLSparseAttentionConfig(PreTrainedConfig):
-    """Who sees whom during prefill, and what is kept for decoding.
-
-    Args:
-        prefill: `"full"` (dense causal), `"streaming"` (chunk by chunk) or `"mask"` (the same chunk loop, in which
-            timestamp queries see the whole past as well).
-        chunk_groups: Groups of frames in one prefill chunk, at least 1.
-        window_chunks: Earlier chunks that a chunk sees in full, at least 1.
-        decode: `"full"` (keep all KV) or `"bilevel"` (dense KV for relevant chunks, pooled KV for the others).
-        decode_chunk_groups: Groups in one chunk of bi-level decoding.
-        pool_size: Kernel and stride of the pooling over a group's visual KV.
-        reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
-            `ReloadPolicy`).
-        offload: `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in
-            `streaming` prefill; `mask` works, but moves a layer's past to the device for every chunk.
-    """
+    """Who sees whom during prefill, and what is kept for decoding: the fields of `Settings`, with its defaults."""
 
     model_type = "videoxl_sparse_attention"
     base_config_key = "sparse_attention"
-    # Beacons and dropping, which have no default, are made from other settings.
+    # But not beacons and dropping, which have no default: other settings decide them.
     fields: ClassVar[tuple] = tuple(field.name for field in fields(Settings) if field.default is not None)
 
     def __init__(self, **kwargs):

@@ -41,19 +41,15 @@ def check_count(name: str, value: int) -> None:
 class FrameSampler:
     """The rule of a member for which frames of a file are taken.
 
-    Source of all modes but "fps": `get_frame_indices` of the public VideoChat-Flash code.
-
-    Attributes:
-        mode: "fps": by `sample_fps`, raised to `max_sample_fps` in short videos (Video-XL-2). "dynamic_fps1": about
-            one frame a second (VideoChat-Flash). "middle": the middles of `max_num_frames` equal parts. "fps0.5",
-            "fps2", ...: so many frames a second, the first in the middle of the first interval.
-        min_num_frames: "dynamic_fps1" takes at least so many, as long as the video has them.
-        frame_multiple: "dynamic_fps1" takes a multiple of so many. Published is 8, though the tower's clips have 4.
+    "fps": by `sample_fps`, raised to `max_sample_fps` in short videos (Video-XL-2). The other modes are those of
+    `get_frame_indices` in the public VideoChat-Flash code. "dynamic_fps1": about one frame a second. "middle": the
+    middles of `max_num_frames` equal parts. "fps0.5", "fps2", ...: so many frames a second, the first in the middle of
+    the first interval.
     """
 
     mode: str = "fps"
-    min_num_frames: int = 64
-    frame_multiple: int = 8
+    min_num_frames: int = 64  # that "dynamic_fps1" takes, as long as the video has them
+    frame_multiple: int = 8  # of which "dynamic_fps1" takes a multiple; as published, though the tower's clips have 4
 
     def __post_init__(self):
         if self.mode not in ("fps", "dynamic_fps1", "middle") and not self.rate:
@@ -76,24 +72,15 @@ class FrameSampler:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a path are wanted. Frames in memory were chosen by the caller: all of them are used.
+    """Which frames of a path are wanted. Frames in memory were chosen by the caller: all of them are used."""
 
-    Attributes:
-        max_num_frames: The most frames. Modes of `sampler` other than "middle" take 0 and -1 for no limit.
-        sample_fps: Frames per second; None spreads `max_num_frames` frames uniformly.
-        max_sample_fps: Upper rate for short videos; None for no more than `sample_fps`.
-        sampler: The member's rule, in force while both rates are at their defaults.
-        start, end: The part of the video, in seconds; None for the video's own start and end.
-        read_as: What the path leads to, one of `READINGS`.
-    """
-
-    max_num_frames: int = MAX_NUM_FRAMES
-    sample_fps: float | None = SAMPLE_FPS
-    max_sample_fps: float | None = MAX_SAMPLE_FPS
-    sampler: FrameSampler = FrameSampler()
-    start: float | None = None
+    max_num_frames: int = MAX_NUM_FRAMES  # at most; all modes of `sampler` but "middle" take 0 and -1 for no limit
+    sample_fps: float | None = SAMPLE_FPS  # frames per second; None spreads `max_num_frames` frames uniformly
+    max_sample_fps: float | None = MAX_SAMPLE_FPS  # for short videos; None for no more than `sample_fps`
+    sampler: FrameSampler = FrameSampler()  # the member's rule, in force while both rates are at their defaults
+    start: float | None = None  # of the part that is wanted, in seconds; None for the video's own start and end
     end: float | None = None
-    read_as: str = "file"
+    read_as: str = "file"  # what the path leads to, one of `READINGS`
 
     def __post_init__(self):
         for name in ("sample_fps", "max_sample_fps", "start", "end"):

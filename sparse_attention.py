@@ -62,15 +62,10 @@ class GroupSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """Where the videos lie in one sequence.
+    """Where the videos lie in one sequence."""
 
-    Args:
-        videos: Per video, in order, its groups as `GroupSpan`s; the groups of a video are adjacent.
-        length: Tokens in the whole sequence.
-    """
-
-    videos: tuple[tuple[GroupSpan, ...], ...] = ()
-    length: int = 0
+    videos: tuple[tuple[GroupSpan, ...], ...] = ()  # in order; the groups of a video are adjacent
+    length: int = 0  # tokens in the whole sequence
 
     @classmethod
     def from_ids(
@@ -154,41 +149,25 @@ class VisualLayout:
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """Queries [start, stop) see `gathered`, and causally everything from `window_start` on.
-
-    Args:
-        start, stop: Positions of the queries.
-        window_start: From here on all positions up to the query are visible.
-        gathered: Visible positions before `window_start`, ascending; None if there are none.
-        wide: Positions of queries in this step that see their whole past instead; None if there are none.
-    """
+    """Queries at [start, stop) see the positions `gathered`, and causally everything from `window_start` on."""
 
     start: int
     stop: int
     window_start: int = 0
-    gathered: torch.Tensor | None = None
-    wide: torch.Tensor | None = None
+    gathered: torch.Tensor | None = None  # before `window_start`, ascending; None if there are none
+    wide: torch.Tensor | None = None  # positions of queries that see their whole past instead; None if there are none
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What one run through layers of the language model follows. It travels as one argument to every layer.
+    """What one run through layers of the language model follows. It travels as one argument to every layer."""
 
-    Args:
-        steps: `AttentionStep`s that cover the run's rows without gaps.
-        probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
-        layers: The cache's layers, where keys and values are not all on the device: see `planned_attention`.
-        unread: Whether nobody reads what the model's last layer makes of these rows.
-        beacon_places: [b] rows that are beacons, see `beacon_memory_videoxl`.
-        followed: Numbers of the layers that followed it so far.
-    """
-
-    steps: list[AttentionStep]
-    probe: Any = None
-    layers: Any = None
-    unread: bool = False
-    beacon_places: torch.Tensor | None = None
-    followed: set = field(default_factory=set)
+    steps: list[AttentionStep]  # cover the run's rows without gaps
+    probe: Any = None  # an object whose `record(layer_idx, query, key, scaling)` sees every layer's attention
+    layers: Any = None  # the cache's, where keys and values are not all on the device: see `planned_attention`
+    unread: bool = False  # whether nobody reads what the model's last layer makes of these rows
+    beacon_places: torch.Tensor | None = None  # [b] rows that are beacons, see `beacon_memory_videoxl`
+    followed: set = field(default_factory=set)  # numbers of the layers that followed it so far
 
     def require_followed(self, layers: range) -> None:
         """Raises RuntimeError unless these layers have all followed the plan: an answer without it would be wrong."""
