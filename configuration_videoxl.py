@@ -24,6 +24,7 @@ PREFILL_MODES, DECODE_MODES = ("full", "streaming", "mask"), ("full", "bilevel")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
 LLM_COMPRESS_TYPES = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
+_FRAME_VALUES = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
 
 # Between these the published Video-XL-Pro code draws the share of visual tokens that it keeps.
 RANDOM_KEEP_RATIO = (0.7, 0.99)
@@ -130,7 +131,6 @@ class VideoXLFramesConfig(PreTrainedConfig):
 
     model_type = "videoxl_frames"
     base_config_key = "frames_config"
-    known_values: ClassVar[dict] = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
 
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)  # normalisation of pixels in 0..1, per channel
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -145,24 +145,20 @@ class VideoXLFramesConfig(PreTrainedConfig):
     image_tiling: str = "pad"
     image_timestamps: bool = False  # whether every tile of an image has a timestamp, of 0 s, in front of it
     time_format: str | None = "Time {seconds:.1f}s:"  # the timestamp's text; None for families without timestamps
-    video_message: str | None = None  # in front of the first question; may hold {duration} (seconds) and {num_frames}
-    # How frames are chosen from a file, a mode of `FrameSampler`: "fps" by `sample_fps` and its companions;
-    # "dynamic_fps1" is VideoChat-Flash's rule: about one a second, in multiples of `frame_multiple`, at least
-    # `min_num_frames` where there are.
-    frame_sampler: str = "fps"
+    video_message: str | None = None  # in front of the first question, with {duration} in seconds and {num_frames}
+    frame_sampler: str = "fps"  # how frames are chosen from a file: like the next two for `FrameSampler`
     min_num_frames: int = 64
     frame_multiple: int = 8
 
     def __setattr__(self, name, value):
         # override: a config's and a processor's own attributes end here, at construction and later
-        known = self.known_values.get(name)
-        if known is not None and value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if value not in _FRAME_VALUES.get(name, [value]):
+            raise ValueError(f"{name} must be one of {_FRAME_VALUES[name]}, got {value!r}")
         super().__setattr__(name, list(value) if isinstance(value, tuple) else value)
 
 
 # The fields that a config and a processor also offer as their own.
-FRAME_SETTINGS = tuple(name for name in VideoXLFramesConfig.__annotations__ if name != "known_values")
+FRAME_SETTINGS = tuple(VideoXLFramesConfig.__annotations__)
 
 
 class SharesFrameSettings:

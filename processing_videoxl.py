@@ -249,16 +249,12 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
                 a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `video`, `video_path`,
                 `path`, `url` and, for this video alone, `timestamps` and sampling settings.
             images: Likewise; a path, a PIL image, uint8 [H, W, 3], or a dict with one of `image`, `path`, `url`.
-            audios: Nothing (None or empty).
+            audios, truncation: Nothing, and False: no sound is read, and nothing is truncated.
             timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
-            padding: Whether prompts are padded to the longest.
-            padding_side: `"left"` or `"right"`.
-            truncation: Only False: nothing is truncated.
+            padding, padding_side: Whether prompts are padded to the longest, on the `"left"` or `"right"`.
             return_tensors: `"pt"`, `"np"`, or None for lists of ids.
-            max_num_frames: At most so many frames are taken from a file; frames in memory are all used.
-            sample_fps: Frames per second of a file; None spreads `max_num_frames` frames uniformly. Frames in memory
-                without `timestamps` are `1 / sample_fps` seconds apart.
-            max_sample_fps: Upper rate for short files; None for no up-sampling.
+            max_num_frames, sample_fps, max_sample_fps: Which frames of a file are taken, see `Sampling`; the
+                processor's own by default. Frames in memory without `timestamps` are `1 / sample_fps` seconds apart.
             num_frames: transformers' name for `max_num_frames=..., sample_fps=None`; also for frames in memory.
             fps: transformers' name for `sample_fps=..., max_sample_fps=None`.
             **kwargs: What clients pass without effect; anything else is an error.
