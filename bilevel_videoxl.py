@@ -3,9 +3,7 @@
 What is surprising:
 * Prefill has nothing to do with it. A video's dense key-values do not depend on the question; per question a mixed
   cache is put together from them, and the question runs behind it (Video-XL-2, arXiv 2506.19225; public reference
-  `w_chunk_bilevel`).
-* Chunks of decoding are counted from the start of each video and have nothing to do with the chunks of prefill. The
-  first and the last one of every video are always dense.
+  `w_chunk_bilevel`). Chunks of decoding are counted from the start of each video, and are not the chunks of prefill.
 * Choosing needs the question: it is run once over the cache in which everything is pooled, and what its tokens look
   at there (or how their queries match the chunks' mean keys) ranks the chunks.
 
@@ -15,6 +13,7 @@ tokens, D head size.
 
 import copy
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
@@ -22,18 +21,9 @@ import torch
 
 from .kv_cache import ROTATED_AT_ONCE, VideoXLCache, VideoXLCacheLayer, rotate
 from .prefill_videoxl import Decoding, Kept, positions_after, run_text
-from .selection_videoxl import (
-    DENSE,
-    POOLED,
-    AttentionProbe,
-    ChunkCost,
-    Levels,
-    ReloadPolicy,
-    choose_levels,
-)
+from .selection_videoxl import DENSE, POOLED, AttentionProbe, ChunkCost, Levels, ReloadPolicy, choose_levels
 
-# Last tokens of the question that choose chunks; no more than run through the language model at once.
-SCORED_TOKENS = 1024
+SCORED_TOKENS = 1024  # last ones of the question that choose chunks: no more than run through the model at once
 
 
 class Chunk(NamedTuple):
@@ -79,9 +69,6 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     Args:
         dense_chunks: None, a list of 0-based chunks of the only video, or one such list per video.
         chunks: From `chunks_of`.
-
-    Raises:
-        ValueError: On a chunk outside its video, or lists that do not fit the number of videos.
     """
     if dense_chunks is None:
         return None
@@ -98,10 +85,8 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
         numbers = [number for number, chunk in enumerate(chunks) if chunk.video == video]
         for index in wanted:
             if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < len(numbers):
-                raise ValueError(
-                    f"dense_chunks names chunk {index!r} of video {video}, which has chunks 0 to "
-                    f"{len(numbers) - 1} of decode_chunk_groups groups"
-                )
+                has = f"has chunks 0 to {len(numbers) - 1} of decode_chunk_groups groups"
+                raise ValueError(f"dense_chunks names chunk {index!r} of video {video}, which {has}")
             named.append(numbers[int(index)])
     return sorted(set(named))
 
@@ -145,7 +130,7 @@ class BilevelDecoding(Decoding):
         groups, chunk, per_group = len(size.stamps), settings.decode_chunk_groups, size.visual // len(size.stamps)
         starts = range(0, groups, chunk)
         policy = replace(ReloadPolicy.parse(settings.reload), mass=None)
-        scored = len(starts) > 2 and policy.method in ("probe", "mean_key")
+        scored = len(starts) > 2 and policy.scores
 
         def levels(policy, counts, stamps):
             dense, pooled = (
@@ -179,8 +164,8 @@ class BilevelDecoding(Decoding):
             return
         if cache.policy.text_only:
             raise ValueError(
-                "bi-level decoding needs the dense key-values of a video, and this one was compressed, selected or "
-                "thinned when it was encoded: set sparse_attention's decode to 'full', or encode it again"
+                "bi-level decoding needs all key-values of a video; this one was encoded with beacon memory, a token "
+                "selector or token dropping: set sparse_attention's decode to 'full', or encode it again"
             )
         video = DenseVideo(model, cache, call.in_force.settings)
         levels, scores = video.choose(question, call.dense_chunks, call.required_chunks)
@@ -199,9 +184,6 @@ class DenseVideo:
         model: The `VideoXLModel`.
         cache: Dense, with its `layout`; unchanged.
         settings: The `Settings` in force.
-
-    Raises:
-        ValueError: On a reload policy that is malformed, or pooling that leaves nothing of a group.
     """
 
     def __init__(self, model, cache, settings):
@@ -239,12 +221,9 @@ class DenseVideo:
             question: [1, n, hidden] embeddings of what follows the videos.
             dense_chunks: See `explicit_chunks`.
             required_chunks: Chunks (numbers over all videos) that an explicit time in the question names.
-
-        Raises:
-            ValueError: On chunks outside the video, or a budget that is too small.
         """
         explicit, scores = explicit_chunks(dense_chunks, self.chunks), None
-        if explicit is None and len(self.chunks) > 2 and self.policy.method in ("probe", "mean_key"):
+        if explicit is None and len(self.chunks) > 2 and self.policy.scores:
             scores = self._scores(question[:, -SCORED_TOKENS:])
         videos = [chunk.video for chunk in self.chunks]
         return choose_levels(self.policy, scores, self.cost, videos, tuple(required_chunks), explicit), scores
@@ -272,57 +251,45 @@ class DenseVideo:
         chunk_of_group = {group: number for number, chunk in enumerate(self.chunks) for group in chunk.groups}
         pooled_per_group = self.tokens_per_group // self.pool_size
         key_chunk = []
-        for span in spans:
-            if span.group is None:
-                key_chunk += [-1] * (span.stop - span.start)
-            else:
-                key_chunk += [chunk_of_group[span.group]] * pooled_per_group
+        for start, stop, group in spans:
+            key_chunk += [-1] * (stop - start) if group is None else [chunk_of_group[group]] * pooled_per_group
         positions, means = positions_after(pooled_cache, tokens, device=self.inv_freq.device)[0], {}
         for layer in layers if policy.method == "mean_key" else ():
             pooled = self.cache.layers[layer].pooled_groups(self.visual, self.pool_size, self.inv_freq)[0]
             per_group = pooled[0].float().mean(dim=2)
             parts = [per_group[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in self.chunks]
             means[layer] = torch.stack(parts)
-        return AttentionProbe(
-            torch.tensor(key_chunk),
-            len(self.chunks),
-            layers,
-            policy.method,
-            unrotate=lambda query: rotate(query, positions, None, self.inv_freq),
-            mean_keys=means,
-            reduce=policy.reduce,
-        )
+        unrotate = partial(rotate, old=positions, new=None, inv_freq=self.inv_freq)
+        places = torch.tensor(key_chunk), len(self.chunks), layers
+        return AttentionProbe(*places, policy.method, unrotate, means, policy.reduce)
 
 
 def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_positions=False) -> VideoXLCache:
-    """Builds a cache of dense and pooled key-values from a dense one (bi-level decoding).
+    """Builds a cache of dense and pooled key-values from a dense one, which is unchanged and may lie elsewhere.
 
     Args:
         cache: One row that holds all its tokens at their positions.
         spans: `KeptSpan`s in order; what they leave out is dropped.
         groups: (start, stop) of every group's visual tokens.
         pool_size: Kernel and stride of the pooling.
-        inv_freq: [D / 2] rotary frequencies of the language model.
+        inv_freq: [D / 2] rotary frequencies of the language model, on the device where the new cache is to be.
         true_positions: Keep positions (a pooled key stands in the middle of its tokens) instead of counting the kept
             keys from 0, which is what the reference does.
-
-    Returns:
-        A new cache on the device of `inv_freq`; the given one is unchanged, and may lie on another device.
     """
-    length = cache.get_seq_length()
+    length, device = cache.get_seq_length(), inv_freq.device
     size = (groups[0][1] - groups[0][0]) // pool_size if groups else 0
     dense = torch.tensor([span.group is None for span in spans], dtype=torch.bool)
     starts = torch.tensor([span.start for span in spans], dtype=torch.long)
     kept = torch.tensor([span.stop - span.start if span.group is None else size for span in spans], dtype=torch.long)
     targets, cursor = kept.cumsum(0) - kept, int(kept.sum())
     dense_from, dense_to = _runs(starts[dense], kept[dense]), _runs(targets[dense], kept[dense])
-    pooled_from = [span.group for span in spans if span.group is not None]
-    pooled_to = _runs(targets[~dense], kept[~dense])
-    device = inv_freq.device
     stay = true_positions or torch.equal(dense_from, dense_to)
-    dense_to = dense_to.to(device)
-    pooled_from = torch.tensor(pooled_from, dtype=torch.long, device=device)
-    pooled_to = pooled_to.to(device) if len(pooled_from) else None
+    pooled_from = torch.tensor([span.group for span in spans if span.group is not None], dtype=torch.long).to(device)
+    dense_to, pooled_to = dense_to.to(device), _runs(targets[~dense], kept[~dense]).to(device)
+    positions = pooled_to
+    if true_positions:
+        middles = torch.arange(size, device=device) * pool_size + (pool_size - 1) / 2
+        positions = (starts[~dense].to(device)[:, None] + middles).flatten()
     mixed = copy.copy(cache)
     mixed.layers = []
     for layer in cache.layers:
@@ -332,20 +299,13 @@ def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_posi
             part = slice(begin, begin + ROTATED_AT_ONCE)
             source, target = dense_from[part].to(layer.keys.device), dense_to[part]
             moved = layer.keys.index_select(2, source).to(device)
-            if not stay:
-                moved = rotate(moved, source, target, inv_freq).to(keys.dtype)
-            keys.index_copy_(2, target, moved)
+            keys.index_copy_(2, target, moved if stay else rotate(moved, source, target, inv_freq).to(keys.dtype))
             values.index_copy_(2, target, layer.values.index_select(2, source).to(device))
-        if pooled_to is not None:
-            pooled_keys, pooled_values = layer.pooled_groups(groups, pool_size, inv_freq)
-            positions = pooled_to
-            if true_positions:
-                starts = torch.tensor([start for start, _ in groups], device=device)[pooled_from]
-                middles = torch.arange(size, device=device) * pool_size + (pool_size - 1) / 2
-                positions = (starts[:, None] + middles).flatten()
-            picked = pooled_keys.index_select(2, pooled_from).flatten(2, 3)
+        if len(pooled_from):
+            pooled = layer.pooled_groups(groups, pool_size, inv_freq)
+            picked, picked_values = (part.index_select(2, pooled_from).flatten(2, 3) for part in pooled)
             keys.index_copy_(2, pooled_to, rotate(picked, None, positions, inv_freq).to(keys.dtype))
-            values.index_copy_(2, pooled_to, pooled_values.index_select(2, pooled_from).flatten(2, 3))
+            values.index_copy_(2, pooled_to, picked_values)
         new_layer = VideoXLCacheLayer()
         new_layer.set_content(keys, values)
         new_layer.hidden = length - cursor

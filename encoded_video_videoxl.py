@@ -31,7 +31,7 @@ class EncodedVideo(str):
     """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
 
     As a string it is the path of its file, or empty for frames from memory. It may also be an image: that has no
-    frames, timestamps or duration, and takes in no more.
+    frames, timestamps or duration, and nothing can be appended to it.
 
     Attributes:
         kind: `"video"` or `"image"`.
@@ -258,7 +258,7 @@ class EncodedVideo(str):
                 model takes.
         """
         if self.kind == "image":
-            raise ValueError("an image takes in no frames; encode a video, or ask with several items")
+            raise ValueError("frames cannot be appended to an image; encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
         sampling = self._processor.sampling(sample_fps=None)

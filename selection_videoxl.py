@@ -3,10 +3,10 @@
 What is surprising:
 * The first and last chunk of every video are dense whatever the question says. They do not count as chosen; `count`,
   `share` and `mass` limit the chunks in between.
-* A budget is spent along one fixed list of upgrades (timestamps, chosen chunks pooled, chosen chunks dense, others
-  pooled; each by rank; `timestamps="kept"` gives each chunk's with its pooled keys instead) and spending stops at the
-  first one that does not fit. To fill the rest with cheaper ones would
-  let a larger budget lower a chunk's level; the price is less than one chunk of unused budget.
+* A budget is spent along one fixed list of upgrades, each by rank: timestamps (with `timestamps="kept"` only those of
+  chunks that are kept), chosen chunks pooled, chosen chunks dense, others pooled. Spending stops at the first upgrade
+  that does not fit, which leaves less than a chunk unused: if cheaper ones filled the rest, a larger budget could
+  lower a chunk's level.
 * Attention mass is taken per key, so that no chunk is relevant for being long (the last one may be short).
 
 H query heads, K key-value heads (H a multiple of K), n question tokens, L keys, D head size, C chunks of all videos.
@@ -21,11 +21,7 @@ import torch
 from .sparse_attention import attention_mass, attention_rows
 
 DENSE, POOLED, DROPPED = "dense", "pooled", "dropped"
-RELOAD_METHODS = ("probe", "mean_key", "none", "all")
-RELOAD_POSITIONS = ("compact", "true")
-RELOAD_TIMESTAMPS = ("all", "kept")
-RELOAD_REDUCE = ("sum", "max")
-LIMITS = ("count", "share", "mass")
+SCORERS, LIMITS = ("probe", "mean_key"), ("count", "share", "mass")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
 
@@ -39,10 +35,8 @@ class ReloadPolicy:
     """How relevant chunks are chosen from the question: the parsed `sparse_attention.reload`.
 
     The limits `count`, `share` and `mass` hold together (the smallest counts); without any, every chunk is chosen. Of
-    `max_tokens` and `max_bytes`, which bound the whole kept KV, the smaller holds.
-
-    Raises:
-        ValueError: On a value outside its range.
+    `max_tokens` and `max_bytes`, which bound the whole kept KV, the smaller holds. A value outside its range is a
+    ValueError.
     """
 
     method: str = "probe"  # or "mean_key", "none" (only the first and last chunk of a video), "all"
@@ -57,39 +51,35 @@ class ReloadPolicy:
     reduce: str = "sum"  # of the attention of all heads and words of the question, or the one that gives most ("max")
 
     def __post_init__(self):
-        scored = self.method not in ("none", "all")
-        whole, part = "None or an integer of at least {}", "None or a number from 0 to 1"
+        words = {"positions": ("compact", "true"), "timestamps": ("all", "kept"), "reduce": ("sum", "max")}
+        methods, whole = (*SCORERS, "none", "all"), "None or an integer of at least {}"
         layers = isinstance(self.layers, tuple) and all(_is_number(end, Real, 0, 1) for end in self.layers)
         for name, valid, expected in (
-            ("method", self.method in RELOAD_METHODS, f"one of {('auto', *RELOAD_METHODS)}"),
+            ("method", self.method in methods, f"one of {('auto', *methods)}"),
             ("count", self._fits("count", Integral, 0), whole.format(0)),
-            ("share", self._fits("share", Real, 0, 1), part),
-            ("mass", self._fits("mass", Real, 0, 1), part),
-            ("max_tokens", self._fits("max_tokens", Integral, 1), whole.format(1)),
-            ("max_bytes", self._fits("max_bytes", Integral, 1), whole.format(1)),
-            ("positions", self.positions in RELOAD_POSITIONS, f"one of {RELOAD_POSITIONS}"),
-            ("timestamps", self.timestamps in RELOAD_TIMESTAMPS, f"one of {RELOAD_TIMESTAMPS}"),
-            ("reduce", self.reduce in RELOAD_REDUCE, f"one of {RELOAD_REDUCE}"),
+            *((name, self._fits(name, Real, 0, 1), "None or a number from 0 to 1") for name in ("share", "mass")),
+            *((name, self._fits(name, Integral, 1), whole.format(1)) for name in ("max_tokens", "max_bytes")),
+            *((name, getattr(self, name) in known, f"one of {known}") for name, known in words.items()),
             ("reduce", self.reduce == "sum" or self.method == "probe", "'sum' with every method but 'probe'"),
             ("layers", layers and len(self.layers) == 2 and self.layers[0] < self.layers[1], "two ascending shares"),
-            *((name, scored or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
+            *((name, self.scores or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
             if not valid:
                 raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def scores(self) -> bool:
+        """Whether the method chooses by score."""
+        return self.method in SCORERS
 
     def _fits(self, name, *bounds):
         return getattr(self, name) is None or _is_number(getattr(self, name), *bounds)
 
     @classmethod
     def parse(cls, reload) -> "ReloadPolicy":
-        """Reads `sparse_attention.reload`.
+        """Reads `sparse_attention.reload`: `"auto"`, a method's name, or a dict of this class's fields.
 
-        Args:
-            reload: `"auto"`, the name of a method, or a dict of this class's fields whose method may be `"auto"` too.
-                A method that scores gets `share=AUTO_SHARE` if none of `count`, `share` and `mass` is given.
-
-        Raises:
-            ValueError: On an unknown field or a value outside its range.
+        A method that scores gets `share=AUTO_SHARE` if none of `count`, `share` and `mass` is given.
         """
         if not isinstance(reload, str | dict):
             raise ValueError(f"sparse_attention.reload must be a method's name or a dict of settings, got {reload!r}")
@@ -101,7 +91,7 @@ class ReloadPolicy:
             settings["method"] = "probe"
         if isinstance(settings.get("layers"), list):  # as it comes back from config.json
             settings["layers"] = tuple(settings["layers"])
-        if settings["method"] in ("probe", "mean_key") and all(settings.get(name) is None for name in LIMITS):
+        if settings["method"] in SCORERS and all(settings.get(name) is None for name in LIMITS):
             settings["share"] = AUTO_SHARE
         return cls(**settings)
 
@@ -134,7 +124,7 @@ def rank(scores) -> list[int]:
 
 
 def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=None) -> Levels:
-    """Decides the level of every chunk.
+    """Decides the level of every chunk; what is always kept may be too much for the budget, which is a ValueError.
 
     The text and the first and last chunk of every video, dense and with timestamps, are kept in any case. A chunk that
     keeps visual KV keeps its timestamps.
@@ -148,9 +138,6 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
             never cut by them.
         explicit: Chunks that the user names (None: automatic): exactly these are chosen. The limits are ignored, the
             budget is not; they rank by score, without scores in the order given.
-
-    Raises:
-        ValueError: If what is always kept exceeds the budget, a chunk does not exist, or scores are missing or unfit.
     """
     total = len(video_of_chunk)
     assert total == len(cost.timestamps) == len(cost.dense) == len(cost.pooled), "one cost a chunk is needed"
@@ -162,8 +149,7 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     around = (None, *video_of_chunk, None)
     ends = {i for i in range(total) if around[i] != around[i + 1] or around[i + 1] != around[i + 2]}
     chosen, others = _choose(policy, scores, ends, total, required, explicit)
-    levels = [DENSE if chunk in ends else DROPPED for chunk in range(total)]
-    timestamps = [chunk in ends for chunk in range(total)]
+    levels, timestamps = ([DENSE if i in ends else DROPPED for i in range(total)], [i in ends for i in range(total)])
     tokens = cost.text + sum(cost.timestamps[chunk] + cost.dense[chunk] for chunk in ends)
     # Not rounded down to whole tokens: sums of whole tokens are compared with it.
     budget = min(policy.max_tokens or math.inf, (policy.max_bytes or math.inf) / cost.bytes_per_token)
@@ -200,7 +186,7 @@ def _choose(policy, scores, ends, total, required, explicit) -> tuple[list[int],
     limit, named = len(order), sum(chunk in required for chunk in order)
     if policy.method == "none":
         limit = 0
-    elif policy.method != "all" and named < len(order):
+    elif policy.scores and named < len(order):
         if scores is None:
             raise ValueError(f"method {policy.method!r} chooses by score, but there are no scores")
         if policy.count is not None:
@@ -239,19 +225,17 @@ class AttentionProbe:
         key_chunk: [keys] the chunk of each key of the pooled KV, -1 for text and timestamps.
         num_chunks: Chunks in all.
         layers: Layers to read; the others are ignored.
-        method: `"probe"` or `"mean_key"`.
+        method: One of `SCORERS`.
         reduce: For `"probe"`: `"sum"` or `"max"`.
         unrotate: For `"mean_key"`: turns rotated queries [1, H, n, D] into un-rotated ones.
         mean_keys: For `"mean_key"`: indexed by layer, un-rotated mean keys [C, K, D].
     """
 
     def __init__(self, key_chunk, num_chunks, layers, method="probe", unrotate=None, mean_keys=None, reduce="sum"):
-        assert method in ("probe", "mean_key"), f"method {method!r} scores nothing"
+        assert method in SCORERS, f"method {method!r} scores nothing"
         self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
-        self._key_chunk, self._num_chunks = key_chunk, num_chunks
-        self._reduce = reduce
+        self._key_chunk, self._num_chunks, self._reduce, self._queries = key_chunk, num_chunks, reduce, {}
         self._mass = torch.zeros(len(key_chunk) if reduce == "sum" else num_chunks, dtype=torch.float32)
-        self._queries = {}
 
     @torch.no_grad()
     def record(self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> None:
@@ -260,7 +244,7 @@ class AttentionProbe:
         Args:
             query: [1, H, n, D], rotated.
             key: [1, K, L, D], rotated: the pooled KV, earlier pieces of the question, and last the piece's own n keys.
-            scaling: Factor of the dot products, 1 / sqrt(D) if None.
+            scaling: See `attention_rows`.
         """
         if layer_idx not in self.layers:
             return
@@ -293,15 +277,13 @@ class AttentionProbe:
 def mean_key_scores(question_query, chunk_mean_keys) -> list[float]:
     """Scores by mean query . mean key: the in-model rule of ReKV (public code), but one ranking for all layers.
 
-    Per layer the dot product over all heads, standardised over the chunks (layers differ in scale), then averaged.
-    Both sides are un-rotated, so the distance in time between question and chunk plays no part.
+    Per layer the dot product over all heads, standardised over the chunks (layers differ in scale), then averaged, and
+    scaled to [0, 1]; all 0 if the chunks do not differ. Both sides are un-rotated, so the distance in time between
+    question and chunk plays no part.
 
     Args:
         question_query: Per layer, [H, D] mean over the question's tokens.
         chunk_mean_keys: Per layer, [C, K, D] mean over a chunk's visual keys; a key head serves H / K query heads.
-
-    Returns:
-        Per chunk, scaled to [0, 1]; all 0 if the chunks do not differ.
     """
     assert len(question_query) == len(chunk_mean_keys) > 0, "the question was not run through any layer to be read"
     mean = 0.0
