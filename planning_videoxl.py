@@ -16,6 +16,7 @@ G groups of frames; a row is one token on its way through the language model.
 
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -212,17 +213,14 @@ class _Planner:
             message = {"role": "user", "content": [{"type": "video", "video": ""}]}
             self.header = len(processor.prompt_pieces(processor.render([message]))[0])
             self._count = lambda seconds: len(processor.time_token_ids(seconds))
+        self._count = cache(self._count)  # a search asks for the same times again
         self.counted_by = "time_format" if tokenizer is None else "tokenizer"
-        self._stamps = []
 
     def _stamps_of(self, groups, times) -> np.ndarray:
         """[G] tokens of the groups' timestamps, at `times` of the frames or `step` seconds apart."""
         size = self.config.frames_per_group
-        if times is not None:
-            return np.array([self._count(seconds) for seconds in times[::size]], dtype=np.int64)
-        for group in range(len(self._stamps), groups):
-            self._stamps.append(self._count(group * size * self.step))
-        return np.array(self._stamps[:groups], dtype=np.int64)
+        starts = (group * size * self.step for group in range(groups)) if times is None else times[::size]
+        return np.fromiter(map(self._count, starts), dtype=np.int64)
 
     def plan(self, frames, times=None) -> VideoPlan:
         """The plan of `frames` frames, `step` seconds apart or at `times`."""
@@ -282,8 +280,8 @@ class _Planner:
         asked, answered = self.question_tokens, self.question_tokens + self.max_new_tokens
         # Ids, mask and positions in int64; one row of logits, and its float32 copy that `generate` picks from.
         vocabulary = self.config.text_config.vocab_size * (self.bytes + 4)
-        asking = always | {"pooled key-values": kept.pooled or 0, "ids and logits": 24 * (size.total + answered)}
-        asking["ids and logits"] += vocabulary
+        ids = 24 * (size.total + answered)
+        asking = always | {"pooled key-values": kept.pooled or 0, "ids and logits": ids + vocabulary}
         # The spare room behind a short video does not hold a long answer: its key-values are copied.
         short = min(most, int(answered / GROWTH) * size.token_bytes) if answered > MIN_SPARE_TOKENS else 0
         asking["question's key-values"] = own or short
