@@ -64,14 +64,8 @@ def plan_windows(tokens: int, window: int, ratios, mix: str, seed: int) -> list[
         tokens: Its visual tokens.
         window: Tokens in a window; the last one may be shorter.
         ratios, mix, seed: See `VideoXLConfig.resolve_beacons`. A single ratio holds for every window, and a remainder
-            is carried into the next one; of several, those that divide a window evenly are candidates for it. A plan
-            of more tokens begins with the same full windows.
-
-    Returns:
-        Windows in order.
-
-    Raises:
-        ValueError: If none of several ratios divides a window.
+            is carried into the next one; of several, those that divide a window evenly are candidates for it (none:
+            ValueError). A plan of more tokens begins with the same full windows.
     """
     generator, windows, carried, candidates, ratio = np.random.default_rng(seed), [], 0, [], None
     for start in range(0, tokens, window):
@@ -162,9 +156,9 @@ class BeaconMemory(SequencePolicy):
         return {**super().facts(), "beacons": self._windows}
 
     def unit_frames(self, config):
-        # Frames that fill windows.
-        tokens = config.compressor_config.tokens_per_group
-        return self.window // math.gcd(self.window, tokens) * config.frames_per_group
+        return (
+            self.window // math.gcd(self.window, config.compressor_config.tokens_per_group) * config.frames_per_group
+        )
 
     def kept(self, size, config):
         # Text and beacons stay, and for a moment the key-values of a window.
@@ -172,14 +166,13 @@ class BeaconMemory(SequencePolicy):
         held = size.text + sum(window.count for window in windows)
         longest = min(size.visual, self.window)
         most = longest // min(self.ratios) + 1
-        # With several ratios a last, partial window may leave more beacons than it does once it is full.
-        most_held = (held + most - windows[-1].count) * size.token_bytes
-        rows = longest + most
+        rows, held_bytes = longest + most, held * size.token_bytes
         return Kept(
-            held=held * size.token_bytes,
+            held_bytes,
             seen_tokens=held,
-            seen=held * size.token_bytes,
-            most_held=most_held,
+            seen=held_bytes,
+            # With several ratios a last, partial window may leave more beacons than it does once it is full.
+            most_held=held_bytes + (most - windows[-1].count) * size.token_bytes,
             rows_at_once=rows,
             passing=rows * (size.token_bytes + 2 * size.row_bytes),
         )
@@ -208,9 +201,8 @@ class BeaconMemory(SequencePolicy):
                 for layer in cache.layers:
                     layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)
             cursor = end
-        if cursor < layout.length:
-            return run_text(model, inputs_embeds[:, cursor - begin :], cache, keep_hidden)
-        return None
+        behind = inputs_embeds[:, cursor - begin :]
+        return run_text(model, behind, cache, keep_hidden) if cursor < layout.length else None
 
 
 __all__ = ["BeaconMemory", "BeaconWindow", "plan_windows"]

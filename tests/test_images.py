@@ -396,7 +396,7 @@ def test_an_encoded_image_is_saved_and_asked_like_a_video(model, tokenizer, phot
     answers = model.chat_batch(loaded, tokenizer, questions, generation_config=SHORT)
     settings = {"return_history": False, "generation_config": SHORT}
     assert answers == [model.chat(image, tokenizer, question, **settings) for question in questions]
-    with pytest.raises(ValueError, match="cannot be appended to an image"):
+    with pytest.raises(ValueError, match="cannot be extended"):
         loaded.append([picture()], [1.0])
     picture(50, 50).save(photo)
     with pytest.raises(ValueError, match="does not fit"):
