@@ -50,6 +50,8 @@ logger = logging.get_logger(__name__)
 _SEEK_SAVES_FRAMES = 16
 # Seconds. Decoding times that fall back further than muxer noise are a second recording glued to the first.
 _TIME_JUMP = 1.0
+# Pictures. How many are commonly decoded behind one that is shown later.
+_REORDERED = 4
 # Seconds. decord rounds its times to float32 (0.25 ms at one hour); another frame is further away than this.
 _DECORD_SECONDS = 5e-3
 # Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
@@ -115,10 +117,13 @@ class VideoIndex:
     rate: float | None
     numbered: bool
     damage: str | None  # what is wrong with the file, if the packets show it
+    guessed: frozenset[int] = frozenset()  # positions whose times are laid between those that the file stores
 
-    def place_of(self, key: int | None) -> int | None:
-        """The position of a decoded frame; None for one that is not displayed."""
-        place = -1 if key is None else bisect_right(self.keys, key) - 1
+    def place_of(self, key: int | None, last: int) -> int | None:
+        """The position of a decoded frame behind that at `last`; None for one that is not displayed."""
+        if key is None:
+            return last + 1 if last + 1 in self.guessed else None
+        place = bisect_right(self.keys, key) - 1
         return place if place >= 0 and self.keys[place] == key else None
 
     def runs(self, wanted: Sequence[int]) -> list[tuple[int | None, list[int]]]:
@@ -226,7 +231,7 @@ def read_index(path: str) -> VideoIndex:
 
 
 def _read_packets(container: Any, stream: Any) -> _Packets:
-    found, latest = _Packets([], []), None
+    found, latest, fields = _Packets([], []), None, _Fields(container, stream)
     jump = round(_TIME_JUMP / stream.time_base)
     try:
         for packet in container.demux(stream):
@@ -245,11 +250,61 @@ def _read_packets(container: Any, stream: Any) -> _Packets:
                 if not found.keyframes:
                     found.shown.clear()  # nothing before the first keyframe can be decoded
                 found.keyframes.append(packet.pts)
-            if not packet.is_discard:  # an edit list has them decoded but not displayed
+            if packet.is_discard:  # an edit list has them decoded but not displayed
+                continue
+            if fields.completes(packet):
+                pts, dts, duration = found.shown.pop()
+                found.shown.append((pts, dts, duration + packet.duration))
+            else:
                 found.shown.append((packet.pts, packet.dts, packet.duration or 0))
     except av.FFmpegError as error:
         found.damage = error.strerror
     return found
+
+
+class _Fields:
+    """Tells which packets hold the second field of a picture: H.264 in streams may have a packet for each field."""
+
+    def __init__(self, container: Any, stream: Any):
+        split = stream.codec_context.name == "h264" and _SEEKABLE_FORMATS.isdisjoint(container.format.name.split(","))
+        # By its parser FFmpeg gives such packets half of a picture's duration.
+        rate = stream.codec_context.framerate if split else None
+        self._half = round(1 / (2 * rate * stream.time_base)) if rate else 0
+        self._first: Any = None  # the packet of a first field, if it was the last one
+
+    def completes(self, packet: Any) -> bool:
+        first, self._first = self._first, None
+        if not self._half or packet.duration != self._half:
+            return False
+        if first is not None and (None in (first.pts, packet.pts) or abs(packet.pts - first.pts) <= self._half):
+            return True
+        self._first = packet
+        return False
+
+
+def _complete_times(shown: list, step: int) -> tuple[list[int], frozenset[int]]:
+    """The times of all pictures, in ticks, and which positions among them are not from the file.
+
+    A packet of a stream may hold several pictures and store the time of the first. The others belong into the gaps.
+
+    Args:
+        shown: As in `_Packets`, in the order of decoding.
+        step: Ticks from a picture to the next.
+    """
+    ticks = sorted({pts for pts, _, _ in shown if pts is not None})
+    stored = [place for place, (pts, _, _) in enumerate(shown) if pts is not None]
+    missing, filled = len(shown) - len(stored), []
+    if missing and step > 0:
+        before, behind = stored[0], len(shown) - 1 - stored[-1]
+        filled = [ticks[0] - step * (number + 1) for number in range(before)]
+        missing -= before
+        for tick, later in zip(ticks, ticks[1:], strict=False):
+            room = min(round((later - tick) / step) - 1, missing)
+            filled += [tick + (later - tick) * (number + 1) // (room + 1) for number in range(room)]
+            missing -= max(room, 0)
+        filled += [ticks[-1] + step * (number + 1) for number in range(min(behind + _REORDERED, missing))]
+    ticks, guessed = sorted({*ticks, *filled}), set(filled)
+    return ticks, frozenset(place for place, tick in enumerate(ticks) if tick in guessed)
 
 
 def _announced_seconds(container: Any, stream: Any) -> float:
@@ -263,7 +318,7 @@ def _announced_seconds(container: Any, stream: Any) -> float:
 def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
     tick, rate, shown = stream.time_base, float(stream.average_rate or 0) or None, packets.shown
     # AVI stores no presentation times (FFmpeg guesses, wrongly for reordered frames), raw streams no times at all.
-    numbered = formats == "avi" or all(pts is None for pts, _, _ in shown)
+    numbered, guessed = formats == "avi" or all(pts is None for pts, _, _ in shown), frozenset()
     if numbered:
         durations, ticks = {}, sorted({dts for _, dts, _ in shown if dts is not None})
         if len(ticks) < len(shown):
@@ -273,8 +328,9 @@ def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> Vid
         durations = {pts: duration for pts, _, duration in shown if pts is not None}
         # Frames shown before the first keyframe depend on pictures that are not in the file.
         first = packets.keyframes[0] if packets.keyframes else None
-        start = min(durations) if first is None else first
-        ticks = sorted(pts for pts in durations if pts >= start)
+        shown = [entry for entry in shown if None in (first, entry[0]) or entry[0] >= first]
+        lasting = sorted(duration for _, _, duration in shown)[len(shown) // 2] if shown else 0
+        ticks, guessed = _complete_times(shown, lasting or round(1 / ((rate or 25) * tick)))
     if not ticks:
         found = f" ({packets.damage})" if packets.damage else ""
         raise VideoDecodeError(
@@ -293,6 +349,7 @@ def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> Vid
         rate=rate,
         numbered=numbered,
         damage=packets.damage,
+        guessed=guessed,
     )
 
 
@@ -326,7 +383,7 @@ def upright_rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> np.n
 
 def _decode(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields the displayed frames with their positions, from wherever the container stands."""
-    seen = 0
+    seen, last = 0, -1
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -335,9 +392,10 @@ def _decode(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[in
                 raise
             continue  # a recording that starts between keyframes
         for frame in frames:
-            place = index.place_of(seen if index.numbered else frame.pts)
+            place = index.place_of(seen if index.numbered else frame.pts, last)
             seen += 1
             if place is not None:
+                last = place
                 yield place, frame
 
 
