@@ -34,6 +34,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
@@ -56,6 +57,10 @@ _REORDERED = 4
 _DECORD_SECONDS = 5e-3
 # Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
 _TIME_SLACK = 0.5
+# How often to try behind a place of a file that cannot be read, before the rest counts as lost.
+_READ_TRIES = 8
+# Decoders that show nothing until they met a picture that needs no other, whatever its packet is flagged as.
+_STRICT_DECODERS = {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9"}
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
 _SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm"}
 # What FFmpeg may take a file for, by its names: containers, streams of pictures, formats of games, single pictures and
@@ -100,6 +105,10 @@ _PICTURE_NUMBER = re.compile(r"(\d+)\.\w+$")
 
 # Reads the chosen frames, once a call: uint8 [H, W, 3] and the second of each.
 FrameReader = Callable[[], Iterator[tuple[np.ndarray, float]]]
+
+
+class _Misled(Exception):
+    """A seek led elsewhere than the index says."""
 
 
 class VideoDecodeError(ValueError):
@@ -233,32 +242,32 @@ def read_index(path: str) -> VideoIndex:
 def _read_packets(container: Any, stream: Any) -> _Packets:
     found, latest, fields = _Packets([], []), None, _Fields(container, stream)
     jump = round(_TIME_JUMP / stream.time_base)
-    try:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            if packet.is_corrupt:
-                found.damage = "a packet is cut off"
-                continue
-            found.intact += 1
-            if packet.dts is not None:
-                if latest is not None and packet.dts < latest - jump:
-                    found.damage = "its clock jumps back (recordings glued together?), only the part before is read"
-                    break
-                latest = packet.dts
-            if packet.is_keyframe:
-                if not found.keyframes:
-                    found.shown.clear()  # nothing before the first keyframe can be decoded
-                found.keyframes.append(packet.pts)
-            if packet.is_discard:  # an edit list has them decoded but not displayed
-                continue
-            if fields.completes(packet):
-                pts, dts, duration = found.shown.pop()
-                found.shown.append((pts, dts, duration + packet.duration))
-            else:
-                found.shown.append((packet.pts, packet.dts, packet.duration or 0))
-    except av.FFmpegError as error:
-        found.damage = error.strerror
+    problems: list[str] = []
+    for packet in _demux(container, stream, problems):
+        if packet.size == 0:
+            continue
+        if packet.is_corrupt:
+            found.damage = "a packet is cut off"
+            continue
+        found.intact += 1
+        if packet.dts is not None:
+            if latest is not None and packet.dts < latest - jump:
+                found.damage = "its clock jumps back (recordings glued together?), only the part before is read"
+                break
+            latest = packet.dts
+        if packet.is_keyframe:
+            if not found.keyframes:
+                found.shown.clear()  # nothing before the first keyframe can be decoded
+            found.keyframes.append(packet.pts)
+        if packet.is_discard:  # an edit list has them decoded but not displayed
+            continue
+        if fields.completes(packet):
+            pts, dts, duration = found.shown.pop()
+            found.shown.append((pts, dts, duration + packet.duration))
+        else:
+            found.shown.append((packet.pts, packet.dts, packet.duration or 0))
+    if problems:
+        found.damage = problems[0]
     return found
 
 
@@ -381,33 +390,104 @@ def upright_rgb(frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> np.n
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _decode(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yields the displayed frames with their positions, from wherever the container stands."""
-    seen, last = 0, -1
-    for packet in container.demux(stream):
+def _demux(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+    """Yields the packets of a stream, also those behind a place that cannot be read; says so in `problems`."""
+    idle = 0
+    while idle < _READ_TRIES:
+        known = len(problems)
+        found = yield from _demux_on(container, stream, problems)
+        if len(problems) == known:
+            return
+        idle = 0 if found else idle + 1
+
+
+def _demux_on(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+    found = False
+    try:
+        for packet in container.demux(stream):
+            found = True
+            yield packet
+    except av.FFmpegError as error:
+        problems.append(error.strerror)
+    return found
+
+
+def _enters(stream: Any, index: VideoIndex, frame: av.VideoFrame) -> bool:
+    """Whether a decoder that knew nothing can have made this frame, whatever its packet was flagged as."""
+    codec = stream.codec_context.codec
+    if codec.name in _STRICT_DECODERS or codec.intra_only:
+        return True
+    if frame.pict_type == PictureType.NONE:  # all packets flagged as keyframes: a container without such flags
+        return len(index.keyframes) < len(index.keys)
+    return frame.pict_type in (PictureType.I, PictureType.SI, PictureType.BI)
+
+
+def _drain(context: Any) -> list[av.VideoFrame]:
+    """Empties a decoder that failed, and makes it ready for a keyframe."""
+    try:
+        return context.decode(None)
+    except av.FFmpegError:
+        return []
+    finally:
+        context.flush_buffers()
+
+
+def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields the displayed frames with their positions, from wherever the container stands.
+
+    Args:
+        careful: Go on at the next keyframe behind a packet that cannot be decoded. Right only without threads: with
+            them an error comes packets late.
+
+    Raises:
+        av.FFmpegError: A packet cannot be decoded, unless `careful`.
+    """
+    fields, count = _Fields(container, stream), 0  # packets that hold pictures
+    seen, last, floor = 0, -1, None  # frames, the last position; where to go on behind an error
+    entered = True
+    for packet in _demux(container, stream, []):
+        if floor is not None:
+            if not packet.is_keyframe:
+                count += not fields.completes(packet)
+                continue
+            seen, place = count, index.place_of(count if index.numbered else packet.pts, last)
+            floor, start, entered = None, last + 1 if place is None else place, False
+        count += not fields.completes(packet)
         try:
             frames = packet.decode()
         except av.FFmpegError:
-            if seen:
+            if careful:
+                frames, floor = [frame for frame in _drain(stream.codec_context) if frame.pts != packet.pts], 0
+            elif seen:
                 raise
-            continue  # a recording that starts between keyframes
+            else:
+                continue  # a recording that starts between keyframes
         for frame in frames:
             place = index.place_of(seen if index.numbered else frame.pts, last)
             seen += 1
-            if place is not None:
+            if place is None:
+                continue
+            entered = entered or (place >= start and _enters(stream, index, frame))
+            if entered:
                 last = place
                 yield place, frame
 
 
-def _seek(container: Any, stream: Any, index: VideoIndex, start: int) -> Iterator[tuple[int, av.VideoFrame]] | None:
-    """Yields from the keyframe at `start` on; None if the seek led past it."""
+def _seek(container: Any, stream: Any, index: VideoIndex, run: tuple[int, bool]) -> Iterator | None:
+    """Yields frames and positions from the keyframe of a run on; None if the seek led elsewhere.
+
+    Args:
+        run: The position of the keyframe; whether to be `careful`, see `_decode`.
+    """
+    start, careful = run
     try:
         container.seek(index.keys[start], stream=stream)
-        decoded = _decode(container, stream, index)
+        decoded = _decode(container, stream, index, careful)
         for place, frame in decoded:
             # Earlier ones: the seek landed earlier, or they refer to pictures before the keyframe and are broken.
             if place >= start:
-                return chain([(place, frame)], decoded) if place == start else None
+                misled = place > start or not _enters(stream, index, frame)
+                return None if misled else chain([(place, frame)], decoded)
     except av.FFmpegError:
         pass
     return None
@@ -440,30 +520,52 @@ def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> It
             passed = place, frame
 
 
-def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields uint8 [H, W, 3] and seconds of the wanted positions; ends early where the file does.
+def _read_runs(path: str, index: VideoIndex, wanted: Sequence[int], careful: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields positions and uint8 [H, W, 3]; ends early where the file does.
 
     Raises:
-        av.FFmpegError: The decoder gave up.
+        av.FFmpegError: A packet cannot be decoded, unless `careful`.
+        _Misled: A seek led elsewhere, so the index of the container is not to be trusted.
     """
-    runs = index.runs(wanted)
-    rest: list[int] = []
     matrix: tuple[int, int, int, int] | None = None
     with _open(path) as container:
         stream = _video_stream(container, path)
-        stream.thread_type = "AUTO"
-        decoded: Iterator[tuple[int, av.VideoFrame]] | None = _decode(container, stream, index)
-        for number, (start, places) in enumerate(runs):
+        stream.thread_type = "NONE" if careful else "AUTO"
+        decoded: Iterator | None = _decode(container, stream, index, careful)
+        for start, places in index.runs(wanted):
             if start is not None:
-                decoded = _seek(container, stream, index, start)
+                decoded = _seek(container, stream, index, (start, careful))
             if decoded is None:
-                rest = [place for _, later in runs[number:] for place in later]
-                break
+                raise _Misled
             for place, frame in pick_frames(decoded, places):
                 matrix = matrix or display_matrix(frame)
-                yield upright_rgb(frame, matrix), index.times[place]
-    if rest:  # the index of the container misled the seek: they are read in order, from the start
-        yield from _read_pyav(path, replace(index, keyframes=[]), rest)
+                yield place, upright_rgb(frame, matrix)
+
+
+def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
+    """Yields uint8 [H, W, 3] and seconds of the wanted positions that the file has.
+
+    Raises:
+        av.FFmpegError: Behind the last frame, if some packet could not be decoded.
+    """
+    left, last, careful, problem = deque(wanted), -1, False, None
+    while left:
+        try:
+            for place, pixels in _read_runs(path, index, list(left), careful):
+                while left and left[0] <= place:
+                    left.popleft()
+                if place > last:
+                    last = place
+                    yield pixels, index.times[place]
+            break
+        except _Misled:  # they are read in order, from the start
+            index = replace(index, keyframes=[])
+        except av.FFmpegError as error:
+            if careful:
+                raise
+            careful, problem = True, error
+    if problem is not None:
+        raise problem
 
 
 def open_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:

@@ -16,6 +16,9 @@ from videoxl import video_processing_videoxl as vp
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
 
 
+PIXELS = {"qtrle": "rgb24", "rpza": "rgb555le", "svq1": "yuv410p", "mjpeg": "yuvj420p"}
+
+
 @pytest.fixture
 def field(test_data):
     return test_data / "data" / "field"
@@ -51,16 +54,22 @@ def read(path, **options):
     return numbers, [second for batch in batches for second in batch.timestamps], video.duration
 
 
-def write(path, count=100, codec="libx264", rate=25, container=None, options=None, b_frames=2, keys=12, settings=None):
+def write(
+    path, count=100, codec="libx264", rate=25, container=None, options=None, b_frames=2, keys=12, settings=None, flag=0
+):
     with av.open(str(path), "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=rate, options=settings or {})
         stream.width = stream.height = 64
-        stream.pix_fmt = stream.codec_context.codec.video_formats[0].name if codec == "qtrle" else "yuv420p"
+        stream.pix_fmt = {"qtrle": "rgb24", "rpza": "rgb555le", "svq1": "yuv410p", "mjpeg": "yuvj420p"}.get(
+            codec, "yuv420p"
+        )
         stream.codec_context.max_b_frames, stream.codec_context.gop_size = b_frames, keys
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(bars(number), format="gray8")
             frame.pts, frame.time_base = number, Fraction(1, rate)
-            output.mux(stream.encode(frame))
+            for packet in stream.encode(frame):
+                packet.is_keyframe = packet.is_keyframe or (flag > 0 and number % flag == 0)
+                output.mux(packet)
         output.mux(stream.encode())
     return path
 
@@ -121,3 +130,101 @@ def test_fields_are_no_pictures(tmp_path, container, times):
     assert numbers == list(range(30))
     assert seconds == pytest.approx(np.arange(30) / 25, abs=0.001)
     assert duration == pytest.approx(1.2, abs=0.05)
+
+
+# --- damage between two key frames
+
+
+def spoil(path, packet, length=40):
+    """Overwrites bytes of one packet, counted in the order of the file; which packets are key frames."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [part for part in container.demux(video=0) if part.size]
+    part = bytes(packets[packet])
+    place = data.index(part, packets[packet].pos or 0)
+    length = min(length, len(part) - 6)
+    data[place + 6 : place + 6 + length] = b"\xff" * length
+    path.write_bytes(data)
+    return [number for number, part in enumerate(packets) if part.is_keyframe]
+
+
+QUIET = {
+    "libsvtav1": {"svtav1-params": "keyint=20:lp=1"},
+    "libx265": {"x265-params": "keyint=20:min-keyint=20:no-open-gop=1:log-level=0:pools=none"},
+}
+DAMAGED = {
+    "a.mp4": "libx264",
+    "a.mkv": "libx264",
+    "b.mp4": "mpeg4",
+    "a.avi": "mpeg4",
+    "c.mp4": "libx265",
+    "a.webm": "libvpx-vp9",
+    "b.webm": "libvpx",
+    "b.mkv": "libsvtav1",
+    "a.mov": "mjpeg",
+    "a.flv": "flv",
+    "c.mkv": "ffv1",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("place", [0, 20, 49, 52, 60, 118])
+def test_only_pictures_up_to_the_next_key_frame_are_lost(tmp_path, name, place):
+    codec = DAMAGED[name]
+    b_frames = 0 if codec in ("mpeg4", "flv", "mjpeg") else 2
+    write(tmp_path / name, 120, codec, b_frames=b_frames, keys=20, settings=QUIET.get(codec))
+    intact = read(tmp_path / name)
+    assert intact[0] == list(range(120))
+    keys = spoil(tmp_path / name, place)
+    numbers, seconds, duration = read(tmp_path / name)
+    assert duration == intact[2]
+    pairs = dict(zip(seconds, numbers, strict=True))
+    # A spoiled key frame may take the pictures with it that wait in the decoder.
+    last = max(key for key in keys if key <= place)
+    damaged = range(last - 2 * (last == place), min((key for key in keys if key > place), default=120))
+    wrong = [number for number, second in zip(*intact[:2], strict=True) if pairs.get(second, number) != number]
+    missing = [number for number, second in zip(*intact[:2], strict=True) if second not in pairs]
+    assert set(wrong + missing) <= set(damaged), (wrong, missing)
+    assert set(pairs) <= set(intact[1])
+
+
+def test_a_spoiled_picture(field, warnings):
+    numbers, seconds, _ = read(field / "spoiled.mp4")
+    assert set(range(600)) - set(numbers) <= set(range(150, 160))
+    assert seconds == pytest.approx([number / 10 for number in numbers])
+    assert len(warnings) == 1
+    assert "Missing: second 15.00 to 15.90." in warnings[0]
+    numbers, seconds, _ = read(field / "spoiled.mp4", max_num_frames=600, sample_fps=1, max_sample_fps=None)
+    assert len(numbers) >= 59
+    assert numbers[-1] == 590
+    assert seconds == pytest.approx([number / 10 for number in numbers])
+    assert len(warnings) == 2
+
+
+# --- every picture flagged as a key frame
+
+
+def test_a_missing_sync_table(field, warnings):
+    for name in ("allsync_mpeg4.mp4", "allsync_h264.mp4"):
+        numbers, seconds, _ = read(field / name, max_num_frames=100, sample_fps=0.5, max_sample_fps=None)
+        assert numbers == [0, 50, 100, 150, 200]
+        assert seconds == [0, 2, 4, 6, 8]
+    assert not warnings
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        *(("a.mov", codec) for codec in ("mpeg4", "svq1", "mpeg2video", "libx265", "mjpeg")),
+        *(("a.mkv", codec) for codec in ("msmpeg4", "mpeg4", "libvpx", "snow")),
+        *(("a.mov", codec) for codec in ("qtrle", "rpza")),
+    ],
+)
+def test_flags_that_lie(tmp_path, codec, name, every):
+    if codec in ("qtrle", "rpza") and every > 1:
+        pytest.skip("nothing in these packets says which of them stand alone")
+    write(tmp_path / name, 250, codec, b_frames=0, keys=1000, settings=QUIET.get(codec), flag=every)
+    numbers, seconds, _ = read(tmp_path / name, max_num_frames=100, sample_fps=0.5, max_sample_fps=None)
+    assert numbers == [0, 50, 100, 150, 200]
+    assert seconds == pytest.approx([0, 2, 4, 6, 8], abs=0.001)

@@ -708,8 +708,8 @@ def test_phone_clips_stand_upright(videos, degrees, shape):
 def test_damaged_real_files(videos, warnings):
     video = open_video(videos / "corrupted_decord.mp4", size=32)
     seconds = [second for batch in video for second in batch.timestamps]
-    assert seconds == video.timestamps[: len(seconds)]
-    assert 2.4 < seconds[-1] < 2.8
+    # The picture at 3.0 s is broken; that at 3.2 s was decoded before it, and no key frame follows.
+    assert seconds == [second for second in video.timestamps if second <= 3.2 and second != 3.0]
     assert f"{len(seconds)} of {video.num_frames}" in warnings.pop()
 
     video = open_video(videos / "derived/truncated_moov_front.mp4", size=32)
