@@ -3,6 +3,7 @@
 The shared clips are 64 x 64 and carry their number in two rows of eight bars, as the clips that are made here do.
 """
 
+import struct
 from fractions import Fraction
 
 import av
@@ -11,6 +12,7 @@ import pytest
 from h264_fields import DELIMITER, fields
 from sampled import open_video
 from videoxl import video_decoding_videoxl as vd
+from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
@@ -27,7 +29,7 @@ def field(test_data):
 @pytest.fixture(autouse=True)
 def warnings(monkeypatch):
     said = []
-    for logger in (vp.logger, vd.logger):
+    for logger in (vp.logger, vd.logger, vi.logger):
         monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
         monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
     return said
@@ -228,3 +230,82 @@ def test_flags_that_lie(tmp_path, codec, name, every):
     numbers, seconds, _ = read(tmp_path / name, max_num_frames=100, sample_fps=0.5, max_sample_fps=None)
     assert numbers == [0, 50, 100, 150, 200]
     assert seconds == pytest.approx([0, 2, 4, 6, 8], abs=0.001)
+
+
+# --- edit lists of several parts
+
+
+def edit(path, edits, long_boxes=False):
+    """Gives the video track of an MP4 an edit list: (seconds or None, seconds that it lasts, speed) each."""
+    data = path.read_bytes()
+    places, start = [], 0
+    for name in (b"moov", b"trak"):
+        while data[start + 4 : start + 8] != name:
+            start += int.from_bytes(data[start : start + 4], "big")
+        places.append(start)
+        start += 8
+    movie = int.from_bytes(data[data.index(b"mvhd") + 16 : data.index(b"mvhd") + 20], "big")
+    media = int.from_bytes(data[data.index(b"mdhd") + 16 : data.index(b"mdhd") + 20], "big")
+    layout = ">QqI" if long_boxes else ">IiI"
+    entries = b"".join(
+        struct.pack(layout, round(long * movie), -1 if at is None else round(at * media), round(speed * 65536))
+        for at, long, speed in edits
+    )
+    inner = struct.pack(">I4sB3xI", len(entries) + 16, b"elst", long_boxes, len(edits)) + entries
+    box = struct.pack(">I4s", len(inner) + 8, b"edts") + inner
+    old = data.index(b"edts") - 4
+    size = int.from_bytes(data[old : old + 4], "big")
+    for place in places:
+        grown = int.from_bytes(data[place : place + 4], "big") + len(box) - size
+        data = data[:place] + grown.to_bytes(4, "big") + data[place + 4 :]
+    path.write_bytes(data[:old] + box + data[old + size :])
+
+
+PARTS = {
+    "the middle cut out": ([(0, 1, 1), (2, 1, 1)], [*range(25), *range(50, 75)]),
+    "turned round": ([(3, 0.4, 1), (2, 0.4, 1), (1, 0.4, 1)], [*range(75, 85), *range(50, 60), *range(25, 35)]),
+    "between key frames": ([(0.52, 0.2, 1), (2.2, 0.2, 1)], [*range(13, 18), *range(55, 60)]),
+    "repeated": ([(1, 0.4, 1)] * 4, [*range(25, 35)] * 4),
+    "a gap in front": ([(None, 1, 1), (0, 0.4, 1), (2, 0.4, 1)], [*range(10), *range(50, 60)]),
+    "a gap between": ([(0, 0.4, 1), (None, 1, 1), (2, 0.4, 1)], [*range(10), *range(50, 60)]),
+    "a gap behind": ([(0, 0.4, 1), (2, 0.4, 1), (None, 1, 1)], [*range(10), *range(50, 60)]),
+    "held, then twice as fast": ([(1, 1, 0), (2, 0.4, 2)], [25, *range(50, 70)]),
+    "beyond the end": ([(3.6, 1, 1), (7, 1, 1), (0, 0.4, 1)], [*range(90, 100), *range(10)]),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("b_frames", [0, 2])
+@pytest.mark.parametrize("long_boxes", [False, True])
+def test_edit_lists_of_several_parts(tmp_path, warnings, kind, b_frames, long_boxes):
+    edits, expected = PARTS[kind]
+    edit(write(tmp_path / "a.mp4", 100, b_frames=b_frames, keys=25), edits, long_boxes)
+    shift = 2 / 25 if b_frames else 0  # the second of the track at which its first picture is shown
+    edit(tmp_path / "a.mp4", [(None if at is None else at + shift, *rest) for at, *rest in edits], long_boxes)
+    numbers, seconds, duration = read(tmp_path / "a.mp4")
+    assert numbers == expected
+    times, clock, end = [], 0, 0
+    for at, long, speed in edits:
+        if at is not None and at < 4:
+            count = (
+                1
+                if speed == 0
+                else len([place for place in range(100) if at <= place / 25 < at + long * speed - 1e-6])
+            )
+            times += [clock + (place / 25 / speed if speed else 0) for place in range(count)]
+            end = clock + long
+        clock += long
+    assert seconds == pytest.approx([second - times[0] for second in times], abs=0.003)
+    assert duration == pytest.approx(end - times[0], abs=0.003)
+    assert not warnings
+    sampled, _, _ = read(tmp_path / "a.mp4", max_num_frames=5, sample_fps=None)
+    assert set(sampled) <= set(expected)
+
+
+@pytest.mark.parametrize(("name", "first"), [("two_segments.mp4", 50), ("same_segment_twice.mp4", 0)])
+def test_shared_edit_lists(field, warnings, name, first):
+    numbers, seconds, duration = read(field / name)
+    assert numbers == [*range(first, first + 25), *range(25)]
+    assert seconds == pytest.approx(np.arange(50) / 25, abs=0.001)
+    assert duration == pytest.approx(2.0)
+    assert not warnings

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sampled import open_video, sample_frame_indices, sample_frame_times
 from videoxl import video_decoding_videoxl as vd
+from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 
 # Opens a program in a process of its own; its arguments are the repository root and a video.
@@ -87,7 +88,7 @@ def read(source, size=96, **settings_):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    for logger in (vp.logger, vd.logger):
+    for logger in (vp.logger, vd.logger, vi.logger):
         monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
         monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
     return said
