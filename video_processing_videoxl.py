@@ -28,7 +28,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count
-from .image_processing_videoxl import reading_image
+from .image_processing_videoxl import reading_image, to_rgb
 from .video_decoding_videoxl import BACKENDS, ChosenFrames, VideoDecodeError, open_path
 
 __all__ = ["FrameBatch", "VideoDecodeError", "VideoFrames", "normalize_frames", "open_video", "resize_frames"]
@@ -141,7 +141,7 @@ def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.nda
         pixels = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame
         if isinstance(pixels, Image.Image):
             with reading_image(f"frame {number} {getattr(frame, 'filename', '')}".rstrip()):
-                pixels = pixels.convert("RGB")
+                pixels = to_rgb(pixels)
         yield np.array(pixels), second  # a copy: torch refuses negative strides and warns of read-only memory
 
 

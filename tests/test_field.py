@@ -9,11 +9,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 from h264_fields import DELIMITER, fields
+from PIL import Image
 from sampled import open_video
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
+from videoxl.image_processing_videoxl import load_image
 
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
 
@@ -309,3 +312,70 @@ def test_shared_edit_lists(field, warnings, name, first):
     assert seconds == pytest.approx(np.arange(50) / 25, abs=0.001)
     assert duration == pytest.approx(2.0)
     assert not warnings
+
+
+# --- grey of more than 8 bits
+
+
+RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
+GREY = {
+    "16 bits": (RAMP * 65535).round().astype(np.uint16),
+    "12 bits of 32": (RAMP * 65535).astype(np.int32),
+    "32 bits": (RAMP * (2**31 - 1)).astype(np.int32),
+    "32 bits with a sign": ((RAMP - 0.5) * (2**31 - 1)).astype(np.int32),
+    "floats": RAMP.astype(np.float32),
+    "floats of levels": (RAMP * 255).astype(np.float32),
+    "large floats": (RAMP * 1e6).astype(np.float32),
+    "floats with a sign": (RAMP * 2 - 1).astype(np.float32),
+}
+
+
+def assert_ramp(image, expected=RAMP * 255):
+    levels = np.array(image)
+    assert levels.shape == (*expected.shape, 3)
+    assert np.abs(levels.astype(float) - expected[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_grey_of_more_than_8_bits(tmp_path, kind):
+    levels = GREY[kind]
+    image = Image.fromarray(levels)
+    image.save(tmp_path / "a.tiff")
+    tensor = torch.from_numpy(levels.astype(np.int32) if levels.dtype == np.uint16 else levels)
+    for source in (image, levels, tensor, tmp_path / "a.tiff"):
+        assert_ramp(load_image(source))
+    if levels.dtype == np.uint16:
+        image.save(tmp_path / "a.png")
+        assert_ramp(load_image(tmp_path / "a.png"))
+        assert_ramp(load_image(np.stack([levels] * 3, -1)))
+    with open_video([image, image], size=64, timestamps=[0, 1]) as video:
+        frames = next(iter(video)).frames
+    assert np.abs(frames[0, 0, 0].numpy() - RAMP[0] * 255).max() <= 4
+
+
+def test_unsigned_grey_of_32_bits(tmp_path):
+    levels = (RAMP * (2**32 - 1)).astype(np.uint32)
+    Image.frombuffer("I", (64, 4), levels.tobytes(), "raw", "I", 0, 1).save(tmp_path / "a.tiff")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, sign) for sign in (2, 1))
+    data = (tmp_path / "a.tiff").read_bytes()
+    assert signed in data
+    (tmp_path / "a.tiff").write_bytes(data.replace(signed, unsigned))
+    assert_ramp(load_image(tmp_path / "a.tiff"))
+    assert_ramp(load_image(levels))
+
+
+def test_shared_grey(field):
+    assert_ramp(load_image(field / "grey16.png"), RAMP[:1].repeat(64, 0) * 255)
+
+
+def test_plain_images_stay_what_they_are():
+    for mode, color in (
+        ("L", 9),
+        ("LA", (9, 128)),
+        ("1", 1),
+        ("P", 3),
+        ("RGBA", (1, 2, 3, 4)),
+        ("CMYK", (1, 2, 3, 4)),
+    ):
+        image = Image.new(mode, (3, 2), color)
+        assert np.array_equal(np.array(load_image(image)), np.array(image.convert("RGB")))
