@@ -132,7 +132,8 @@ def test_what_is_no_image(tmp_path):
         (tmp_path / "none.png", FileNotFoundError, "no such image"),
         ("https://example.org/a.png", ValueError, "only local files"),
         ("data:image/png;base64,AAAA", ValueError, "only local files"),
-        (np.zeros((4, 4, 3), np.float32), ValueError, "uint8"),
+        (np.zeros((4, 4, 2), np.float32), ValueError, "uint8"),
+        (np.zeros((4, 4, 3), np.complex64), ValueError, "uint8"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "pixels"),
         (7, ValueError, "an image must be"),
     ):

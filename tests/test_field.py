@@ -1,0 +1,381 @@
+"""Kinds of files that users have reported to other tools: every kind of damage and oddity, and its neighbours.
+
+The shared clips are 64 x 64 and carry their number in two rows of eight bars, as the clips that are made here do.
+"""
+
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from h264_fields import DELIMITER, fields
+from PIL import Image
+from sampled import open_video
+from videoxl import video_decoding_videoxl as vd
+from videoxl import video_index_videoxl as vi
+from videoxl import video_processing_videoxl as vp
+from videoxl.image_processing_videoxl import load_image
+
+EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
+
+
+PIXELS = {"qtrle": "rgb24", "rpza": "rgb555le", "svq1": "yuv410p", "mjpeg": "yuvj420p"}
+
+
+@pytest.fixture
+def field(test_data):
+    return test_data / "data" / "field"
+
+
+@pytest.fixture(autouse=True)
+def warnings(monkeypatch):
+    said = []
+    for logger in (vp.logger, vd.logger, vi.logger):
+        monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
+        monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
+    return said
+
+
+def bars(number):
+    """uint8 [64, 64]: the upper row of bars is the low byte of a number, the lowest bit at the left."""
+    bits = np.array([number >> bit & 1 for bit in range(16)], np.uint8).reshape(2, 8)
+    return (bits * 200 + 25).repeat(32, 0).repeat(8, 1)
+
+
+def number_in(frame):
+    size = frame.shape[-1]
+    rows, columns = [size // 4, 3 * size // 4], [(2 * bar + 1) * size // 16 for bar in range(8)]
+    bits = (frame[0][rows][:, columns] > 127).flatten().tolist()
+    return sum(bit << place for place, bit in enumerate(bits))
+
+
+def read(path, **options):
+    """(numbers, seconds, duration) of every picture."""
+    with open_video(str(path), size=64, **(options or EVERY_FRAME)) as video:
+        batches = list(video)
+    numbers = [number_in(frame) for batch in batches for frame in batch.frames]
+    return numbers, [second for batch in batches for second in batch.timestamps], video.duration
+
+
+def write(
+    path, count=100, codec="libx264", rate=25, container=None, options=None, b_frames=2, keys=12, settings=None, flag=0
+):
+    with av.open(str(path), "w", format=container, options=options or {}) as output:
+        stream = output.add_stream(codec, rate=rate, options=settings or {})
+        stream.width = stream.height = 64
+        stream.pix_fmt = {"qtrle": "rgb24", "rpza": "rgb555le", "svq1": "yuv410p", "mjpeg": "yuvj420p"}.get(
+            codec, "yuv420p"
+        )
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size = b_frames, keys
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(bars(number), format="gray8")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            for packet in stream.encode(frame):
+                packet.is_keyframe = packet.is_keyframe or (flag > 0 and number % flag == 0)
+                output.mux(packet)
+        output.mux(stream.encode())
+    return path
+
+
+# --- pictures without a time
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg1video", "mpeg2video", "mpeg4"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+@pytest.mark.parametrize("container", ["vob", "mpeg"])
+def test_pictures_of_programme_streams(tmp_path, warnings, codec, b_frames, container):
+    """A pack of 2 kB holds dozens of small pictures and the time of one."""
+    numbers, seconds, duration = read(write(tmp_path / "a.mpg", 100, codec, container=container, b_frames=b_frames))
+    assert numbers == list(range(100))
+    assert seconds == pytest.approx(np.arange(100) / 25, abs=0.003)
+    assert duration == pytest.approx(4.0, abs=0.1)
+    assert not warnings
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+@pytest.mark.parametrize("pictures", [2, 3, 5])
+def test_several_pictures_in_one_packet_of_a_transport_stream(tmp_path, warnings, b_frames, pictures):
+    write(tmp_path / "a.mp4", 100, b_frames=b_frames)
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "a.ts"), "w") as output:
+        filtered = av.BitStreamFilterContext("h264_mp4toannexb", source.streams.video[0])
+        stream = output.add_mux_stream("h264", rate=25, width=64, height=64)
+        parts = [part for packet in source.demux(video=0) for part in filtered.filter(packet if packet.size else None)]
+        for first in range(0, len(parts), pictures):
+            packet = av.Packet(b"".join(DELIMITER + bytes(part) for part in parts[first : first + pictures]))
+            packet.stream, packet.time_base = stream, parts[first].time_base
+            packet.pts, packet.dts = parts[first].pts, parts[first].dts
+            packet.is_keyframe = parts[first].is_keyframe
+            output.mux(packet)
+    numbers, seconds, _ = read(tmp_path / "a.ts")
+    assert numbers == list(range(100))
+    assert seconds == pytest.approx(np.arange(100) / 25, abs=0.003)
+    assert not warnings
+
+
+@pytest.mark.parametrize("container", ["mpegts", "vob", "h264"])
+@pytest.mark.parametrize("times", ["of pictures", "of fields"])
+def test_fields_are_no_pictures(tmp_path, container, times):
+    path = tmp_path / "a"
+    pairs = list(fields(30, bars))
+    if container == "h264":
+        path.write_bytes(b"".join(b"".join(pair) for pair in pairs))
+    else:
+        with av.open(str(path), "w", format=container) as output:
+            stream = output.add_mux_stream("h264", rate=25, width=64, height=64)
+            for number, (first, second) in enumerate(pairs):
+                parts = (DELIMITER + first, second) if times == "of fields" else (DELIMITER + first + second,)
+                for later, data in enumerate(parts):
+                    packet = av.Packet(data)
+                    packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 50), number % 12 == 0
+                    packet.pts = packet.dts = 2 * number + later
+                    output.mux(packet)
+    numbers, seconds, duration = read(path)
+    assert numbers == list(range(30))
+    assert seconds == pytest.approx(np.arange(30) / 25, abs=0.001)
+    assert duration == pytest.approx(1.2, abs=0.05)
+
+
+# --- damage between two key frames
+
+
+def spoil(path, packet, length=40):
+    """Overwrites bytes of one packet, counted in the order of the file; which packets are key frames."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [part for part in container.demux(video=0) if part.size]
+    part = bytes(packets[packet])
+    place = data.index(part, packets[packet].pos or 0)
+    length = min(length, len(part) - 6)
+    data[place + 6 : place + 6 + length] = b"\xff" * length
+    path.write_bytes(data)
+    return [number for number, part in enumerate(packets) if part.is_keyframe]
+
+
+QUIET = {
+    "libsvtav1": {"svtav1-params": "keyint=20:lp=1"},
+    "libx265": {"x265-params": "keyint=20:min-keyint=20:no-open-gop=1:log-level=0:pools=none"},
+}
+DAMAGED = {
+    "a.mp4": "libx264",
+    "a.mkv": "libx264",
+    "b.mp4": "mpeg4",
+    "a.avi": "mpeg4",
+    "c.mp4": "libx265",
+    "a.webm": "libvpx-vp9",
+    "b.webm": "libvpx",
+    "b.mkv": "libsvtav1",
+    "a.mov": "mjpeg",
+    "a.flv": "flv",
+    "c.mkv": "ffv1",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("place", [0, 20, 49, 52, 60, 118])
+def test_only_pictures_up_to_the_next_key_frame_are_lost(tmp_path, name, place):
+    codec = DAMAGED[name]
+    b_frames = 0 if codec in ("mpeg4", "flv", "mjpeg") else 2
+    write(tmp_path / name, 120, codec, b_frames=b_frames, keys=20, settings=QUIET.get(codec))
+    intact = read(tmp_path / name)
+    assert intact[0] == list(range(120))
+    keys = spoil(tmp_path / name, place)
+    numbers, seconds, duration = read(tmp_path / name)
+    assert duration == intact[2]
+    pairs = dict(zip(seconds, numbers, strict=True))
+    # A spoiled key frame may take the pictures with it that wait in the decoder.
+    last = max(key for key in keys if key <= place)
+    damaged = range(last - 2 * (last == place), min((key for key in keys if key > place), default=120))
+    wrong = [number for number, second in zip(*intact[:2], strict=True) if pairs.get(second, number) != number]
+    missing = [number for number, second in zip(*intact[:2], strict=True) if second not in pairs]
+    assert set(wrong + missing) <= set(damaged), (wrong, missing)
+    assert set(pairs) <= set(intact[1])
+
+
+def test_a_spoiled_picture(field, warnings):
+    numbers, seconds, _ = read(field / "spoiled.mp4")
+    assert set(range(600)) - set(numbers) <= set(range(150, 160))
+    assert seconds == pytest.approx([number / 10 for number in numbers])
+    assert len(warnings) == 1
+    assert "Missing: second 15.00 to 15.90." in warnings[0]
+    numbers, seconds, _ = read(field / "spoiled.mp4", max_num_frames=600, sample_fps=1, max_sample_fps=None)
+    assert len(numbers) >= 59
+    assert numbers[-1] == 590
+    assert seconds == pytest.approx([number / 10 for number in numbers])
+    assert len(warnings) == 2
+
+
+# --- every picture flagged as a key frame
+
+
+def test_a_missing_sync_table(field, warnings):
+    for name in ("allsync_mpeg4.mp4", "allsync_h264.mp4"):
+        numbers, seconds, _ = read(field / name, max_num_frames=100, sample_fps=0.5, max_sample_fps=None)
+        assert numbers == [0, 50, 100, 150, 200]
+        assert seconds == [0, 2, 4, 6, 8]
+    assert not warnings
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        *(("a.mov", codec) for codec in ("mpeg4", "svq1", "mpeg2video", "libx265", "mjpeg")),
+        *(("a.mkv", codec) for codec in ("msmpeg4", "mpeg4", "libvpx", "snow")),
+        *(("a.mov", codec) for codec in ("qtrle", "rpza")),
+    ],
+)
+def test_flags_that_lie(tmp_path, codec, name, every):
+    if codec in ("qtrle", "rpza") and every > 1:
+        pytest.skip("nothing in these packets says which of them stand alone")
+    write(tmp_path / name, 250, codec, b_frames=0, keys=1000, settings=QUIET.get(codec), flag=every)
+    numbers, seconds, _ = read(tmp_path / name, max_num_frames=100, sample_fps=0.5, max_sample_fps=None)
+    assert numbers == [0, 50, 100, 150, 200]
+    assert seconds == pytest.approx([0, 2, 4, 6, 8], abs=0.001)
+
+
+# --- edit lists of several parts
+
+
+def edit(path, edits, long_boxes=False):
+    """Gives the video track of an MP4 an edit list: (seconds or None, seconds that it lasts, speed) each."""
+    data = path.read_bytes()
+    places, start = [], 0
+    for name in (b"moov", b"trak"):
+        while data[start + 4 : start + 8] != name:
+            start += int.from_bytes(data[start : start + 4], "big")
+        places.append(start)
+        start += 8
+    movie = int.from_bytes(data[data.index(b"mvhd") + 16 : data.index(b"mvhd") + 20], "big")
+    media = int.from_bytes(data[data.index(b"mdhd") + 16 : data.index(b"mdhd") + 20], "big")
+    layout = ">QqI" if long_boxes else ">IiI"
+    entries = b"".join(
+        struct.pack(layout, round(long * movie), -1 if at is None else round(at * media), round(speed * 65536))
+        for at, long, speed in edits
+    )
+    inner = struct.pack(">I4sB3xI", len(entries) + 16, b"elst", long_boxes, len(edits)) + entries
+    box = struct.pack(">I4s", len(inner) + 8, b"edts") + inner
+    old = data.index(b"edts") - 4
+    size = int.from_bytes(data[old : old + 4], "big")
+    for place in places:
+        grown = int.from_bytes(data[place : place + 4], "big") + len(box) - size
+        data = data[:place] + grown.to_bytes(4, "big") + data[place + 4 :]
+    path.write_bytes(data[:old] + box + data[old + size :])
+
+
+PARTS = {
+    "the middle cut out": ([(0, 1, 1), (2, 1, 1)], [*range(25), *range(50, 75)]),
+    "turned round": ([(3, 0.4, 1), (2, 0.4, 1), (1, 0.4, 1)], [*range(75, 85), *range(50, 60), *range(25, 35)]),
+    "between key frames": ([(0.52, 0.2, 1), (2.2, 0.2, 1)], [*range(13, 18), *range(55, 60)]),
+    "repeated": ([(1, 0.4, 1)] * 4, [*range(25, 35)] * 4),
+    "a gap in front": ([(None, 1, 1), (0, 0.4, 1), (2, 0.4, 1)], [*range(10), *range(50, 60)]),
+    "a gap between": ([(0, 0.4, 1), (None, 1, 1), (2, 0.4, 1)], [*range(10), *range(50, 60)]),
+    "a gap behind": ([(0, 0.4, 1), (2, 0.4, 1), (None, 1, 1)], [*range(10), *range(50, 60)]),
+    "held, then twice as fast": ([(1, 1, 0), (2, 0.4, 2)], [25, *range(50, 70)]),
+    "beyond the end": ([(3.6, 1, 1), (7, 1, 1), (0, 0.4, 1)], [*range(90, 100), *range(10)]),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("b_frames", [0, 2])
+@pytest.mark.parametrize("long_boxes", [False, True])
+def test_edit_lists_of_several_parts(tmp_path, warnings, kind, b_frames, long_boxes):
+    edits, expected = PARTS[kind]
+    edit(write(tmp_path / "a.mp4", 100, b_frames=b_frames, keys=25), edits, long_boxes)
+    shift = 2 / 25 if b_frames else 0  # the second of the track at which its first picture is shown
+    edit(tmp_path / "a.mp4", [(None if at is None else at + shift, *rest) for at, *rest in edits], long_boxes)
+    numbers, seconds, duration = read(tmp_path / "a.mp4")
+    assert numbers == expected
+    times, clock, end = [], 0, 0
+    for at, long, speed in edits:
+        if at is not None and at < 4:
+            count = (
+                1
+                if speed == 0
+                else len([place for place in range(100) if at <= place / 25 < at + long * speed - 1e-6])
+            )
+            times += [clock + (place / 25 / speed if speed else 0) for place in range(count)]
+            end = clock + long
+        clock += long
+    assert seconds == pytest.approx([second - times[0] for second in times], abs=0.003)
+    assert duration == pytest.approx(end - times[0], abs=0.003)
+    assert not warnings
+    sampled, _, _ = read(tmp_path / "a.mp4", max_num_frames=5, sample_fps=None)
+    assert set(sampled) <= set(expected)
+
+
+@pytest.mark.parametrize(("name", "first"), [("two_segments.mp4", 50), ("same_segment_twice.mp4", 0)])
+def test_shared_edit_lists(field, warnings, name, first):
+    numbers, seconds, duration = read(field / name)
+    assert numbers == [*range(first, first + 25), *range(25)]
+    assert seconds == pytest.approx(np.arange(50) / 25, abs=0.001)
+    assert duration == pytest.approx(2.0)
+    assert not warnings
+
+
+# --- grey of more than 8 bits
+
+
+RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
+GREY = {
+    "16 bits": (RAMP * 65535).round().astype(np.uint16),
+    "12 bits of 32": (RAMP * 65535).astype(np.int32),
+    "32 bits": (RAMP * (2**31 - 1)).astype(np.int32),
+    "32 bits with a sign": ((RAMP - 0.5) * (2**31 - 1)).astype(np.int32),
+    "floats": RAMP.astype(np.float32),
+    "floats of levels": (RAMP * 255).astype(np.float32),
+    "large floats": (RAMP * 1e6).astype(np.float32),
+    "floats with a sign": (RAMP * 2 - 1).astype(np.float32),
+}
+
+
+def assert_ramp(image, expected=RAMP * 255):
+    levels = np.array(image)
+    assert levels.shape == (*expected.shape, 3)
+    assert np.abs(levels.astype(float) - expected[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_grey_of_more_than_8_bits(tmp_path, kind):
+    levels = GREY[kind]
+    image = Image.fromarray(levels)
+    image.save(tmp_path / "a.tiff")
+    tensor = torch.from_numpy(levels.astype(np.int32) if levels.dtype == np.uint16 else levels)
+    for source in (image, levels, tensor, tmp_path / "a.tiff"):
+        assert_ramp(load_image(source))
+    if levels.dtype == np.uint16:
+        image.save(tmp_path / "a.png")
+        assert_ramp(load_image(tmp_path / "a.png"))
+        assert_ramp(load_image(np.stack([levels] * 3, -1)))
+    with open_video([image, image], size=64, timestamps=[0, 1]) as video:
+        frames = next(iter(video)).frames
+    assert np.abs(frames[0, 0, 0].numpy() - RAMP[0] * 255).max() <= 4
+
+
+def test_unsigned_grey_of_32_bits(tmp_path):
+    levels = (RAMP * (2**32 - 1)).astype(np.uint32)
+    Image.frombuffer("I", (64, 4), levels.tobytes(), "raw", "I", 0, 1).save(tmp_path / "a.tiff")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, sign) for sign in (2, 1))
+    data = (tmp_path / "a.tiff").read_bytes()
+    assert signed in data
+    (tmp_path / "a.tiff").write_bytes(data.replace(signed, unsigned))
+    assert_ramp(load_image(tmp_path / "a.tiff"))
+    assert_ramp(load_image(levels))
+
+
+def test_shared_grey(field):
+    assert_ramp(load_image(field / "grey16.png"), RAMP[:1].repeat(64, 0) * 255)
+
+
+def test_plain_images_stay_what_they_are():
+    for mode, color in (
+        ("L", 9),
+        ("LA", (9, 128)),
+        ("1", 1),
+        ("P", 3),
+        ("RGBA", (1, 2, 3, 4)),
+        ("CMYK", (1, 2, 3, 4)),
+    ):
+        image = Image.new(mode, (3, 2), color)
+        assert np.array_equal(np.array(load_image(image)), np.array(image.convert("RGB")))

@@ -1,0 +1,479 @@
+"""What the packets of a video file tell, decoding none: its frames, when they are shown, where decoding can begin.
+
+What is surprising:
+* The times of all frames come from reading the packets (some 200,000 a second): the index inside an MP4 holds decoding
+  times, that inside a Matroska file only keyframes, so neither replaces it.
+* Nothing is ever fetched from a network, and a file never leads to another one: FFmpeg's formats that open further
+  files (playlists, descriptions of streams, numbered series) are not on the list of those that are read, whatever a
+  file is called.
+* An edit list of several parts is read here: FFmpeg repeats packets for it, at times that may occur twice.
+
+Shapes: F frames of the source.
+"""
+
+import os
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import av
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Frames. A seek empties the decoder's pipeline (up to 16 frames in flight), so it must skip more than that to pay.
+_SEEK_SAVES_FRAMES = 16
+# Seconds. Decoding times that fall back further than muxer noise are a second recording glued to the first.
+_TIME_JUMP = 1.0
+# Pictures. How many are commonly decoded behind one that is shown later.
+_REORDERED = 4
+# Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
+_TIME_SLACK = 0.5
+# Seconds. Edit lists count in other ticks than the pictures; what is closer than this is meant to be equal.
+_EDIT_SLACK = 2e-3
+# What an honest file stays far below: boxes of an MP4 at one level, pictures that an edit list shows.
+_MOST_BOXES, _MOST_PICTURES = 100_000, 10_000_000
+# How often to try behind a place of a file that cannot be read, before the rest counts as lost.
+_READ_TRIES = 8
+# Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
+_SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm"}
+# What FFmpeg may take a file for, by its names: containers, streams of pictures, formats of games, single pictures and
+# sound (which is told apart later). All of them read that one file only. Left out are those that open others (hls,
+# dash, concat, sdp, rtsp, imf, mlv, vobsub, webm_dash_manifest, …), devices, and text that is drawn.
+_FORMATS = """
+mov mp4 matroska webm avi mpeg mpegts mpegtsraw flv live_flv kux asf asf_o ogg gif mxf gxf nut nuv nsv rm ivr swf wtv
+ty dv dhav ivf avs lxf lvf pva pmp pdv mtv r3d cine ser usm xmv vividas vivo mods moflex mgsts lmlm4 ingenient
+simbiosis_imx
+h261 h263 h264 hevc vvc evc apv m4v mpegvideo mpjpeg mjpeg mjpeg_2000 smjpeg av1 obu vc1 vc1test dirac dnxhd cavsvideo
+avs2 avs3 v210 v210x rawvideo yuv4mpegpipe ipu ipmovie
+3dostr 4xm alp anm argo_brp argo_cvg bethsoftvid bfi bink bmv c93 cdg cdxl dcstr derf dfa dsicin dxa ea film_cpk
+filmstrip flic frm gdv hnm hxvs idcin iff ifv iv8 jv mm msp mv mvi mxg nc paf psxstr rl2 roq rpl sdr2 sga siff smk
+smush sol thp tiertexseq tmv txd vmd wc3movie xa yop
+apng bmp_pipe cri_pipe dds_pipe dpx_pipe exr_pipe fits gem_pipe gif_pipe hdr_pipe ico j2k_pipe jpeg_pipe jpegls_pipe
+jpegxl_anim jpegxl_pipe jpegxs_pipe pam_pipe pbm_pipe pcx_pipe pfm_pipe pgm_pipe pgmyuv_pipe pgx_pipe phm_pipe
+photocd_pipe pictor_pipe png_pipe ppm_pipe psd_pipe qdraw_pipe qoi_pipe sgi_pipe sunrast_pipe tiff_pipe vbn_pipe webp
+webp_pipe xbm_pipe xpm_pipe xwd_pipe
+aa aac aax ac3 ac4 adx aiff amr amrnb amrwb ape au caf dsf dts dtshd eac3 flac gsm iamf loas mp3 mpc mpc8 oma qcp shn
+spdif tak truehd mlp tta voc vqf w64 wav wv xwma
+"""
+# A file of a series by its name. "none" (see `_open`) keeps it from being a pattern; planes alone lie in three files.
+SERIES_FORMAT, _PLANE_SUFFIX = "image2", ".y"
+# How texts begin that name other files or streams, in small letters; FFmpeg may see others in them under other names.
+PLAYLISTS = {
+    b"#extm3u": "an HLS or M3U playlist",
+    b"ffconcat": "a list of files (ffconcat)",
+    b"v=0": "a description of streams (SDP)",
+    b"[playlist]": "a playlist",
+    b"[reference]": "a playlist",
+    b"<mpd": "a DASH manifest",
+    b"<smoothstreamingmedia": "a manifest of streams",
+    b"<asx": "a playlist",
+    b"<smil": "a playlist",
+}
+_HEAD_BYTES = 4096  # read of a file to tell a playlist
+
+
+class VideoDecodeError(ValueError):
+    """A video that cannot be read; the message names the file, what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """What the packets of a file tell about its F displayed frames, in display order."""
+
+    keys: list[int]  # presentation time in ticks; the running number where the container stores none
+    times: list[float]  # seconds from the first displayed frame
+    start: float  # the second of the first frame by the container's clock
+    keyframes: list[int]  # positions in `keys` to which a seek leads; none where the file is to be read in order
+    duration: float  # seconds until the last frame ends
+    rate: float | None
+    numbered: bool
+    damage: str | None  # what is wrong with the file, if the packets show it
+    guessed: frozenset[int] = frozenset()  # positions whose times are laid between those that the file stores
+    # Of an edit list's parts, whose pictures `times` lists: the position of the first there, and in `keys`.
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def stretches(self, wanted: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+        """Splits what is wanted by parts.
+
+        Returns:
+            Of each part how far `times` is ahead of `keys`, its first position in `keys`, and those wanted of `keys`.
+        """
+        if not self.parts:
+            return [(0, 0, list(wanted))]
+        starts = [shown for shown, _ in self.parts]
+        grouped: dict[int, list[int]] = {}
+        for shown in wanted:
+            grouped.setdefault(bisect_right(starts, shown) - 1, []).append(shown)
+        stretches = []
+        for part, places in grouped.items():
+            start, first = self.parts[part]
+            stretches.append((start - first, first, [place - start + first for place in places]))
+        return stretches
+
+    def place_of(self, key: int | None, last: int) -> int | None:
+        """The position of a decoded frame behind that at `last`; None for one that is not displayed."""
+        if key is None:
+            return last + 1 if last + 1 in self.guessed else None
+        place = bisect_right(self.keys, key) - 1
+        return place if place >= 0 and self.keys[place] == key else None
+
+    def runs(self, wanted: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Splits increasing positions into runs to decode in one go, each with the keyframe to seek to, if any."""
+        runs: list[tuple[int | None, list[int]]] = [(None, [])]
+        last = -1
+        for place in wanted:
+            before = bisect_right(self.keyframes, place) - 1
+            if before >= 0 and self.keyframes[before] - last > _SEEK_SAVES_FRAMES:
+                runs.append((self.keyframes[before], []))
+            runs[-1][1].append(place)
+            last = place
+        return runs
+
+
+def open_file(path: str, *, whole: bool = False) -> Any:
+    """Opens a local file as a container.
+
+    Args:
+        path: Of the file.
+        whole: Give all pictures of an MP4, as if it had no edit list.
+    """
+    # `file:` keeps FFmpeg from reading "a:b.mp4" as a protocol, and the list of formats, which holds before a format
+    # reads anything, from opening other files. References of MOV to other files are off by default and stay so.
+    # Metadata of old phones is not always UTF-8.
+    formats = _FORMATS.split()
+    if not path.lower().endswith(_PLANE_SUFFIX):
+        formats.append(SERIES_FORMAT)
+    options = {
+        "format_whitelist": ",".join(formats),
+        "protocol_whitelist": "file",
+        "pattern_type": "none",
+        "enable_drefs": "0",
+        "use_absolute_path": "0",
+        "ignore_editlist": "1" if whole else "0",
+    }
+    return av.open(f"file:{os.path.abspath(path)}", metadata_errors="ignore", options=options)
+
+
+def _refuse_playlist(path: str) -> None:
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith(b"<"):  # XML may begin with comments and the like
+        found = next((kind for mark, kind in PLAYLISTS.items() if mark.startswith(b"<") and mark in head), None)
+    else:
+        found = next((kind for mark, kind in PLAYLISTS.items() if head.startswith(mark)), None)
+    if found is not None:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, found {found}. It names other files, and those are not opened for it. "
+            "Give the video file itself, or make one: ffmpeg -i FILE -c copy video.mp4"
+        )
+
+
+def open_container(path: str) -> Any:
+    """Opens what is a video by its first bytes, and says what else it is."""
+    try:
+        _refuse_playlist(path)
+        return open_file(path)
+    except av.ArgumentError as error:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, but FFmpeg takes it for a format that is not read here, such as one that "
+            "names other files. Give the video file itself, or make one: ffmpeg -i FILE -c copy video.mp4"
+        ) from error
+    except (av.FFmpegError, OSError) as error:
+        raise VideoDecodeError(
+            f"{path}: expected a video file, but FFmpeg cannot open it ({error.strerror}). It may be no video, or cut "
+            "off before its index was written: record or copy it again."
+        ) from error
+
+
+def video_stream(container: Any, path: str) -> Any:
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise VideoDecodeError(f"{path}: expected a video stream, found only other streams. Is this an audio file?")
+    if stream.codec_context is None:
+        raise VideoDecodeError(
+            f"{path}: this FFmpeg has no decoder for its video stream. Re-encode it, e.g. to H.264."
+        )
+    return stream
+
+
+@dataclass
+class _Packets:
+    """What reading the packets of a stream found."""
+
+    shown: list  # (presentation time, decoding time, duration) in ticks
+    keyframes: list  # presentation times
+    intact: int = 0
+    damage: str | None = None
+
+
+def read_index(path: str) -> VideoIndex:
+    """Reads the packets of the video stream, decoding none.
+
+    Raises:
+        VideoDecodeError: A file that is no video, or of which nothing can be shown.
+    """
+    with open_container(path) as container:
+        stream = video_stream(container, path)
+        edits = _read_edits(path, stream.id) if "mp4" in container.format.name else []
+        if not edits:
+            return _index_of(path, container, stream)
+    with open_file(path, whole=True) as container:
+        return _apply_edits(path, _index_of(path, container, video_stream(container, path)), edits)
+
+
+def _index_of(path: str, container: Any, stream: Any) -> VideoIndex:
+    formats, packets = container.format.name, _list_packets(container, stream)
+    listed = len(getattr(stream, "index_entries", ()))  # PyAV before 17, which lmms-eval pins, has none
+    if "mp4" in formats and packets.intact < listed:
+        packets.damage = f"only {packets.intact} of its {listed} frames are in the file"
+    index = _build_index(path, stream, formats, packets)
+    if "matroska" in formats and index.damage is None:
+        # A cut Matroska file just ends.
+        announced = _announced_seconds(container, stream)
+        end = float((stream.start_time or 0) * stream.time_base) + index.duration
+        if end < announced - _TIME_SLACK:
+            index = replace(index, damage=f"it ends at second {end:.2f} of {announced:.2f}")
+    return index
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A part of an edit list."""
+
+    media: float | None  # the second of the track at which it begins; None for a gap
+    seconds: float  # how long it is shown
+    speed: float  # 0 holds one picture
+
+
+def _boxes(file: Any, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yields the kind, the start and the end of the content of the boxes that lie between two places of an MP4."""
+    for _ in range(_MOST_BOXES):
+        file.seek(start)
+        header = file.read(16)
+        if len(header) < 8 or start >= end:
+            return
+        size, kind = struct.unpack_from(">I4s", header)
+        inside = start + 8
+        if size == 1 and len(header) == 16:
+            size, inside = struct.unpack_from(">Q", header, 8)[0], start + 16
+        stop = end if size == 0 else min(start + size, end)
+        if stop < inside:
+            return
+        yield kind, inside, stop
+        start = stop
+
+
+def _box(file: Any, place: tuple[int, int], *names: bytes) -> tuple[int, int] | None:
+    """Where the content of a box in boxes lies."""
+    for name in names:
+        place = next((span for kind, *span in _boxes(file, *place) if kind == name), None)
+        if place is None:
+            return None
+    return place
+
+
+def _fields(file: Any, place: tuple[int, int], old: str, new: str) -> tuple[int, ...]:
+    """Fields at the start of a box, by its version."""
+    file.seek(place[0])
+    data = file.read(min(place[1] - place[0], 64))
+    layout = ">4x" + (new if data[:1] == b"\1" else old)
+    return struct.unpack_from(layout, data)
+
+
+def _read_edits(path: str, track: int) -> list[_Edit]:
+    """The edit list of a track of an MP4, if it has more than one part; what FFmpeg does with one part is right."""
+    with open(path, "rb") as file:
+        try:
+            movie = _box(file, (0, os.path.getsize(path)), b"moov")
+            for kind, *place in _boxes(file, *movie):
+                if kind == b"trak" and _fields(file, _box(file, place, b"tkhd"), "8xI", "16xI") == (track,):
+                    scales = (_box(file, movie, b"mvhd"), _box(file, place, b"mdia", b"mdhd"))
+                    clock, scale = (_fields(file, box, "8xI", "16xI")[0] for box in scales)
+                    entries = _edit_entries(file, *_box(file, place, b"edts", b"elst"))
+                    edits = [_Edit(None if at < 0 else at / scale, long / clock, speed) for long, at, speed in entries]
+                    return edits if sum(edit.media is not None for edit in edits) > 1 else []
+        except (TypeError, IndexError, struct.error, ZeroDivisionError):  # boxes are missing or cut off
+            pass
+    return []
+
+
+def _edit_entries(file: Any, start: int, end: int) -> list[tuple[int, int, float]]:
+    """Ticks of the movie that a part lasts, ticks of the track at which it begins, and its speed."""
+    file.seek(start)
+    data = file.read(min(end - start, 20 * _MOST_BOXES))
+    layout = struct.Struct(">Qqi" if data[0] == 1 else ">Iii")
+    count = min(struct.unpack_from(">I", data, 4)[0], (len(data) - 8) // layout.size)
+    entries = (layout.unpack_from(data, 8 + number * layout.size) for number in range(count))
+    return [(long, at, speed / 65536) for long, at, speed in entries]
+
+
+def _apply_edits(path: str, index: VideoIndex, edits: list[_Edit]) -> VideoIndex:
+    """The index of the pictures that an edit list of several parts shows, from that of all pictures of its track."""
+    media = [index.start + second for second in index.times]
+    times, parts, clock, end = [], [], 0.0, 0.0
+    for edit in edits:
+        if edit.media is not None and edit.seconds > 0 and edit.media < media[0] + index.duration:
+            # The picture that is on display where the part begins, then those that begin in it.
+            first = max(bisect_right(media, edit.media + _EDIT_SLACK) - 1, 0)
+            past = bisect_left(media, edit.media + edit.seconds * max(edit.speed, 0) - _EDIT_SLACK)
+            parts.append((len(times), first))
+            slow = 1 / edit.speed if edit.speed > 0 else 0
+            times += [clock + max(second - edit.media, 0) * slow for second in media[first : max(past, first + 1)]]
+            end = clock + edit.seconds
+        clock += edit.seconds
+        if len(times) > _MOST_PICTURES:
+            raise VideoDecodeError(
+                f"{path}: its edit list shows more than {_MOST_PICTURES:,} pictures. Re-encode what you need of it."
+            )
+    if not times:
+        return index
+    return replace(index, times=[time - times[0] for time in times], duration=end - times[0], parts=tuple(parts))
+
+
+def read_packets(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+    """Yields the packets of a stream, also those behind a place that cannot be read; says so in `problems`."""
+    idle = 0
+    while idle < _READ_TRIES:
+        known = len(problems)
+        found = yield from _demux_on(container, stream, problems)
+        if len(problems) == known:
+            return
+        idle = 0 if found else idle + 1
+
+
+def _demux_on(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+    found = False
+    try:
+        for packet in container.demux(stream):
+            found = True
+            yield packet
+    except av.FFmpegError as error:
+        problems.append(error.strerror)
+    return found
+
+
+def _list_packets(container: Any, stream: Any) -> _Packets:
+    found, latest, fields = _Packets([], []), None, SecondFields(container, stream)
+    jump = round(_TIME_JUMP / stream.time_base)
+    problems: list[str] = []
+    for packet in read_packets(container, stream, problems):
+        if packet.size == 0:
+            continue
+        if packet.is_corrupt:
+            found.damage = "a packet is cut off"
+            continue
+        found.intact += 1
+        if packet.dts is not None:
+            if latest is not None and packet.dts < latest - jump:
+                found.damage = "its clock jumps back (recordings glued together?), only the part before is read"
+                break
+            latest = packet.dts
+        if packet.is_keyframe:
+            if not found.keyframes:
+                found.shown.clear()  # nothing before the first keyframe can be decoded
+            found.keyframes.append(packet.pts)
+        if packet.is_discard:  # an edit list has them decoded but not displayed
+            continue
+        if fields.completes(packet):
+            pts, dts, duration = found.shown.pop()
+            found.shown.append((pts, dts, duration + packet.duration))
+        else:
+            found.shown.append((packet.pts, packet.dts, packet.duration or 0))
+    if problems:
+        found.damage = problems[0]
+    return found
+
+
+class SecondFields:
+    """Tells which packets hold the second field of a picture: H.264 in streams may have a packet for each field."""
+
+    def __init__(self, container: Any, stream: Any):
+        split = stream.codec_context.name == "h264" and _SEEKABLE_FORMATS.isdisjoint(container.format.name.split(","))
+        # By its parser FFmpeg gives such packets half of a picture's duration.
+        rate = stream.codec_context.framerate if split else None
+        self._half = round(1 / (2 * rate * stream.time_base)) if rate else 0
+        self._first: Any = None  # the packet of a first field, if it was the last one
+
+    def completes(self, packet: Any) -> bool:
+        first, self._first = self._first, None
+        if not self._half or packet.duration != self._half:
+            return False
+        if first is not None and (None in (first.pts, packet.pts) or abs(packet.pts - first.pts) <= self._half):
+            return True
+        self._first = packet
+        return False
+
+
+def _complete_times(shown: list, step: int) -> tuple[list[int], frozenset[int]]:
+    """The times of all pictures, in ticks, and which positions among them are not from the file.
+
+    A packet of a stream may hold several pictures and store the time of the first. The others belong into the gaps.
+
+    Args:
+        shown: As in `_Packets`, in the order of decoding.
+        step: Ticks from a picture to the next.
+    """
+    ticks = sorted({pts for pts, _, _ in shown if pts is not None})
+    stored = [place for place, (pts, _, _) in enumerate(shown) if pts is not None]
+    missing, filled = len(shown) - len(stored), []
+    if missing and step > 0:
+        before, behind = stored[0], len(shown) - 1 - stored[-1]
+        filled = [ticks[0] - step * (number + 1) for number in range(before)]
+        missing -= before
+        for tick, later in zip(ticks, ticks[1:], strict=False):
+            room = min(round((later - tick) / step) - 1, missing)
+            filled += [tick + (later - tick) * (number + 1) // (room + 1) for number in range(room)]
+            missing -= max(room, 0)
+        filled += [ticks[-1] + step * (number + 1) for number in range(min(behind + _REORDERED, missing))]
+    ticks, guessed = sorted({*ticks, *filled}), set(filled)
+    return ticks, frozenset(place for place, tick in enumerate(ticks) if tick in guessed)
+
+
+def _announced_seconds(container: Any, stream: Any) -> float:
+    """When a Matroska stream ends by its header, which knows the length of the stream, or of the longest stream."""
+    clock = stream.metadata.get("DURATION", "").split(":")
+    if clock[1:]:
+        return sum(float(part) * unit for part, unit in zip(clock, (3600, 60, 1), strict=True))
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
+
+
+def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
+    tick, rate, shown = stream.time_base, float(stream.average_rate or 0) or None, packets.shown
+    # AVI stores no presentation times (FFmpeg guesses, wrongly for reordered frames), raw streams no times at all.
+    numbered, guessed = formats == "avi" or all(pts is None for pts, _, _ in shown), frozenset()
+    if numbered:
+        durations, ticks = {}, sorted({dts for _, dts, _ in shown if dts is not None})
+        if len(ticks) < len(shown):
+            tick, ticks = 1 / (stream.average_rate or stream.guessed_rate or 25), list(range(len(shown)))
+            logger.warning(f"{path}: the file stores no times; {float(1 / tick):g} frames per second are assumed.")
+    else:
+        durations = {pts: duration for pts, _, duration in shown if pts is not None}
+        # Frames shown before the first keyframe depend on pictures that are not in the file.
+        first = packets.keyframes[0] if packets.keyframes else None
+        shown = [entry for entry in shown if None in (first, entry[0]) or entry[0] >= first]
+        lasting = sorted(duration for _, _, duration in shown)[len(shown) // 2] if shown else 0
+        ticks, guessed = _complete_times(shown, lasting or round(1 / ((rate or 25) * tick)))
+    if not ticks:
+        found = f" ({packets.damage})" if packets.damage else ""
+        raise VideoDecodeError(
+            f"{path}: expected video frames, the file has none that can be displayed{found}. If they lie in another "
+            "file, give that one."
+        )
+    times = [float((value - ticks[0]) * tick) for value in ticks]
+    last = durations.get(ticks[-1], 0) * tick or (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / (rate or 1))
+    seekable = not numbered and not _SEEKABLE_FORMATS.isdisjoint(formats.split(","))
+    places = {value: place for place, value in enumerate(ticks)} if seekable else {}
+    return VideoIndex(
+        keys=list(range(len(ticks))) if numbered else ticks,
+        times=times,
+        start=float(ticks[0] * tick),
+        keyframes=sorted({places[pts] for pts in packets.keyframes if pts in places}),
+        duration=times[-1] + float(last),
+        rate=rate,
+        numbered=numbered,
+        damage=packets.damage,
+        guessed=guessed,
+    )
