@@ -21,6 +21,8 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from .beacon_memory_videoxl import BeaconMemory
 from .bilevel_videoxl import BilevelDecoding
@@ -53,6 +55,8 @@ from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import build_vision_tower, encode_videos
+
+logger = logging.get_logger(__name__)
 
 # What members do differently, in the order in which it is asked for: see `SequencePolicy.apply`.
 POLICIES += [BeaconMemory, TokenDropping, TokenSelection]
@@ -470,7 +474,12 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
                 if call.in_force.text_only:
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
-                labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                given, labels = labels, labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                if num_items_in_batch is not None and _predicted(given) != _predicted(labels):
+                    logger.warning_once(
+                        "some labels stand where there is no loss (visual positions, or in front of what has logits), "
+                        "and the trainer counts them in what it divides the loss by: set them to -100"
+                    )
             sizes = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
         output = CausalLMOutputWithPast(
@@ -544,6 +553,11 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         return input_ids, model_kwargs
 
 
+# `Trainer` shifts the labels of its label smoothing only for models whose class stands in the first table. The second
+# is where programs look first for what a class can be asked: without it they would take ours for a model of text.
+for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
+
 # What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
 WITHOUT_EFFECT = ("tokenizer",)
 
@@ -580,6 +594,11 @@ def _holds_cache(value) -> bool:
     if isinstance(value, dict):
         value = tuple(value.values())
     return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
+
+
+def _predicted(labels) -> int:
+    """How many labels [B, L] are some position's next token."""
+    return int((labels[:, 1:] != -100).sum())
 
 
 def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:

@@ -124,7 +124,8 @@ class VideoXLTrainer(Trainer):
         logits, targets = logits[labelled].float(), targets[labelled]
         right = torch.zeros_like(labels, dtype=torch.bool)
         right[:, 1:][labels[:, 1:] != IGNORE] = logits.detach().argmax(dim=-1) == targets
-        return F.cross_entropy(logits, targets, reduction="sum"), right
+        smoothing = self.args.label_smoothing_factor
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), right
 
     # override: teacher-forced accuracy of whole answers
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
