@@ -99,7 +99,9 @@ class VideoXLTokenSelector(nn.Module):
         scores = []
         for part in _equal_parts(groups):
             rows = block[part[0][0] : part[-1][2]].to(text.device)
-            scores.append(self.condition(rows, part).float() @ wanted)
+            conditioned = self.condition(rows, part).float()
+            with torch.autocast(text.device.type, enabled=False):  # a score decides, and is added to the row
+                scores.append(conditioned @ wanted)
         scores = torch.cat(scores)
         lowest, highest = scores.aminmax()
         return (scores - lowest) / (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
