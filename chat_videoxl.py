@@ -12,6 +12,7 @@ import copy
 import os
 import sys
 from collections.abc import Iterable
+from functools import wraps
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,7 @@ from .messages_videoxl import (
     video_request,
     visual_items,
 )
-from .prefill_videoxl import InForce, prefill_text, require_context
+from .prefill_videoxl import InForce, evaluating, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
 from .video_processing_videoxl import open_video
 
@@ -47,10 +48,22 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 PROGRESS_MIN_FRAMES = 256
 
 
+def _answering(method):
+    """Without gradients, and as the model answers, whatever mode it is in."""
+
+    @wraps(method)
+    @torch.no_grad()
+    def run(self, *args, **kwargs):
+        with evaluating(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class VideoXLChatMixin:
     """`chat` and `encode_video` for a model that offers `prefill_text`, `prefill_frames` and `generate`."""
 
-    @torch.no_grad()
+    @_answering
     def encode_video(
         self,
         video_path,
@@ -105,7 +118,7 @@ class VideoXLChatMixin:
         options = {"backend": video_backend, "sampling": sampling}
         return self._encode(processor, items[0], None, prefix, options, progress, system_prompt, InForce(self.config))
 
-    @torch.no_grad()
+    @_answering
     def chat(
         self,
         video_path,
@@ -196,7 +209,7 @@ class VideoXLChatMixin:
             result.append(_chunk_facts(videos, in_force.settings.decode_chunk_groups, choices))
         return tuple(result) if len(result) > 1 else answer
 
-    @torch.no_grad()
+    @_answering
     def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
         """Answers several questions about one encoded video in one call of `generate`.
 

@@ -43,6 +43,7 @@ from .prefill_videoxl import (
     Call,
     InForce,
     PromptRow,
+    checkpointed_layers,
     continue_rows,
     extend_cache,
     positions_of,
@@ -50,6 +51,7 @@ from .prefill_videoxl import (
     require_context,
     run_without_cache,
     waits_for_question,
+    without_checkpointing,
 )
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import TokenDropping
@@ -452,19 +454,24 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         )
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            pixel_values_videos=pixel_values_videos,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            call=call,
-        )
+        checkpointed = checkpointed_layers(self.model.language_model)
+        if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
+            use_cache = False
+        has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
+        with without_checkpointing(checkpointed if has_cache else ()):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                pixel_values_videos=pixel_values_videos,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                call=call,
+            )
         kept = slice(-logits_to_keep, None) if whole else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
