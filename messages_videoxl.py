@@ -43,6 +43,7 @@ RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
+HALF_LETTER = re.compile("[\ud800-\udfff]")
 
 
 # ---------------------------------------------------------------- items
@@ -275,7 +276,7 @@ def without_sources(messages, markers) -> list[dict]:
         markers: Those of videos and images in a rendered prompt.
 
     Raises:
-        ValueError: If a text holds a marker.
+        ValueError: If a text holds a marker, or half of a letter, which no tokenizer takes.
     """
     bare = []
     for number, message in enumerate(messages):
@@ -285,6 +286,11 @@ def without_sources(messages, markers) -> list[dict]:
             raise ValueError(
                 f"message {number} has {found[0]} in its text, where only video and image items put it; "
                 "remove it and pass {'type': 'video', 'video': ...} in its place"
+            )
+        if halves := [half for text in texts for half in HALF_LETTER.findall(text)]:
+            raise ValueError(
+                f"message {number} has half of a letter in its text (\\u{ord(halves[0]):04x}, a lone surrogate): it "
+                "was cut within a letter, or decoded with surrogateescape; mend it"
             )
         if not isinstance(content, str):
             content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]
