@@ -86,20 +86,20 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     if dense_chunks is None:
         return None
     if isinstance(dense_chunks, (str, Integral)) or not hasattr(dense_chunks, "__iter__"):
-        raise ValueError(f"dense_chunks must be a list of chunk numbers, or one list per video, got {dense_chunks!r}")
+        raise ValueError(f"dense_chunks must be a list of chunk numbers, or one a video, got {dense_chunks!r:.90}")
     videos = chunks[-1].video + 1
     nested = [list(entry) if isinstance(entry, (list, tuple, range)) else entry for entry in dense_chunks]
     listed = all(isinstance(entry, list) for entry in nested) and (nested or videos > 1)
     per_video = nested if listed else [nested]
     if len(per_video) != videos:
-        raise ValueError(f"dense_chunks must be a list of {videos} lists, one per video, got {dense_chunks!r}")
+        raise ValueError(f"dense_chunks must be a list of {videos} lists, one per video, got {dense_chunks!r:.200}")
     named = []
     for video, wanted in enumerate(per_video):
         numbers = [number for number, chunk in enumerate(chunks) if chunk.video == video]
         for index in wanted:
             if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < len(numbers):
                 raise ValueError(
-                    f"dense_chunks names chunk {index!r} of video {video}, which has chunks 0 to "
+                    f"dense_chunks names chunk {index!r:.200} of video {video}, which has chunks 0 to "
                     f"{len(numbers) - 1} of decode_chunk_groups groups"
                 )
             named.append(numbers[int(index)])

@@ -344,5 +344,5 @@ def build_compressor(config) -> nn.Module:
         ValueError: If the slot has no such value.
     """
     if config.compressor_type not in COMPRESSORS:
-        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r}")
+        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r:.200}")
     return COMPRESSORS[config.compressor_type](config)

@@ -33,10 +33,19 @@ _TIME_EPSILON = 1e-6
 _MAX_RATE_DENOMINATOR = 1001
 
 
+def plain_number(value: Any) -> Any:
+    """A number of whatever kind (numpy's, fractions) as Python's own, which JSON knows; other values as they are."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, (Real, np.floating)) else value
+
+
 def check_count(name: str, value: int) -> None:
     """Raises `ValueError` unless the setting `name` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.200}.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class FrameSampler:
     def __post_init__(self):
         if self.mode not in ("fps", "dynamic_fps1", "middle") and not self.rate:
             raise ValueError(
-                f'frame_sampler must be "fps", "dynamic_fps1", "middle" or such as "fps0.5", got {self.mode!r}.'
+                f'frame_sampler must be "fps", "dynamic_fps1", "middle" or such as "fps0.5", got {self.mode!r:.200}.'
             )
         check_count("min_num_frames", self.min_num_frames)
         check_count("frame_multiple", self.frame_multiple)
@@ -105,11 +114,13 @@ class Sampling:
     read_as: str = "file"
 
     def __post_init__(self):
+        for name in ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name in ("sample_fps", "max_sample_fps"):
             value = getattr(self, name)
-            number = isinstance(value, (Real, np.floating)) and not isinstance(value, bool)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
-                raise ValueError(f"{name} must be frames per second above 0, or None, got {value!r}.")
+                raise ValueError(f"{name} must be frames per second above 0, or None, got {value!r:.200}.")
         unlimited = self.by_mode and self.sampler.mode != "middle" and isinstance(self.max_num_frames, Integral)
         if not unlimited or self.max_num_frames > 0:
             check_count("max_num_frames", self.max_num_frames)
@@ -117,9 +128,9 @@ class Sampling:
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value)):
-                raise ValueError(f"{name} must be a number of seconds, got {value!r}.")
+                raise ValueError(f"{name} must be a number of seconds, got {value!r:.200}.")
         if self.read_as not in READINGS:
-            raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {self.read_as!r}.")
+            raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {self.read_as!r:.200}.")
 
     @property
     def by_mode(self) -> bool:

@@ -75,7 +75,7 @@ def read_item(item, needs_source=True) -> dict:
         own = f" and {', '.join(OWN_KEYS[kind])}" * bool(OWN_KEYS[kind])
         raise ValueError(
             f"{'an' if kind == 'image' else 'a'} {kind} item takes one of {', '.join(SOURCE_KEYS[kind])}{own}; got "
-            f"{', '.join(map(str, given)) or 'nothing'}"
+            f"{', '.join(map(str, given)) or 'nothing':.200}"
         )
     source = given.pop(sources[0]) if sources else ""
     if isinstance(source, dict):
@@ -156,10 +156,10 @@ def read_media_dict(media_dict) -> dict:
         raise ValueError(f"media_dict must be a dict, got {media_dict!r:.100}")
     given = {name: value for name, value in (media_dict or {}).items() if value is not None}
     if unknown := sorted(set(given) - {"video_read_type", "start", "end"}):
-        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown))}")
+        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown)):.200}")
     kind = given.pop("video_read_type", "decord")
     if kind not in READ_TYPES:
-        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r}")
+        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r:.200}")
     return given | ({} if READ_TYPES[kind] == "file" else {"read_as": READ_TYPES[kind]})
 
 

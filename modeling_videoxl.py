@@ -592,8 +592,8 @@ def refuse_unknown(where: str, arguments: dict) -> None:
         if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
             held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
             raise ValueError(
-                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
-                "transformers itself passed it, use a release this code was tested with (see the README)"
+                f"{where} got an argument {name!r:.90}, which{held}. Nothing is ignored silently: leave it out, or, "
+                "if transformers itself passed it, use a release this code was tested with (see the README)"
             )
 
 

@@ -155,7 +155,7 @@ class Call:
         if len(layouts) > 1 and dense is not None:
             counts = [len(layout.videos) for layout in layouts]
             if len(dense) != sum(counts):
-                raise ValueError(f"dense_chunks must have one list for each of {sum(counts)} videos, got {dense!r}")
+                raise ValueError(f"dense_chunks must have a list for each of {sum(counts)} videos, got {dense!r:.90}")
             dense = dense[sum(counts[:row]) : sum(counts[: row + 1])]
         if required and isinstance(required[0], tuple):
             required = required[row]

@@ -131,7 +131,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             )
         if unknown := sorted(frame_settings.keys() - {*FRAME_SETTINGS}):
             raise ValueError(
-                f"the processor has no setting {', '.join(unknown)}; of frames: {', '.join(FRAME_SETTINGS)}"
+                f"the processor has no setting {', '.join(unknown):.200}; of frames: {', '.join(FRAME_SETTINGS)}"
             )
         super().__init__(tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         self.frames_config = VideoXLFramesConfig(**{**_frame_settings(frames_config), **frame_settings})
@@ -538,7 +538,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
             raise ValueError(
                 "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
-                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+                f"got {padding!r:.200}, {padding_side!r:.200}, {return_tensors!r:.200}"
             )
         if return_tensors is not None and not padded and len(set(map(len, rows))) > 1:
             raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
@@ -568,7 +568,7 @@ def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> 
         raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
     unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
     if unknown:
-        raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
+        raise ValueError(f"unknown arguments: {', '.join(unknown):.200}; the processor takes {', '.join(known)}")
     unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
     if unsupported:
         raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")

@@ -132,7 +132,7 @@ def _fill_groups(config, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
     padding = config.frame_padding
     if padding not in ("last", "random"):
-        raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
+        raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r:.200}")
     if padding == "last" or pixels.ndim == 5:
         return pixels
     return pixels[duplicated_frames(len(pixels), config.frames_per_group, config.frame_padding_seed)]
@@ -484,7 +484,7 @@ def build_vision_tower(config) -> PreTrainedModel:
     known = {**TOWERS, **VIDEO_TOWER_MODELS}
     if vision_config.model_type not in known:
         raise ValueError(
-            f"vision_config.model_type must be one of {', '.join(known)}, got {vision_config.model_type!r}"
+            f"vision_config.model_type must be one of {', '.join(known)}, got {vision_config.model_type!r:.200}"
         )
     build = VIDEO_TOWER_MODELS.get(vision_config.model_type, AutoModel.from_config)
     tower = build(vision_config)
