@@ -73,13 +73,13 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
     if dense_chunks is None:
         return None
     if isinstance(dense_chunks, (str, Integral)) or not hasattr(dense_chunks, "__iter__"):
-        raise ValueError(f"dense_chunks must be a list of chunk numbers, or one list per video, got {dense_chunks!r}")
+        raise ValueError(f"dense_chunks must be a list of chunk numbers, or one a video, got {dense_chunks!r:.90}")
     videos = chunks[-1].video + 1
     nested = [list(entry) if isinstance(entry, (list, tuple, range)) else entry for entry in dense_chunks]
     listed = all(isinstance(entry, list) for entry in nested) and (nested or videos > 1)
     per_video = nested if listed else [nested]
     if len(per_video) != videos:
-        raise ValueError(f"dense_chunks must be a list of {videos} lists, one per video, got {dense_chunks!r}")
+        raise ValueError(f"dense_chunks must be a list of {videos} lists, one per video, got {dense_chunks!r:.200}")
     named = []
     for video, wanted in enumerate(per_video):
         numbers = [number for number, chunk in enumerate(chunks) if chunk.video == video]

@@ -304,5 +304,5 @@ COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis, "none": nn.Identity, "tome":
 def build_compressor(config) -> nn.Module:
     """The compressor that `config.compressor_type` names; ValueError if there is none."""
     if config.compressor_type not in COMPRESSORS:
-        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r}")
+        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r:.200}")
     return COMPRESSORS[config.compressor_type](config)

@@ -197,11 +197,11 @@ class Settings:
     def __post_init__(self):
         for name, known in (("prefill", PREFILL_MODES), ("decode", DECODE_MODES), ("offload", (True, False))):
             if getattr(self, name) not in known or type(getattr(self, name)) is not type(known[0]):
-                raise ValueError(f"sparse_attention.{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"sparse_attention.{name} must be one of {known}, got {getattr(self, name)!r:.200}")
         for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r}")
+                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r:.200}")
 
     @property
     def plan(self) -> dict:
@@ -222,7 +222,9 @@ class VideoXLSparseAttentionConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name, getattr(Settings, name)) for name in self.fields}
         known = kwargs and {*PreTrainedConfig().to_dict(), "model_type", "transformers_version", "attn_implementation"}
         if unknown := sorted(key for key in kwargs if key not in known and not key.startswith("_")):
-            raise ValueError(f"sparse_attention has no field {', '.join(unknown)}; it has {', '.join(self.fields)}")
+            raise ValueError(
+                f"sparse_attention has no field {', '.join(unknown):.200}; it has {', '.join(self.fields)}"
+            )
         Settings(**given)  # raises
         super().__init__(**kwargs)
         for name, value in given.items():
@@ -291,7 +293,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         self.llm_compress_layer_list = list(self.llm_compress_layer_list or ())
         self.llm_image_token_ratio_list = list(self.llm_image_token_ratio_list or ())
         if self.token_selector not in TOKEN_SELECTORS:
-            raise ValueError(f"token_selector must be one of {TOKEN_SELECTORS}, got {self.token_selector!r}")
+            raise ValueError(f"token_selector must be one of {TOKEN_SELECTORS}, got {self.token_selector!r:.200}")
         # Settings of `frames_config` that come by themselves are set here, so they win over it.
         super().__post_init__(**kwargs)
 
@@ -302,7 +304,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             value = own(**(value or {}))
         elif name == "sparse_attention" and not hasattr(value, "prefill"):
             fields = ", ".join(VideoXLSparseAttentionConfig.fields)
-            raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r}")
+            raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r:.200}")
         super().__setattr__(name, value)
 
     @property
@@ -398,14 +400,14 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             )
         kind, layers, ratios = self.llm_compress_type, self.llm_compress_layer_list, self.llm_image_token_ratio_list
         if kind not in LLM_COMPRESS_TYPES:
-            raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r}")
+            raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r:.200}")
         # Behind the last layer only a uniform stage does no harm (and nothing else).
         most = self.text_config.num_hidden_layers - (kind != "uniform")
         numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
         if not numbers or not layers or sorted({*layers}) != list(layers) or not 1 <= layers[0] <= layers[-1] <= most:
             raise ValueError(
                 f"llm_compress_layer_list must be ascending numbers of layers from 1 to {most}, behind which "
-                f"{kind!r} drops visual tokens, got {layers!r}"
+                f"{kind!r:.200} drops visual tokens, got {layers!r:.200}"
             )
         numbers = isinstance(ratios, (list, tuple)) and all(type(ratio) in (int, float) for ratio in ratios)
         shares = list(ratios) if numbers else []
@@ -414,7 +416,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         if not falling or len(shares) <= len(layers):
             raise ValueError(
                 f"llm_image_token_ratio_list must be {len(layers) + 1} shares from 1 down to 0, one before and one "
-                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r}"
+                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r:.200}"
             )
         return {"type": kind, "layers": list(layers), "ratios": shares[: len(layers) + 1]}
 
@@ -440,7 +442,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             return random.Random(self.keep_seed).uniform(*RANDOM_KEEP_RATIO)
         ratio = self.keep_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-            raise ValueError(f"keep_ratio must be a number above 0 and at most 1, got {ratio!r}")
+            raise ValueError(f"keep_ratio must be a number above 0 and at most 1, got {ratio!r:.200}")
         return ratio
 
     def resolve_vision_chunk_frames(self) -> int:
@@ -450,7 +452,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             published = (getattr(self, "prefill_config", None) or {}).get("chunk_size_for_vision_tower")
             frames = frames if published is None else published
         if not isinstance(frames, int) or frames < 1:
-            raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r}")
+            raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r:.200}")
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
 
 

@@ -31,10 +31,19 @@ _TIME_EPSILON = 1e-6  # seconds; absorbs float rounding when a wanted time falls
 _MAX_RATE_DENOMINATOR = 1001  # the largest one tried for a rate that is a simple fraction: that of the NTSC rates
 
 
+def plain_number(value: Any) -> Any:
+    """A number of whatever kind (numpy's, fractions) as Python's own, which JSON knows; other values as they are."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, (Real, np.floating)) else value
+
+
 def check_count(name: str, value: int) -> None:
     """Raises `ValueError` unless the setting `name` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.200}.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class Sampling:
     read_as: str = "file"  # what the path leads to, one of `READINGS`
 
     def __post_init__(self):
+        for name in ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name in ("sample_fps", "max_sample_fps", "start", "end"):
             value, is_rate = getattr(self, name), name.endswith("fps")
             number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -93,7 +104,7 @@ class Sampling:
         if not unlimited or self.max_num_frames > 0:
             check_count("max_num_frames", self.max_num_frames)
         if self.read_as not in READINGS:
-            raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {self.read_as!r}.")
+            raise ValueError(f"read_as must be one of {', '.join(READINGS)}, got {self.read_as!r:.200}.")
 
     @property
     def by_mode(self) -> bool:

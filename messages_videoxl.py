@@ -44,6 +44,7 @@ RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
+HALF_LETTER = re.compile("[\ud800-\udfff]")
 
 
 def read_item(item, needs_source=True) -> dict:
@@ -135,10 +136,10 @@ def read_media_dict(media_dict) -> dict:
         raise ValueError(f"media_dict must be a dict, got {media_dict!r:.100}")
     given = {name: value for name, value in (media_dict or {}).items() if value is not None}
     if unknown := sorted(set(given) - {"video_read_type", "start", "end"}):
-        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown))}")
+        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown)):.200}")
     kind = given.pop("video_read_type", "decord")
     if kind not in READ_TYPES:
-        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r}")
+        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r:.200}")
     return given | ({} if READ_TYPES[kind] == "file" else {"read_as": READ_TYPES[kind]})
 
 
@@ -222,7 +223,7 @@ def read_messages(messages, name="message", needs_source=True) -> list[dict]:
 
 
 def without_sources(messages, markers) -> list[dict]:
-    """What the chat template sees of messages: texts, none of which may hold a marker, and the types of the rest."""
+    """What the template sees of messages: texts, none with a marker or half a letter, and the types of the rest."""
     bare = []
     for number, message in enumerate(messages):
         content = message["content"]
@@ -231,6 +232,11 @@ def without_sources(messages, markers) -> list[dict]:
             raise ValueError(
                 f"message {number} has {found[0]} in its text, where only video and image items put it; "
                 "remove it and pass {'type': 'video', 'video': ...} in its place"
+            )
+        if halves := [half for text in texts for half in HALF_LETTER.findall(text)]:
+            raise ValueError(
+                f"message {number} has half of a letter in its text (\\u{ord(halves[0]):04x}, a lone surrogate): it "
+                "was cut within a letter, or decoded with surrogateescape; mend it"
             )
         if not isinstance(content, str):
             content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]

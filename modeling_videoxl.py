@@ -21,6 +21,8 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from .beacon_memory_videoxl import BeaconMemory
 from .bilevel_videoxl import BilevelDecoding
@@ -41,6 +43,7 @@ from .prefill_videoxl import (
     Call,
     InForce,
     PromptRow,
+    checkpointed_layers,
     continue_rows,
     extend_cache,
     positions_of,
@@ -48,11 +51,14 @@ from .prefill_videoxl import (
     require_context,
     run_without_cache,
     waits_for_question,
+    without_checkpointing,
 )
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import build_vision_tower, encode_videos
+
+logger = logging.get_logger(__name__)
 
 # What members do differently, in the order in which it is asked for: see `SequencePolicy.apply`.
 POLICIES += [BeaconMemory, TokenDropping, TokenSelection]
@@ -431,19 +437,24 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            pixel_values_videos=pixel_values_videos,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            call=call,
-        )
+        checkpointed = checkpointed_layers(self.model.language_model)
+        if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
+            use_cache = False
+        has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
+        with without_checkpointing(checkpointed if has_cache else ()):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                pixel_values_videos=pixel_values_videos,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                call=call,
+            )
         kept = slice(-logits_to_keep, None) if whole else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -453,7 +464,12 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
                 if call.in_force.text_only:
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
-                labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                given, labels = labels, labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                if num_items_in_batch is not None and _predicted(given) != _predicted(labels):
+                    logger.warning_once(
+                        "some labels stand where there is no loss (visual positions, or in front of what has logits), "
+                        "and the trainer counts them in what it divides the loss by: set them to -100"
+                    )
             sizes = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
         output = CausalLMOutputWithPast(
@@ -527,6 +543,11 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         return input_ids, model_kwargs
 
 
+# `Trainer` shifts the labels of its label smoothing only for models whose class stands in the first table. The second
+# is where programs look first for what a class can be asked: without it they would take ours for a model of text.
+for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
+
 # What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
 WITHOUT_EFFECT = ("tokenizer",)
 
@@ -554,8 +575,8 @@ def refuse_unknown(where: str, arguments: dict) -> None:
         if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
             held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
             raise ValueError(
-                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
-                "transformers itself passed it, use a release this code was tested with (see the README)"
+                f"{where} got an argument {name!r:.90}, which{held}. Nothing is ignored silently: leave it out, or, "
+                "if transformers itself passed it, use a release this code was tested with (see the README)"
             )
 
 
@@ -563,6 +584,11 @@ def _holds_cache(value) -> bool:
     if isinstance(value, dict):
         value = tuple(value.values())
     return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
+
+
+def _predicted(labels) -> int:
+    """How many labels [B, L] are some position's next token."""
+    return int((labels[:, 1:] != -100).sum())
 
 
 def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:

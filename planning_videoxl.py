@@ -17,6 +17,7 @@ G groups of frames; a row is one token on its way through the language model.
 import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from numbers import Integral
 
 import numpy as np
 
@@ -166,10 +167,10 @@ def plan_video(
         ("max_new_tokens", max_new_tokens, 0),
     )
     for name, value, least in counts:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if sample_fps is not None and not sample_fps > 0:
-        raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r}")
+        raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r:.200}")
     memory = None if memory is None else parse_memory(memory)
     step, times = 1 / (sample_fps or 1), None
     if video_path is not None:
@@ -345,7 +346,7 @@ def parse_memory(memory) -> int:
             return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
     elif isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < float("inf"):
         return int(memory)
-    raise ValueError(f'memory must be bytes above 0 or a string such as "24GB" or "24GiB", got {memory!r}')
+    raise ValueError(f'memory must be bytes above 0 or a string such as "24GB" or "24GiB", got {memory!r:.200}')
 
 
 def _readable(size) -> str:

@@ -12,6 +12,7 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,10 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
 from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
@@ -126,7 +131,7 @@ class Call:
         if len(layouts) > 1 and dense is not None:
             counts = [len(layout.videos) for layout in layouts]
             if len(dense) != sum(counts):
-                raise ValueError(f"dense_chunks must have one list for each of {sum(counts)} videos, got {dense!r}")
+                raise ValueError(f"dense_chunks must have a list for each of {sum(counts)} videos, got {dense!r:.90}")
             dense = dense[sum(counts[:row]) : sum(counts[: row + 1])]
         if required and isinstance(required[0], tuple):
             required = required[row]
@@ -293,6 +298,42 @@ class Decoding:
 # What members and modes add: policies in the order in which they are asked for, and ways of decoding by name.
 POLICIES: list[type[SequencePolicy]] = []
 DECODINGS: dict[str, Decoding] = {"full": Decoding()}
+
+
+@contextmanager
+def evaluating(model):
+    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def checkpointed_layers(language_model) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations would be computed again in the backward pass of what runs now."""
+    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.training and layer.gradient_checkpointing]
+
+
+@contextmanager
+def without_checkpointing(layers: list[GradientCheckpointingLayer]):
+    """Meanwhile these layers fill a cache: checkpointed they would get none, or fill it twice."""
+    if layers and torch.is_grad_enabled():
+        logger.warning_once(
+            "gradient checkpointing does not reach the language model where its activations pass through a cache "
+            "(use_cache=True, beacon memory, a token selector): they stay in memory"
+        )
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 def policy_of(config, facts: dict) -> SequencePolicy:
@@ -548,7 +589,8 @@ def prefill_text(model, cache, ids, in_force: InForce):
     if ids:
         embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))
         layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
-        extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
+        with evaluating(model):
+            extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
     return cache
 
 
@@ -566,7 +608,8 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     Returns:
         The token ids that were appended.
     """
-    tokens = model.get_video_features([pixels]).pooler_output[0]
+    with evaluating(model):
+        tokens = model.get_video_features([pixels]).pooler_output[0]
     ids, groups, position = [], [], cache.layout.length
     for group_ids in time_ids:
         visual_start = position + len(group_ids)
@@ -579,7 +622,8 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     is_visual = torch.tensor(ids, device=embeds.device) == model.config.video_token_id
     visual = tokens.to(embeds.device, embeds.dtype)
     embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
-    extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
+    with evaluating(model):
+        extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
     return ids
 
 

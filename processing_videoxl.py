@@ -455,7 +455,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
             raise ValueError(
                 "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
-                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+                f"got {padding!r:.200}, {padding_side!r:.200}, {return_tensors!r:.200}"
             )
         if return_tensors is not None and not padded and len(set(map(len, rows))) > 1:
             raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")

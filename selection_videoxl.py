@@ -65,7 +65,9 @@ class ReloadPolicy:
             *((name, self.scores or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
             if not valid:
-                raise ValueError(f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"sparse_attention.reload: {name} must be {expected}, got {getattr(self, name)!r:.90}"
+                )
 
     @property
     def scores(self) -> bool:
@@ -82,11 +84,11 @@ class ReloadPolicy:
         A method that scores gets `share=AUTO_SHARE` if none of `count`, `share` and `mass` is given.
         """
         if not isinstance(reload, str | dict):
-            raise ValueError(f"sparse_attention.reload must be a method's name or a dict of settings, got {reload!r}")
+            raise ValueError(f"sparse_attention.reload must be a method's name or a dict, got {reload!r:.90}")
         settings = {"method": reload} if isinstance(reload, str) else dict(reload)
         known = cls.__dataclass_fields__
         if unknown := [name for name in settings if name not in known]:
-            raise ValueError(f"sparse_attention.reload has no field {unknown[0]!r}; it has {', '.join(known)}")
+            raise ValueError(f"sparse_attention.reload has no field {unknown[0]!r:.200}; it has {', '.join(known)}")
         if settings.get("method", "auto") == "auto":
             settings["method"] = "probe"
         if isinstance(settings.get("layers"), list):  # as it comes back from config.json
@@ -143,7 +145,7 @@ def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=No
     assert total == len(cost.timestamps) == len(cost.dense) == len(cost.pooled), "one cost a chunk is needed"
     for chunk in (*required, *(explicit or ())):
         if not _is_number(chunk, Integral, 0, total - 1):
-            raise ValueError(f"there is no chunk {chunk!r}: the videos have {total} chunks, counted from 0")
+            raise ValueError(f"there is no chunk {chunk!r:.200}: the videos have {total} chunks, counted from 0")
     if scores is not None and len(scores) != total:
         raise ValueError(f"expected {total} scores, one for each chunk, got {len(scores)}")
     around = (None, *video_of_chunk, None)

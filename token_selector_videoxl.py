@@ -92,8 +92,12 @@ class VideoXLTokenSelector(nn.Module):
             [G * N] in float32; all 0 where they do not differ.
         """
         wanted = self.text_features(text).float().mean(dim=0)
-        rows = ((block[part[0][0] : part[-1][2]].to(text.device), part) for part in _equal_parts(groups))
-        scores = torch.cat([self.condition(*each).float() @ wanted for each in rows])
+        scores = []
+        for part in _equal_parts(groups):
+            conditioned = self.condition(block[part[0][0] : part[-1][2]].to(text.device), part).float()
+            with torch.autocast(text.device.type, enabled=False):  # a score decides, and is added to the row
+                scores.append(conditioned @ wanted)
+        scores = torch.cat(scores)
         lowest, highest = scores.aminmax()
         return (scores - lowest) / (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
 

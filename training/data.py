@@ -12,7 +12,6 @@ What is surprising:
 L sequence, F frames, T tiles, S image side.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 from videoxl import open_video
-from videoxl.shell.records import json_lines
+from videoxl.shell.records import json_lines, read_json
 
 # What the loss leaves out (PyTorch's and transformers' convention).
 IGNORE = -100
@@ -352,7 +351,7 @@ class _JsonSamples:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; json_path is relative to the mixture's folder")
         lines = path.suffix == ".jsonl"
-        records = [record for _, record in json_lines(path)] if lines else json.loads(path.read_text())
+        records = [record for _, record in json_lines(path)] if lines else read_json(path)
         if not isinstance(records, list):
             raise ValueError(f"{path}: expected a list of samples, got {type(records).__name__}")
         chosen = choose_samples(len(records), entry.get("sampling_strategy", "all"), seed)
