@@ -86,7 +86,7 @@ def explicit_chunks(dense_chunks, chunks) -> list[int] | None:
         for index in wanted:
             if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < len(numbers):
                 has = f"has chunks 0 to {len(numbers) - 1} of decode_chunk_groups groups"
-                raise ValueError(f"dense_chunks names chunk {index!r} of video {video}, which {has}")
+                raise ValueError(f"dense_chunks names chunk {index!r:.200} of video {video}, which {has}")
             named.append(numbers[int(index)])
     return sorted(set(named))
 

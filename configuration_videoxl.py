@@ -153,7 +153,7 @@ class VideoXLFramesConfig(PreTrainedConfig):
     def __setattr__(self, name, value):
         # override: a config's and a processor's own attributes end here, at construction and later
         if value not in _FRAME_VALUES.get(name, [value]):
-            raise ValueError(f"{name} must be one of {_FRAME_VALUES[name]}, got {value!r}")
+            raise ValueError(f"{name} must be one of {_FRAME_VALUES[name]}, got {value!r:.200}")
         super().__setattr__(name, list(value) if isinstance(value, tuple) else value)
 
 
@@ -167,7 +167,7 @@ class SharesFrameSettings:
     def __getattr__(self, name):
         if name in FRAME_SETTINGS:
             return getattr(self.frames_config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"{type(self).__name__!r:.200} object has no attribute {name!r:.200}")
 
     def __setattr__(self, name, value):
         if name in FRAME_SETTINGS:
@@ -346,8 +346,8 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
                 cause, remedy = "selects visual tokens by the question", ""
             raise ValueError(
                 f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
-                f"'full', no offload); got prefill={settings.prefill!r}, decode={settings.decode!r}, "
-                f"offload={settings.offload!r}: set it to {{}}{remedy}"
+                f"'full', no offload); got prefill={settings.prefill!r:.200}, decode={settings.decode!r:.200}, "
+                f"offload={settings.offload!r:.200}: set it to {{}}{remedy}"
             )
         return replace(settings, beacons=beacons, dropping=dropping)
 
@@ -372,15 +372,15 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         if ratio in (None, "none"):
             return None
         if self.beacon_window is None:
-            raise ValueError(f"this model has no beacon memory: set beacon_ratio to None, got {ratio!r}")
+            raise ValueError(f"this model has no beacon memory: set beacon_ratio to None, got {ratio!r:.200}")
         ratios = list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]
         if not ratios or not all(type(ratio) is int and ratio >= 1 for ratio in ratios):
             raise ValueError(
-                f"beacon_ratio must be a whole number of at least 1, a list of such or 'none', got {ratio!r}"
+                f"beacon_ratio must be a whole number of at least 1, a list of such or 'none', got {ratio!r:.200}"
             )
         if len(ratios) > 1 and mix not in BEACON_RATIO_MIXES:
             raise ValueError(
-                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {mix!r}; a single beacon_ratio needs none"
+                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {mix!r:.200}; one beacon_ratio needs none"
             )
         return {"window": self.beacon_window, "ratios": ratios, "mix": mix, "seed": self.beacon_seed}
 
@@ -467,7 +467,7 @@ def _host_config(value, defaults):
         return value
     model_type = value.get("model_type", defaults["model_type"])
     if model_type not in VIDEO_TOWERS and model_type not in CONFIG_MAPPING:
-        raise ValueError(f"sub-config with unknown model_type {model_type!r}")
+        raise ValueError(f"sub-config with unknown model_type {model_type!r:.200}")
     if model_type == "siglip_vision_model":
         value = {"vision_use_head": False, **value}  # no member of the family has the pooling head
     return (VIDEO_TOWERS.get(model_type) or CONFIG_MAPPING[model_type])(**value)

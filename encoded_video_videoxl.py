@@ -564,7 +564,7 @@ def _read(file, path, verify) -> tuple[dict[str, torch.Tensor], dict]:
     with safe_open(path, framework="pt", device="cpu") as content:
         metadata, blocks = content.metadata() or {}, {name: content.get_tensor(name) for name in content.offset_keys()}
     if FORMAT not in metadata and metadata.get("format") != FORMAT:
-        raise ValueError(f"a safetensors file of format {metadata.get('format')!r} instead of {FORMAT!r}")
+        raise ValueError(f"a safetensors file of format {metadata.get('format')!r:.200} instead of {FORMAT!r:.200}")
     about = json.loads(metadata[FORMAT]) if FORMAT in metadata else metadata
     if (version := str(about["layout_version"])) not in ("1", str(LAYOUT_VERSION)):
         raise ValueError(f"layout version {version} (this code reads 1 to {LAYOUT_VERSION}, newer code newer ones)")

@@ -63,7 +63,7 @@ class FrameSampler:
     def __post_init__(self):
         if self.mode not in ("fps", "dynamic_fps1", "middle") and not self.rate:
             known = '"fps", "dynamic_fps1", "middle" or such as "fps0.5"'
-            raise ValueError(f"frame_sampler must be {known}, got {self.mode!r}.")
+            raise ValueError(f"frame_sampler must be {known}, got {self.mode!r:.200}.")
         check_count("min_num_frames", self.min_num_frames)
         check_count("frame_multiple", self.frame_multiple)
 
@@ -99,7 +99,7 @@ class Sampling:
             number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not (number and (value > 0 or not is_rate)):
                 wanted = "frames per second above 0, or None" if is_rate else "a number of seconds"
-                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.200}.")
         unlimited = self.by_mode and self.sampler.mode != "middle" and isinstance(self.max_num_frames, Integral)
         if not unlimited or self.max_num_frames > 0:
             check_count("max_num_frames", self.max_num_frames)

@@ -278,7 +278,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
         if not in_force.text_only and (not use_cache or settings.prefill == "full"):
             return None
-        cause = f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r}"
+        cause = f"sparse_attention with prefill={settings.prefill!r:.200} and decode={settings.decode!r:.200}"
         remedy = "set both to 'full'"
         if in_force.policy.text_only:
             cause = "a model that compresses, selects or drops visual tokens"

@@ -168,7 +168,7 @@ def plan_video(
     )
     for name, value, least in counts:
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r:.200}")
     if sample_fps is not None and not sample_fps > 0:
         raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r:.200}")
     memory = None if memory is None else parse_memory(memory)

@@ -116,7 +116,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
                 "VideoXLProcessor needs this checkpoint's tokenizer, which has the placeholder of visual tokens "
-                f"({video_token!r}) as a special token; load it from the model's folder"
+                f"({video_token!r:.200}) as a special token; load it from the model's folder"
             )
         if unknown := sorted(frame_settings.keys() - {*FRAME_SETTINGS}):
             known = ", ".join(FRAME_SETTINGS)
@@ -149,7 +149,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         expected = (config.time_start_token_id, config.time_end_token_id)
         if ids and (ids[0], ids[-1]) != expected:
             raise ValueError(
-                f"the tokenizer is not this checkpoint's: it writes {processor.time_format!r} as {ids}, but the "
+                f"the tokenizer is not this checkpoint's: it writes {processor.time_format!r:.200} as {ids}, but the "
                 f"config's time_start_token_id and time_end_token_id are {expected}; load the tokenizer from the "
                 "model's folder"
             )

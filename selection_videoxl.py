@@ -190,7 +190,7 @@ def _choose(policy, scores, ends, total, required, explicit) -> tuple[list[int],
         limit = 0
     elif policy.scores and named < len(order):
         if scores is None:
-            raise ValueError(f"method {policy.method!r} chooses by score, but there are no scores")
+            raise ValueError(f"method {policy.method!r:.200} chooses by score, but there are no scores")
         if policy.count is not None:
             limit = policy.count
         if policy.share is not None:
@@ -234,7 +234,7 @@ class AttentionProbe:
     """
 
     def __init__(self, key_chunk, num_chunks, layers, method="probe", unrotate=None, mean_keys=None, reduce="sum"):
-        assert method in SCORERS, f"method {method!r} scores nothing"
+        assert method in SCORERS, f"method {method!r:.200} scores nothing"
         self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
         self._key_chunk, self._num_chunks, self._reduce, self._queries = key_chunk, num_chunks, reduce, {}
         self._mass = torch.zeros(len(key_chunk) if reduce == "sum" else num_chunks, dtype=torch.float32)

@@ -112,7 +112,7 @@ def _check_frames(frames: torch.Tensor) -> None:
 
 def _check_fit(fit: str) -> None:
     if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r:.200}.")
 
 
 def _check_memory_frames(source: Any) -> None:
@@ -156,7 +156,7 @@ def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fp
         seconds = [float(value) for value in timestamps]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"timestamps must be {count} numbers, the seconds of the frames; got {timestamps!r}."
+            f"timestamps must be {count} numbers, the seconds of the frames; got {timestamps!r:.200}."
         ) from error
     rising = all(later > earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
     if len(seconds) != count or not all(map(math.isfinite, seconds)) or not rising or seconds[0] < 0:
@@ -339,7 +339,7 @@ def open_video(
     check_count("batch_frames", batch_frames)
     _check_fit(fit)
     if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"Unknown backend {backend!r:.200}; expected one of {', '.join(BACKENDS)}.")
     used = {"size": int(size), "backend": backend, "exact_resize": bool(exact_resize), "fit": fit}
     settings = sampling.to_dict()
     if isinstance(source, (str, bytes, os.PathLike)):

@@ -132,7 +132,7 @@ def _fill_groups(config, pixels: torch.Tensor) -> torch.Tensor:
     if pixels.ndim == 5 and pixels.shape[1] > 1:
         return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
     if config.frame_padding not in ("last", "random"):
-        raise ValueError(f"frame_padding must be 'last' or 'random', got {config.frame_padding!r}")
+        raise ValueError(f"frame_padding must be 'last' or 'random', got {config.frame_padding!r:.200}")
     if config.frame_padding == "last" or pixels.ndim == 5:
         return pixels
     return pixels[duplicated_frames(len(pixels), config.frames_per_group, config.frame_padding_seed)]
@@ -455,7 +455,7 @@ def build_vision_tower(config) -> PreTrainedModel:
     vision_config, layer = config.vision_config, config.vision_feature_layer
     kind, known = vision_config.model_type, {**TOWERS, **CLIP_TOWERS}
     if kind not in known:
-        raise ValueError(f"vision_config.model_type must be one of {', '.join(known)}, got {kind!r}")
+        raise ValueError(f"vision_config.model_type must be one of {', '.join(known)}, got {kind!r:.200}")
     tower = CLIP_TOWERS.get(kind, AutoModel.from_config)(vision_config)
     del tower.encoder.layers[layer if layer >= 0 else vision_config.num_hidden_layers + 1 + layer :]
     return tower
