@@ -271,10 +271,9 @@ def visual_items(messages) -> list[dict]:
 
 
 def place_visual(messages, visual) -> bool:
-    """Fills a turn's video or image (an item, or None) in where JSON has lost its frames.
+    """Whether a conversation holds a turn's video or image (an item, or None, which it always holds).
 
-    Returns:
-        Whether the conversation has it now or had it before; True for None.
+    Frames from memory do not survive JSON: the one item that lost its source there takes the turn's, and so holds it.
     """
     items = visual_items(messages)
     lost = [item for item in items if isinstance(source_of(item), str) and not _path(item) and not is_encoded(item)]

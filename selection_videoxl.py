@@ -126,10 +126,10 @@ def rank(scores) -> list[int]:
 
 
 def choose_levels(policy, scores, cost, video_of_chunk, required=(), explicit=None) -> Levels:
-    """Decides the level of every chunk; what is always kept may be too much for the budget, which is a ValueError.
+    """Decides the level of every chunk.
 
-    The text and the first and last chunk of every video, dense and with timestamps, are kept in any case. A chunk that
-    keeps visual KV keeps its timestamps.
+    The text and the first and last chunk of every video, dense and with timestamps, are kept in any case; a budget
+    that is too small for that is a ValueError. A chunk that keeps visual KV keeps its timestamps.
 
     Args:
         policy: A `ReloadPolicy`.
