@@ -83,17 +83,7 @@ class EncodedVideo(str):
         return super().__new__(cls, source or "")
 
     def __init__(
-        self,
-        source,
-        *,
-        model,
-        cache,
-        input_ids,
-        sampling,
-        processor=None,
-        behind=None,
-        system_prompt=None,
-        kind="video",
+        self, source, *, model, processor, cache, input_ids, sampling, behind=None, system_prompt=None, kind="video"
     ):
         super().__init__()
         self._processor, self._model, self._witness = processor, model, Witness(model)
@@ -137,8 +127,7 @@ class EncodedVideo(str):
     def nbytes(self) -> int:
         """Bytes of the key-values, and of what waits where the question decides what runs.
 
-        What questions leave beside them (pooled key-values, what follows without a question) is not counted; `to`
-        lets go of what of it lies on another device.
+        Not counted is what questions leave beside them: pooled key-values, what follows without a question.
         """
         return self.cache.nbytes
 
@@ -155,11 +144,8 @@ class EncodedVideo(str):
     def question_cache(self, in_force: InForce | None = None) -> VideoXLCache:
         """A cache that a question may extend; of what bi-level decoding drops nothing comes to the device.
 
-        Args:
-            in_force: Settings of the call; None for those of the model's config now.
-
-        Raises:
-            ValueError: If the model's weights or active adapters have changed.
+        `in_force` holds the settings of the call, by default those of the config now. ValueError if the model's
+        weights or active adapters have changed.
         """
         self._witness.require(self._model)
         in_force = InForce(self._model.config) if in_force is None else in_force
@@ -195,8 +181,7 @@ class EncodedVideo(str):
     def continues(self, model, ids, base=None) -> bool:
         """Whether this model made it (or loaded it) behind exactly these token ids [.] and this earlier video.
 
-        Raises:
-            ValueError: If it did, and its weights or active adapters have changed.
+        ValueError if it did, and its weights or active adapters have changed.
         """
         start = self.layout.videos[-1][0].start
         same_base = self._behind is (None if base is None else base.mark)
@@ -417,7 +402,7 @@ def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None
         facts: What JSON can hold; comes back as JSON gives it (lists for tuples).
 
     Raises:
-        FileNotFoundError, OSError, ValueError: If the folder does not exist, the file cannot be written, or the path,
+        FileNotFoundError, OSError, ValueError: If there is no such folder, the file cannot be written, or the path,
             the tensors or the facts are none that a file can have.
     """
     path = os.path.realpath(os.fsdecode(path))
@@ -454,7 +439,6 @@ def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[st
     """Reads what `save_video_file` wrote, also in its layout version 1.
 
     Args:
-        path: The file.
         verify: Read the whole file once and compare its digest. False is instant at any size, and unchecked but for
             the header's form and the file's size.
         device: Where the tensors go. On "cpu" they stay backed by the file and take memory as they are read.
@@ -466,8 +450,7 @@ def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[st
         FileNotFoundError, ValueError: If there is no such file, or it is damaged, cut short, of another kind or of
             another layout version.
     """
-    path = os.fsdecode(path)
-    if os.path.isdir(path):
+    if os.path.isdir(path := os.fsdecode(path)):
         raise ValueError(f"{path} is a folder: give the file that EncodedVideo.save wrote")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no saved video {path}: check the path, or encode the video and save it there")
@@ -495,8 +478,7 @@ def source_fingerprint(path) -> dict | None:
         return None
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(str(size).encode())
-        digest.update(file.read(SOURCE_END_BYTES))
+        digest = hashlib.sha256(str(size).encode() + file.read(SOURCE_END_BYTES))
         file.seek(max(size - SOURCE_END_BYTES, 0))
         digest.update(file.read(SOURCE_END_BYTES))
     return {"size": size, "sha256": digest.hexdigest()}

@@ -92,16 +92,10 @@ class VideoPlan:
         return sum(self.stages[stage].values()) - self.weight_bytes
 
     def max_frames(self, memory) -> int:
-        """The largest number of frames such that it and every smaller number fits.
+        """The largest number of frames, at this plan's interval, such that it and every smaller number fits; maybe 0.
 
         Args:
-            memory: Bytes, or a string such as `"24GB"` (10^9) or `"24GiB"` (2^30).
-
-        Returns:
-            Frames at the interval of this plan's; 0 if not even one fits.
-
-        Raises:
-            ValueError: On memory that cannot be read.
+            memory: Bytes, or a string such as `"24GB"` (10^9) or `"24GiB"` (2^30); ValueError on another.
         """
         return self._planner.max_frames(parse_memory(memory))
 
@@ -161,12 +155,8 @@ def plan_video(
     if (num_frames is None) == (video_path is None):
         given = "neither" if num_frames is None else "both"
         raise ValueError(f"plan needs either num_frames or video_path, got {given}; give one of them")
-    counts = (
-        ("num_frames", num_frames, 1),
-        ("question_tokens", question_tokens, 1),
-        ("max_new_tokens", max_new_tokens, 0),
-    )
-    for name, value, least in counts:
+    counts = {"num_frames": (num_frames, 1), "question_tokens": (question_tokens, 1)}
+    for name, (value, least) in {**counts, "max_new_tokens": (max_new_tokens, 0)}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r:.200}")
     if sample_fps is not None and not sample_fps > 0:

@@ -100,15 +100,12 @@ class DropProgress:
         return [order[places] for places in kept]
 
     def choose(self, layout: VisualLayout, begin: int, rows: int, scores=None) -> tuple["DropProgress", torch.Tensor]:
-        """What the next stage keeps.
+        """What the next stage keeps: the state behind it, and the places of the rows that stay, ascending.
 
         Args:
             layout, begin: See `places`.
             rows: Rows that wait.
             scores: [rows] of a stage by attention.
-
-        Returns:
-            The state behind it, and the places of the rows that stay, ascending.
         """
         stage, places, choices = self.next_stage, self.places(layout, begin), []
         for own, original in zip(places, _waiting_videos(layout, begin), strict=True):
@@ -311,14 +308,10 @@ def _decode_stages(model, embeds, attention_mask, cache) -> BaseModelOutputWithP
 
 
 def _run_layers(model, rows, cache, span: range, unread=0) -> torch.Tensor:
-    """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
-
-    Args:
-        span: The layers; they hold equally many keys.
-        unread: The first so many rows are not returned.
+    """Runs rows [1, n, hidden] behind a cache of one row through layers that hold equally many keys, some at once.
 
     Returns:
-        [1, n - unread, hidden], without the final norm.
+        [1, n - unread, hidden]: without the final norm, and without the first `unread` rows.
     """
     count, kept = rows.shape[1], []
     held = cache.layers[span.start].held if span else 0

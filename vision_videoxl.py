@@ -342,19 +342,6 @@ class VideoXLClipLayer(GradientCheckpointingLayer):
         return hidden_states + self.scale2(self.mlp(self.layer_norm2(hidden_states)))
 
 
-class VideoXLClipEncoder(nn.Module):
-    """The blocks of a tower, one after the other. [B, n, C] -> the same."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList([VideoXLClipLayer(config) for _ in range(config.num_hidden_layers)])
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states
-
-
 class VideoXLFrameFormat(NamedTuple):
     """What the published quick start takes for an image processor: (height, width) of the tower's frames in pixels."""
 
@@ -371,18 +358,17 @@ class VideoXLVideoTower(PreTrainedModel):
     base_model_prefix = "vision_tower"
     main_input_name = "pixels"
     input_modalities = ("video",)
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _no_split_modules = ["VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     embeddings_class = VideoXLClipEmbeddings
 
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
-        self.encoder = VideoXLClipEncoder(config)
+        # As in transformers' towers, layers are under `encoder.layers`.
+        layers = [VideoXLClipLayer(config) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         eps = config.final_norm_eps
         self.final_norm = nn.Identity() if eps is None else nn.LayerNorm(config.hidden_size, eps=eps)
         self.post_init()
@@ -412,9 +398,10 @@ class VideoXLVideoTower(PreTrainedModel):
         return VideoXLFrameFormat((self.config.image_size, self.config.image_size))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        embedded = self.embeddings(pixels)
-        patches = pixels.shape[1] * self.config.grid_size**2
-        return self.final_norm(self.encoder(embedded)[:, -patches:])
+        hidden_states = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            hidden_states = layer(hidden_states)
+        return self.final_norm(hidden_states[:, -pixels.shape[1] * self.config.grid_size**2 :])
 
 
 class VideoXLUMT(VideoXLVideoTower):
@@ -447,11 +434,7 @@ TOWERS = {"siglip_vision_model": _siglip_features, "clip_vision_model": _clip_fe
 
 
 def build_vision_tower(config) -> PreTrainedModel:
-    """The tower that `config.vision_config` names, without the layers above `config.vision_feature_layer`.
-
-    Raises:
-        ValueError: If the slot has no such value.
-    """
+    """The tower that `config.vision_config` names, else ValueError; up to the layer `config.vision_feature_layer`."""
     vision_config, layer = config.vision_config, config.vision_feature_layer
     kind, known = vision_config.model_type, {**TOWERS, **CLIP_TOWERS}
     if kind not in known:
