@@ -3,7 +3,10 @@
 The shared clips are 64 x 64 and carry their number in two rows of eight bars, as the clips that are made here do.
 """
 
+import io
+import os
 import struct
+import types
 from fractions import Fraction
 
 import av
@@ -11,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from h264_fields import DELIMITER, fields
-from PIL import Image
+from PIL import Image, ImageOps
 from sampled import open_video
+from videoxl import image_processing_videoxl as ip
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
-from videoxl.image_processing_videoxl import load_image
+from videoxl.image_processing_videoxl import is_image, load_image
 
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
 
@@ -379,3 +383,97 @@ def test_plain_images_stay_what_they_are():
     ):
         image = Image.new(mode, (3, 2), color)
         assert np.array_equal(np.array(load_image(image)), np.array(image.convert("RGB")))
+
+
+# --- side data that PyAV has no name for; JPEG by other names
+
+
+def test_exif_in_an_avi(field, warnings):
+    with open_video(str(field / "mjpeg_exif.avi"), size=64, **EVERY_FRAME) as video:
+        batches = list(video)
+    assert [number_in(frame) & 255 for batch in batches for frame in batch.frames] == list(range(10))
+    assert [second for batch in batches for second in batch.timestamps] == pytest.approx(np.arange(10) / 10)
+    assert video.duration == pytest.approx(1.0)
+    assert not warnings
+
+
+def exif_jpeg(orientation):
+    corners = np.full((32, 64, 3), 128, np.uint8)
+    corners[:16, :32] = 255
+    corners[16:, 32:] = 0
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010F] = orientation, "camera"
+    Image.fromarray(corners).save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_pictures_with_exif_stand_upright(tmp_path, orientation):
+    data = exif_jpeg(orientation)
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB").resize((64, 64)), int)
+    with av.open(str(tmp_path / "a.avi"), "w") as output:
+        stream = output.add_mux_stream("mjpeg", rate=10, width=64, height=32)
+        for number in range(4):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 10), True
+            packet.pts = packet.dts = number
+            output.mux(packet)
+    for name in ("a.jpg", "a.mp4", "a.jfif", "a"):
+        (tmp_path / name).write_bytes(data)
+    for name, count in (("a.avi", 4), ("a.jpg", 1), ("a.mp4", 1), ("a.jfif", 1), ("a", 1)):
+        with open_video(str(tmp_path / name), size=64, **EVERY_FRAME) as video:
+            frames = next(iter(video)).frames
+        assert len(frames) == count
+        assert np.abs(frames[0].permute(1, 2, 0).numpy() - expected).mean() < 12, name
+        assert is_image(tmp_path / name) == (name != "a.avi")
+        if name != "a.avi":
+            assert np.abs(np.array(load_image(tmp_path / name).resize((64, 64)), int) - expected).mean() < 12
+
+
+def test_a_shared_jfif(field):
+    assert is_image(field / "exif.jfif")
+    bits = np.array(load_image(field / "exif.jfif").convert("L"))[16, 4::8] > 127
+    assert sum(int(bit) << place for place, bit in enumerate(bits)) == 9
+
+
+# --- photos that video readers see as tiles
+
+
+def test_contents_decide_what_is_an_image(tmp_path):
+    write(tmp_path / "video.mp4", 4)
+    os.rename(tmp_path / "video.mp4", tmp_path / "video.jpg")
+    assert not is_image(tmp_path / "video.jpg")
+    for kind in ("PNG", "WEBP", "TIFF", "JPEG", "AVIF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.mp4", kind)
+        assert is_image(tmp_path / "a.mp4"), kind
+        assert load_image(tmp_path / "a.mp4").size == (8, 8)
+    assert is_image("none.heic")
+    assert not is_image("none.mp4")
+    write(tmp_path / "a.mjpeg", 4, "mjpeg", b_frames=0)
+    assert not is_image(tmp_path / "a.mjpeg")
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "a.jpg", "a.mp4", "a.avif", "a"])
+def test_heif_is_read_whole_or_refused(tmp_path, monkeypatch, brand, name):
+    path = tmp_path / name
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100))
+    assert is_image(path)
+    monkeypatch.setattr(ip, "pillow_heif", None)
+    for reader in (load_image, lambda path: open_video(str(path), size=8)):
+        with pytest.raises(ValueError, match="pillow-heif") as caught:
+            reader(path)
+        assert str(path) in str(caught.value)
+    whole = types.SimpleNamespace(to_pillow=lambda: Image.new("RGB", (1024, 768), (9, 8, 7)))
+    monkeypatch.setattr(ip, "pillow_heif", types.SimpleNamespace(open_heif=lambda path: whole))
+    assert load_image(path).size == (1024, 768)
+    assert next(iter(open_video(str(path), size=8))).frames[0, :, 0, 0].tolist() == [9, 8, 7]
+
+
+def test_avif_is_one_picture(tmp_path):
+    for name in ("a.avif", "a.jpg", "a.mp4"):
+        Image.new("RGB", (640, 480), (200, 20, 20)).save(tmp_path / name, "AVIF")
+        assert is_image(tmp_path / name)
+        assert load_image(tmp_path / name).size == (640, 480)
+        with open_video(str(tmp_path / name), size=16) as video:
+            assert next(iter(video)).frames.shape == (1, 3, 16, 16)
