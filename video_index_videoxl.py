@@ -12,6 +12,7 @@ Shapes: F frames of the source.
 """
 
 import os
+import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,14 @@ _TIME_SLACK = 0.5
 _EDIT_SLACK = 2e-3
 # What an honest file stays far below: boxes of an MP4 at one level, pictures that an edit list shows.
 _MOST_BOXES, _MOST_PICTURES = 100_000, 10_000_000
+# By FFmpeg's format: what begins as an encrypted piece, and what as any, in transport streams (their packets of 188
+# bytes), programme streams (pictures on a DVD) and ASF (the GUID of its object about encryption; its header).
+_SCRAMBLED = {
+    "mpegts": (rb"\x47..[\x80-\xff].{184}(?=\x47)", rb"\x47.{187}(?=\x47)"),
+    "mpeg": (rb"\0\0\x01[\xe0-\xef]..[\x90-\xbf]", rb"\0\0\x01[\xe0-\xef]..[\x80-\xbf]"),
+    "asf": (rb"\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\0\xa0\xc9\x55\xfc\x6e", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+}
+_SCRAMBLED_BYTES = 1_000_000  # read to find them
 # How often to try behind a place of a file that cannot be read, before the rest counts as lost.
 _READ_TRIES = 8
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
@@ -216,6 +225,8 @@ def read_index(path: str) -> VideoIndex:
         VideoDecodeError: A file that is no video, or of which nothing can be shown.
     """
     with open_container(path) as container:
+        if _is_encrypted(path, container):
+            raise VideoDecodeError(f"{path}: expected a video, its pictures are encrypted (DRM). Give a file without.")
         stream = video_stream(container, path)
         edits = _read_edits(path, stream.id) if "mp4" in container.format.name else []
         if not edits:
@@ -298,6 +309,26 @@ def _read_edits(path: str, track: int) -> list[_Edit]:
         except (TypeError, IndexError, struct.error, ZeroDivisionError):  # boxes are missing or cut off
             pass
     return []
+
+
+def _is_encrypted(path: str, container: Any) -> bool:
+    """Whether the pictures lie in the file encrypted. FFmpeg would decode what is no picture."""
+    formats = container.format.name
+    if any("enc_key_id" in stream.metadata for stream in container.streams.video):  # Matroska
+        return True
+    with open(path, "rb") as file:
+        if "mp4" in formats:
+            movie = _box(file, (0, os.path.getsize(path)), b"moov") or (0, 0)
+            for _, *track in (box for box in _boxes(file, *movie) if box[0] == b"trak"):
+                described = _box(file, track, b"mdia", b"minf", b"stbl", b"stsd")
+                file.seek(described[0] if described else 0)
+                if described and file.read(16)[12:] in (b"encv", b"drmi"):
+                    return True
+            return False
+        marks = _SCRAMBLED.get(formats)
+        head = file.read(_SCRAMBLED_BYTES) if marks else b""
+    marked, all_of_them = (len(re.findall(mark, head, re.DOTALL)) for mark in marks or (b"x", b"x"))
+    return marked > all_of_them / 4
 
 
 def _edit_entries(file: Any, start: int, end: int) -> list[tuple[int, int, float]]:

@@ -5,6 +5,7 @@ The shared clips are 64 x 64 and carry their number in two rows of eight bars, a
 
 import io
 import os
+import re
 import struct
 import types
 from fractions import Fraction
@@ -477,3 +478,31 @@ def test_avif_is_one_picture(tmp_path):
         assert load_image(tmp_path / name).size == (640, 480)
         with open_video(str(tmp_path / name), size=16) as video:
             assert next(iter(video)).frames.shape == (1, 3, 16, 16)
+
+
+# --- encrypted files
+
+
+@pytest.mark.parametrize("flags", ["", "faststart", "frag_keyframe+empty_moov"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_encrypted_mp4(tmp_path, flags, codec):
+    options = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76a6" * 8, "encryption_kid": "a7e6" * 8}
+    write(tmp_path / "a.mp4", 30, codec, options={**options, "movflags": flags}, settings=QUIET.get(codec))
+    with pytest.raises(vp.VideoDecodeError, match=r"a\.mp4.*encrypted"):
+        open_video(str(tmp_path / "a.mp4"), size=8)
+
+
+def test_encrypted_streams(tmp_path):
+    write(tmp_path / "a.ts", 60)
+    data = bytearray((tmp_path / "a.ts").read_bytes())
+    for place in range(0, len(data), 188):
+        if (data[place + 1] & 31, data[place + 2]) == (1, 0):  # the packets of the video, id 256
+            data[place + 3] |= 0x80
+    (tmp_path / "a.ts").write_bytes(data)
+    data = bytearray(write(tmp_path / "a.vob", 60, "mpeg2video", container="vob").read_bytes())
+    for found in re.finditer(rb"\x00\x00\x01\xe0..", bytes(data), re.DOTALL):
+        data[found.end()] |= 0x10
+    (tmp_path / "a.vob").write_bytes(data)
+    for name in ("a.ts", "a.vob"):
+        with pytest.raises(vp.VideoDecodeError, match="encrypted"):
+            open_video(str(tmp_path / name), size=8)
