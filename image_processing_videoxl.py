@@ -64,18 +64,15 @@ def is_heif(path: str) -> bool:
     return _HEIF_HEADS.match(_head(path)) is not None
 
 
-def is_image(source: Any) -> bool:
-    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or a path.
+def is_image_file(path: str) -> bool:
+    """Whether a path leads to one image, not to a video.
 
     How a file begins decides, and its ending where that says nothing or there is no such file.
     """
-    if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        head, name = _head(path), path.lower()
-        if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
-            return True
-        return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
-    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
+    head, name = _head(path), path.lower()
+    if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
+        return True
+    return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
 
 
 @contextmanager
@@ -179,7 +176,7 @@ def load_image(source: Any) -> Image.Image:
 
 
 def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that keeps most of an image's pixels, of these the one with the least empty space; else the first.
+    """The grid that keeps most of an image's pixels; of several the one with the least empty space, then the first.
 
     Args:
         size: (width, height) of the image.
@@ -224,7 +221,7 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
 
 
 def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -> torch.Tensor:
-    """An image as the model takes it.
+    """Cuts an image into the tiles that the model takes.
 
     Args:
         image, size, grids: See `cut_tiles`.
@@ -244,7 +241,7 @@ def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -
 
 
 def count_tiles(tiles: torch.Tensor) -> int:
-    """T of what `tile_image` gives; copies of the overview do not count."""
+    """T, the tiles in what `tile_image` returns; copies of the overview do not count."""
     return 1 + (tiles.shape[0] - 1) * tiles.shape[1]
 
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
-from .image_processing_videoxl import is_image
+from .image_processing_videoxl import is_image_file
 
 ROLES = ("system", "user", "assistant")
 # The kinds of items that are seen.
@@ -132,6 +132,13 @@ def turn_items(visual) -> list[dict]:
         read_type = next(name for name, value in READ_TYPES.items() if value == part.pop("read_as", "file"))
         item["media_dict"] = {"video_read_type": read_type, **part}  # JSON keeps this beside the path
     return [item]
+
+
+def is_image(source) -> bool:
+    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or the path of an image."""
+    if isinstance(source, (str, os.PathLike)):
+        return is_image_file(os.fspath(source))
+    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
 def is_encoded(visual) -> bool:

@@ -1,4 +1,4 @@
-"""What a path leads to, as upright RGB frames with the seconds at which they are shown: decoders, pictures.
+"""Video files, GIFs and folders of pictures as upright RGB frames with the seconds at which they are shown.
 
 What is surprising:
 * Every frame is found by its presentation time, never by counting, because edit lists, variable rates and reordered
@@ -351,13 +351,13 @@ def open_pictures(paths: Sequence[str], seconds: Sequence[float], wanted: Sequen
 
 @dataclass(frozen=True)
 class ChosenFrames:
-    """Which frames of a source are read, and how.
+    """The chosen frames of a source, and how they are read.
 
     Attributes:
         read: Gives the frames.
-        seconds: Of the frames, as planned; some come several times.
-        start: Seconds at which the part begins that they are from.
-        duration: Seconds of that part.
+        seconds: The seconds of the frames, as planned; some come several times.
+        start: The second at which the part begins that they are from.
+        duration: The length of that part in seconds.
         damage: What is wrong with a file, if its packets show it.
     """
 
@@ -369,15 +369,15 @@ class ChosenFrames:
 
 
 def open_path(path: str, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
-    """Chooses frames of what a path leads to.
+    """Chooses frames of a video file, a GIF or a folder of pictures.
 
     Args:
-        path: Of a local file or folder.
-        sampling: What is wanted of it.
-        backend: Of a file, a name in `BACKENDS`.
+        path: A local file or folder.
+        sampling: Which frames are wanted, and what the path leads to.
+        backend: Who decodes a file, a name in `BACKENDS`.
 
     Raises:
-        FileNotFoundError, ValueError, VideoDecodeError: If there is nothing that can be read, or nothing of the part.
+        FileNotFoundError, ValueError, VideoDecodeError: If nothing can be read, or the part holds no frames.
     """
     damage = None
     if sampling.read_as == "folder":

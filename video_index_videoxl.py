@@ -181,7 +181,7 @@ def _refuse_playlist(path: str) -> None:
 
 
 def open_container(path: str) -> Any:
-    """Opens what is a video by its first bytes, and says what else it is."""
+    """Opens a video file; for another file the error says what it is."""
     try:
         _refuse_playlist(path)
         return open_file(path)
@@ -210,7 +210,7 @@ def video_stream(container: Any, path: str) -> Any:
 
 @dataclass
 class _Packets:
-    """What reading the packets of a stream found."""
+    """What the packets of a stream say."""
 
     shown: list  # (presentation time, decoding time, duration) in ticks
     keyframes: list  # presentation times
