@@ -198,8 +198,14 @@ def open_container(path: str) -> Any:
 
 
 def video_stream(container: Any, path: str) -> Any:
+    # FFmpeg prefers a cover to a film for the visually or hearing impaired.
+    films = [film for film in container.streams.video if not film.disposition & av.stream.Disposition.attached_pic]
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+    if films and stream not in films:
+        stream = max(
+            films, key=lambda film: film.codec_context.width * film.codec_context.height if film.codec_context else 0
+        )
+    if not films:
         raise VideoDecodeError(f"{path}: expected a video stream, found only other streams. Is this an audio file?")
     if stream.codec_context is None:
         raise VideoDecodeError(
@@ -242,11 +248,13 @@ def _index_of(path: str, container: Any, stream: Any) -> VideoIndex:
         packets.damage = f"only {packets.intact} of its {listed} frames are in the file"
     index = _build_index(path, stream, formats, packets)
     if "matroska" in formats and index.damage is None:
-        # A cut Matroska file just ends.
         announced = _announced_seconds(container, stream)
-        end = float((stream.start_time or 0) * stream.time_base) + index.duration
-        if end < announced - _TIME_SLACK:
-            index = replace(index, damage=f"it ends at second {end:.2f} of {announced:.2f}")
+        start = float((stream.start_time or 0) * stream.time_base)
+        if start + index.duration < announced - _TIME_SLACK:
+            if _is_cut_matroska(path):
+                index = replace(index, damage=f"it ends at second {start + index.duration:.2f} of {announced:.2f}")
+            else:  # the last picture stands until the end, as in recordings of screens
+                index = replace(index, duration=announced - start)
     return index
 
 
@@ -469,6 +477,21 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     if clock[1:]:
         return sum(float(part) * unit for part, unit in zip(clock, (3600, 60, 1), strict=True))
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
+
+
+def _is_cut_matroska(path: str) -> bool:
+    """Whether a file ends before its segment does, or does not say where that ends."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    place, size = 0, len(head)
+    for mark in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        place = head.find(mark, place) + len(mark)
+        if place < len(mark) or place >= len(head) or head[place] == 0:
+            return True
+        length = 9 - head[place].bit_length()  # leading zeros of the first byte tell how many bytes the size has
+        size = int.from_bytes(head[place : place + length], "big") ^ (1 << 7 * length)
+        place += length + (size if mark[0] == 0x1A else 0)
+    return size == (1 << 7 * length) - 1 or place + size > os.path.getsize(path)
 
 
 def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:

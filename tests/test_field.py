@@ -507,3 +507,46 @@ def test_encrypted_streams(tmp_path):
     for name in ("a.ts", "a.vob"):
         with pytest.raises(vp.VideoDecodeError, match="encrypted"):
             open_video(str(tmp_path / name), size=8)
+
+
+# --- a picture that stands until the end; films behind covers
+
+
+def test_the_last_picture_may_be_held(field, tmp_path, warnings):
+    with open_video(str(field / "held.mkv"), size=64) as video:
+        seconds = [second for batch in video for second in batch.timestamps]
+    assert video.duration == pytest.approx(30)
+    assert seconds == video.timestamps
+    assert not warnings
+    data = (field / "held.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+    list(open_video(str(tmp_path / "cut.mkv"), size=64))
+    assert "of 30.00" in warnings.pop()
+
+
+@pytest.mark.parametrize("flag", ["visual_impaired", "hearing_impaired", "comment", "dub"])
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_film_beside_a_cover(tmp_path, name, flag):
+    cover = io.BytesIO()
+    Image.new("RGB", (600, 600), (255, 0, 0)).save(cover, "JPEG")
+    write(tmp_path / "film.mp4", 20)
+    with av.open(str(tmp_path / "film.mp4")) as source, av.open(str(tmp_path / name), "w") as output:
+        packet = None
+        if name == "a.mkv":
+            output.add_attachment("cover.jpg", "image/jpeg", cover.getvalue())
+        else:
+            packet = av.Packet(cover.getvalue())
+            packet.stream = output.add_mux_stream("mjpeg", width=600, height=600)
+            packet.stream.disposition = av.stream.Disposition.attached_pic
+            packet.time_base, packet.pts, packet.dts, packet.is_keyframe = Fraction(1, 25), 0, 0, True
+        film = output.add_stream_from_template(source.streams.video[0])
+        film.disposition = av.stream.Disposition[flag]
+        if packet is not None:
+            output.mux(packet)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = film
+                output.mux(packet)
+    with av.open(str(tmp_path / name)) as container:
+        assert any(stream.disposition & av.stream.Disposition.attached_pic for stream in container.streams.video)
+    assert read(tmp_path / name)[0] == list(range(20))
