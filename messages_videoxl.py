@@ -24,10 +24,9 @@ import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
+from .image_processing_videoxl import is_image_file
 
 ROLES, VISUAL_KINDS = ("system", "user", "assistant"), ("video", "image")
-# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Where an item names its source; the first is the one that it has here.
 SOURCE_KEYS = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url"), "text": ("text",)}
 # What a video item may say of its sampling: names of `Sampling`, and transformers' and other libraries' names.
@@ -114,9 +113,9 @@ def turn_items(visual) -> list[dict]:
 
 
 def is_image(source) -> bool:
-    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
+    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or the path of an image."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
+        return is_image_file(os.fspath(source))
     return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 

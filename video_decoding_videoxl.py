@@ -1,4 +1,4 @@
-"""What a path leads to, as upright RGB frames with the seconds at which they are shown: decoders, pictures.
+"""Video files, GIFs and folders of pictures as upright RGB frames with the seconds at which they are shown.
 
 What is surprising:
 * Every frame is found by its presentation time, never by counting, because edit lists, variable rates and reordered
@@ -17,6 +17,7 @@ A new decoder is one function with the signature of `open_pyav` and one line in 
 Shapes: F frames of the source, H x W its size.
 """
 
+import math
 import os
 import re
 import struct
@@ -34,7 +35,7 @@ from av.video.frame import PictureType
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
-from .image_processing_videoxl import load_image
+from .image_processing_videoxl import is_heif, load_image
 from .video_index_videoxl import (
     SERIES_FORMAT,
     SecondFields,
@@ -77,10 +78,15 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     One for the whole file: asking a PyAV frame for its side data ties it into a reference cycle, and a hundred large
     frames would wait for the garbage collector.
     """
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
-            return a, b, c, d
+    try:
+        for data in frame.side_data:
+            if data.type.name == "DISPLAYMATRIX":
+                a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
+                return a, b, c, d
+    except ValueError:  # PyAV has no name for some kind beside it (EXIF, spatial video), and so gives none of them
+        turn = math.radians(frame.rotation)
+        a, b = round(math.cos(turn)), -round(math.sin(turn))
+        return a, b, -b, a
     return 1, 0, 0, 1
 
 
@@ -379,8 +385,13 @@ def open_path(path: str, sampling: Sampling, backend: str = "pyav") -> ChosenFra
         times = [number / rate for number in range(len(pictures))]
         choice = choose_numbered_frames(len(pictures), rate, sampling)
         duration, opener = choice.seconds, partial(open_pictures, pictures, times)
+    elif is_heif(_local_file(path)):
+        load_image(path)  # refused now, not when it is read
+        times = [0.0]
+        choice = choose_numbered_frames(1, 1.0, sampling)
+        duration, opener = choice.seconds, partial(open_pictures, [path], times)
     else:
-        index = read_index(_local_file(path))
+        index = read_index(path)
         if sampling.read_as == "gif":
             times = [float(number) for number in range(len(index.times))]
             index = replace(index, times=times, rate=1.0, duration=float(len(times)))

@@ -12,6 +12,7 @@ Shapes: F frames of the source.
 """
 
 import os
+import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,14 @@ _TIME_SLACK = 0.5
 _EDIT_SLACK = 2e-3
 # What an honest file stays far below: boxes of an MP4 at one level, pictures that an edit list shows.
 _MOST_BOXES, _MOST_PICTURES = 100_000, 10_000_000
+# By FFmpeg's format: what begins as an encrypted piece, and what as any, in transport streams (their packets of 188
+# bytes), programme streams (pictures on a DVD) and ASF (the GUID of its object about encryption; its header).
+_SCRAMBLED = {
+    "mpegts": (rb"\x47..[\x80-\xff].{184}(?=\x47)", rb"\x47.{187}(?=\x47)"),
+    "mpeg": (rb"\0\0\x01[\xe0-\xef]..[\x90-\xbf]", rb"\0\0\x01[\xe0-\xef]..[\x80-\xbf]"),
+    "asf": (rb"\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\0\xa0\xc9\x55\xfc\x6e", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+}
+_SCRAMBLED_BYTES = 1_000_000  # read to find them
 # How often to try behind a place of a file that cannot be read, before the rest counts as lost.
 _READ_TRIES = 8
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
@@ -172,7 +181,7 @@ def _refuse_playlist(path: str) -> None:
 
 
 def open_container(path: str) -> Any:
-    """Opens what is a video by its first bytes, and says what else it is."""
+    """Opens a video file; for another file the error says what it is."""
     try:
         _refuse_playlist(path)
         return open_file(path)
@@ -189,8 +198,14 @@ def open_container(path: str) -> Any:
 
 
 def video_stream(container: Any, path: str) -> Any:
+    # FFmpeg prefers a cover to a film for the visually or hearing impaired.
+    films = [film for film in container.streams.video if not film.disposition & av.stream.Disposition.attached_pic]
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+    if films and stream not in films:
+        stream = max(
+            films, key=lambda film: film.codec_context.width * film.codec_context.height if film.codec_context else 0
+        )
+    if not films:
         raise VideoDecodeError(f"{path}: expected a video stream, found only other streams. Is this an audio file?")
     if stream.codec_context is None:
         raise VideoDecodeError(
@@ -201,7 +216,7 @@ def video_stream(container: Any, path: str) -> Any:
 
 @dataclass
 class _Packets:
-    """What reading the packets of a stream found."""
+    """What the packets of a stream say."""
 
     shown: list  # (presentation time, decoding time, duration) in ticks
     keyframes: list  # presentation times
@@ -216,6 +231,8 @@ def read_index(path: str) -> VideoIndex:
         VideoDecodeError: A file that is no video, or of which nothing can be shown.
     """
     with open_container(path) as container:
+        if _is_encrypted(path, container):
+            raise VideoDecodeError(f"{path}: expected a video, its pictures are encrypted (DRM). Give a file without.")
         stream = video_stream(container, path)
         edits = _read_edits(path, stream.id) if "mp4" in container.format.name else []
         if not edits:
@@ -231,11 +248,13 @@ def _index_of(path: str, container: Any, stream: Any) -> VideoIndex:
         packets.damage = f"only {packets.intact} of its {listed} frames are in the file"
     index = _build_index(path, stream, formats, packets)
     if "matroska" in formats and index.damage is None:
-        # A cut Matroska file just ends.
         announced = _announced_seconds(container, stream)
-        end = float((stream.start_time or 0) * stream.time_base) + index.duration
-        if end < announced - _TIME_SLACK:
-            index = replace(index, damage=f"it ends at second {end:.2f} of {announced:.2f}")
+        start = float((stream.start_time or 0) * stream.time_base)
+        if start + index.duration < announced - _TIME_SLACK:
+            if _is_cut_matroska(path):
+                index = replace(index, damage=f"it ends at second {start + index.duration:.2f} of {announced:.2f}")
+            else:  # the last picture stands until the end, as in recordings of screens
+                index = replace(index, duration=announced - start)
     return index
 
 
@@ -298,6 +317,26 @@ def _read_edits(path: str, track: int) -> list[_Edit]:
         except (TypeError, IndexError, struct.error, ZeroDivisionError):  # boxes are missing or cut off
             pass
     return []
+
+
+def _is_encrypted(path: str, container: Any) -> bool:
+    """Whether the pictures lie in the file encrypted. FFmpeg would decode what is no picture."""
+    formats = container.format.name
+    if any("enc_key_id" in stream.metadata for stream in container.streams.video):  # Matroska
+        return True
+    with open(path, "rb") as file:
+        if "mp4" in formats:
+            movie = _box(file, (0, os.path.getsize(path)), b"moov") or (0, 0)
+            for _, *track in (box for box in _boxes(file, *movie) if box[0] == b"trak"):
+                described = _box(file, track, b"mdia", b"minf", b"stbl", b"stsd")
+                file.seek(described[0] if described else 0)
+                if described and file.read(16)[12:] in (b"encv", b"drmi"):
+                    return True
+            return False
+        marks = _SCRAMBLED.get(formats)
+        head = file.read(_SCRAMBLED_BYTES) if marks else b""
+    marked, all_of_them = (len(re.findall(mark, head, re.DOTALL)) for mark in marks or (b"x", b"x"))
+    return marked > all_of_them / 4
 
 
 def _edit_entries(file: Any, start: int, end: int) -> list[tuple[int, int, float]]:
@@ -438,6 +477,21 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     if clock[1:]:
         return sum(float(part) * unit for part, unit in zip(clock, (3600, 60, 1), strict=True))
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
+
+
+def _is_cut_matroska(path: str) -> bool:
+    """Whether a file ends before its segment does, or does not say where that ends."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    place, size = 0, len(head)
+    for mark in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        place = head.find(mark, place) + len(mark)
+        if place < len(mark) or place >= len(head) or head[place] == 0:
+            return True
+        length = 9 - head[place].bit_length()  # leading zeros of the first byte tell how many bytes the size has
+        size = int.from_bytes(head[place : place + length], "big") ^ (1 << 7 * length)
+        place += length + (size if mark[0] == 0x1A else 0)
+    return size == (1 << 7 * length) - 1 or place + size > os.path.getsize(path)
 
 
 def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:

@@ -3,7 +3,11 @@
 The shared clips are 64 x 64 and carry their number in two rows of eight bars, as the clips that are made here do.
 """
 
+import io
+import os
+import re
 import struct
+import types
 from fractions import Fraction
 
 import av
@@ -11,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from h264_fields import DELIMITER, fields
-from PIL import Image
+from PIL import Image, ImageOps
 from sampled import open_video
+from videoxl import image_processing_videoxl as ip
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 from videoxl.image_processing_videoxl import load_image
+from videoxl.messages_videoxl import is_image
 
 EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": None}
 
@@ -379,3 +385,168 @@ def test_plain_images_stay_what_they_are():
     ):
         image = Image.new(mode, (3, 2), color)
         assert np.array_equal(np.array(load_image(image)), np.array(image.convert("RGB")))
+
+
+# --- side data that PyAV has no name for; JPEG by other names
+
+
+def test_exif_in_an_avi(field, warnings):
+    with open_video(str(field / "mjpeg_exif.avi"), size=64, **EVERY_FRAME) as video:
+        batches = list(video)
+    assert [number_in(frame) & 255 for batch in batches for frame in batch.frames] == list(range(10))
+    assert [second for batch in batches for second in batch.timestamps] == pytest.approx(np.arange(10) / 10)
+    assert video.duration == pytest.approx(1.0)
+    assert not warnings
+
+
+def exif_jpeg(orientation):
+    corners = np.full((32, 64, 3), 128, np.uint8)
+    corners[:16, :32] = 255
+    corners[16:, 32:] = 0
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010F] = orientation, "camera"
+    Image.fromarray(corners).save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_pictures_with_exif_stand_upright(tmp_path, orientation):
+    data = exif_jpeg(orientation)
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB").resize((64, 64)), int)
+    with av.open(str(tmp_path / "a.avi"), "w") as output:
+        stream = output.add_mux_stream("mjpeg", rate=10, width=64, height=32)
+        for number in range(4):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 10), True
+            packet.pts = packet.dts = number
+            output.mux(packet)
+    for name in ("a.jpg", "a.mp4", "a.jfif", "a"):
+        (tmp_path / name).write_bytes(data)
+    for name, count in (("a.avi", 4), ("a.jpg", 1), ("a.mp4", 1), ("a.jfif", 1), ("a", 1)):
+        with open_video(str(tmp_path / name), size=64, **EVERY_FRAME) as video:
+            frames = next(iter(video)).frames
+        assert len(frames) == count
+        assert np.abs(frames[0].permute(1, 2, 0).numpy() - expected).mean() < 12, name
+        assert is_image(tmp_path / name) == (name != "a.avi")
+        if name != "a.avi":
+            assert np.abs(np.array(load_image(tmp_path / name).resize((64, 64)), int) - expected).mean() < 12
+
+
+def test_a_shared_jfif(field):
+    assert is_image(field / "exif.jfif")
+    bits = np.array(load_image(field / "exif.jfif").convert("L"))[16, 4::8] > 127
+    assert sum(int(bit) << place for place, bit in enumerate(bits)) == 9
+
+
+# --- photos that video readers see as tiles
+
+
+def test_contents_decide_what_is_an_image(tmp_path):
+    write(tmp_path / "video.mp4", 4)
+    os.rename(tmp_path / "video.mp4", tmp_path / "video.jpg")
+    assert not is_image(tmp_path / "video.jpg")
+    for kind in ("PNG", "WEBP", "TIFF", "JPEG", "AVIF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.mp4", kind)
+        assert is_image(tmp_path / "a.mp4"), kind
+        assert load_image(tmp_path / "a.mp4").size == (8, 8)
+    assert is_image("none.heic")
+    assert not is_image("none.mp4")
+    write(tmp_path / "a.mjpeg", 4, "mjpeg", b_frames=0)
+    assert not is_image(tmp_path / "a.mjpeg")
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "a.jpg", "a.mp4", "a.avif", "a"])
+def test_heif_is_read_whole_or_refused(tmp_path, monkeypatch, brand, name):
+    path = tmp_path / name
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100))
+    assert is_image(path)
+    monkeypatch.setattr(ip, "pillow_heif", None)
+    for reader in (load_image, lambda path: open_video(str(path), size=8)):
+        with pytest.raises(ValueError, match="pillow-heif") as caught:
+            reader(path)
+        assert str(path) in str(caught.value)
+    whole = types.SimpleNamespace(to_pillow=lambda: Image.new("RGB", (1024, 768), (9, 8, 7)))
+    monkeypatch.setattr(ip, "pillow_heif", types.SimpleNamespace(open_heif=lambda path: whole))
+    assert load_image(path).size == (1024, 768)
+    assert next(iter(open_video(str(path), size=8))).frames[0, :, 0, 0].tolist() == [9, 8, 7]
+
+
+def test_avif_is_one_picture(tmp_path):
+    for name in ("a.avif", "a.jpg", "a.mp4"):
+        Image.new("RGB", (640, 480), (200, 20, 20)).save(tmp_path / name, "AVIF")
+        assert is_image(tmp_path / name)
+        assert load_image(tmp_path / name).size == (640, 480)
+        with open_video(str(tmp_path / name), size=16) as video:
+            assert next(iter(video)).frames.shape == (1, 3, 16, 16)
+
+
+# --- encrypted files
+
+
+@pytest.mark.parametrize("flags", ["faststart", "frag_keyframe+empty_moov"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_encrypted_mp4(tmp_path, flags, codec):
+    options = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76a6" * 8, "encryption_kid": "a7e6" * 8}
+    write(tmp_path / "a.mp4", 30, codec, options={**options, "movflags": flags}, settings=QUIET.get(codec))
+    with pytest.raises(vp.VideoDecodeError, match=r"a\.mp4.*encrypted"):
+        open_video(str(tmp_path / "a.mp4"), size=8)
+
+
+def test_encrypted_streams(tmp_path):
+    write(tmp_path / "a.ts", 60)
+    data = bytearray((tmp_path / "a.ts").read_bytes())
+    for place in range(0, len(data), 188):
+        if (data[place + 1] & 31, data[place + 2]) == (1, 0):  # the packets of the video, id 256
+            data[place + 3] |= 0x80
+    (tmp_path / "a.ts").write_bytes(data)
+    data = bytearray(write(tmp_path / "a.vob", 60, "mpeg2video", container="vob").read_bytes())
+    for found in re.finditer(rb"\x00\x00\x01\xe0..", bytes(data), re.DOTALL):
+        data[found.end()] |= 0x10
+    (tmp_path / "a.vob").write_bytes(data)
+    for name in ("a.ts", "a.vob"):
+        with pytest.raises(vp.VideoDecodeError, match="encrypted"):
+            open_video(str(tmp_path / name), size=8)
+
+
+# --- a picture that stands until the end; films behind covers
+
+
+def test_the_last_picture_may_be_held(field, tmp_path, warnings):
+    with open_video(str(field / "held.mkv"), size=64) as video:
+        seconds = [second for batch in video for second in batch.timestamps]
+    assert video.duration == pytest.approx(30)
+    assert seconds == video.timestamps
+    assert not warnings
+    data = (field / "held.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+    list(open_video(str(tmp_path / "cut.mkv"), size=64))
+    assert "of 30.00" in warnings.pop()
+
+
+@pytest.mark.parametrize("flag", ["visual_impaired", "hearing_impaired", "comment", "dub"])
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_film_beside_a_cover(tmp_path, name, flag):
+    cover = io.BytesIO()
+    Image.new("RGB", (600, 600), (255, 0, 0)).save(cover, "JPEG")
+    write(tmp_path / "film.mp4", 20)
+    with av.open(str(tmp_path / "film.mp4")) as source, av.open(str(tmp_path / name), "w") as output:
+        packet = None
+        if name == "a.mkv":
+            output.add_attachment("cover.jpg", "image/jpeg", cover.getvalue())
+        else:
+            packet = av.Packet(cover.getvalue())
+            packet.stream = output.add_mux_stream("mjpeg", width=600, height=600)
+            packet.stream.disposition = av.stream.Disposition.attached_pic
+            packet.time_base, packet.pts, packet.dts, packet.is_keyframe = Fraction(1, 25), 0, 0, True
+        film = output.add_stream_from_template(source.streams.video[0])
+        film.disposition = av.stream.Disposition[flag]
+        if packet is not None:
+            output.mux(packet)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = film
+                output.mux(packet)
+    with av.open(str(tmp_path / name)) as container:
+        assert any(stream.disposition & av.stream.Disposition.attached_pic for stream in container.streams.video)
+    assert read(tmp_path / name)[0] == list(range(20))
