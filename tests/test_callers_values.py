@@ -185,3 +185,30 @@ def test_no_message_is_as_long_as_what_was_passed(model, tokenizer, processor, c
     assert len(messages) > 0.8 * len(calls)
     for message in messages:
         assert len(message) < 1000, message[:300]
+
+
+@pytest.mark.ties
+def test_keys_without_a_value_are_absent(model, tokenizer, processor, clips):
+    """The `datasets` library gives every item the keys of all others."""
+    empty = {
+        "text": None,
+        "video": None,
+        "image": None,
+        "path": None,
+        "fps": None,
+        "timestamps": None,
+        "max_pixels": None,
+    }
+    plain = [{"type": "video", "video": clips[0]}, {"type": "text", "text": "What moves?"}]
+    rows = [empty | item for item in plain]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "num_frames": 4}
+    one, other = (processor.apply_chat_template([{"role": "user", "content": each, "name": None}], **options)
+                  for each in (plain, rows))  # fmt: skip
+    assert one["input_ids"] == other["input_ids"]
+    assert all(map(torch.equal, one["pixel_values_videos"], other["pixel_values_videos"]))
+    settings = {"generation_config": {"max_new_tokens": 2}, "return_history": False, "max_num_frames": 4}
+    assert model.chat(rows[:1], tokenizer, "What?", **settings) == model.chat(
+        plain[:1], tokenizer, "What?", **settings
+    )
+    history = [{"role": "user", "content": rows}, {"role": "assistant", "content": "A card.", "tool_calls": None}]
+    assert isinstance(model.chat(None, tokenizer, "And then?", history, **settings), str)
