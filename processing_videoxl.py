@@ -401,7 +401,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
         if unknown := sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY):
             known = ", ".join(self._argument_names)
-            raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {known}")
+            raise ValueError(f"unknown arguments: {', '.join(unknown):.200}; the processor takes {known}")
         if unsupported := [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]:
             raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")
 
