@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from .encoded_video_videoxl import EncodedVideo
 from .frame_sampling_videoxl import SAMPLING_FIELDS, plain_number
+from .library_videoxl import evaluating
 from .messages_videoxl import (
     VISUAL_KINDS,
     chunks_at,
@@ -45,7 +46,7 @@ from .messages_videoxl import (
     video_request,
     visual_items,
 )
-from .prefill_videoxl import InForce, evaluating, prefill_text, require_context
+from .prefill_videoxl import InForce, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
 from .video_processing_videoxl import open_video
 

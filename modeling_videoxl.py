@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
@@ -34,7 +33,16 @@ from .compressor_videoxl import (
     build_compressor,
 )
 from .configuration_videoxl import VideoXLConfig
-from .kv_cache import CACHE_NAME, CACHE_NAMES, VideoXLCache
+from .kv_cache import VideoXLCache
+from .library_videoxl import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    checkpointed_layers,
+    given_cache,
+    refuse_unknown,
+    require_whole_past,
+    without_checkpointing,
+)
 from .planning_videoxl import plan_video
 from .prefill_videoxl import (
     DECODINGS,
@@ -43,7 +51,6 @@ from .prefill_videoxl import (
     Call,
     InForce,
     PromptRow,
-    checkpointed_layers,
     continue_rows,
     extend_cache,
     positions_of,
@@ -51,7 +58,6 @@ from .prefill_videoxl import (
     require_context,
     run_without_cache,
     waits_for_question,
-    without_checkpointing,
 )
 from .sparse_attention import VisualLayout, register_attention
 from .token_dropping_videoxl import TokenDropping
@@ -184,7 +190,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         call = Call(InForce(self.config)) if call is None else call
         past, prompt_length = 0 if cache is None else cache.get_seq_length(), call.prompt_length
         new = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        _require_whole_past(past, new, attention_mask, position_ids, prompt_length)
+        require_whole_past(past, new, attention_mask, position_ids, prompt_length)
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         options = {"use_cache": use_cache, **{name: value for name, value in wanted.items() if value is not None}}
         has_videos = pixel_values_videos is not None and len(pixel_values_videos) > 0
@@ -437,7 +443,7 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
-        checkpointed = checkpointed_layers(self.model.language_model)
+        checkpointed = checkpointed_layers(self.model.language_model) if self.training else []
         if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
             use_cache = False
         has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
@@ -548,48 +554,6 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
 for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
 
-# What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
-WITHOUT_EFFECT = ("tokenizer",)
-
-
-def given_cache(past_key_values, cache):
-    """The cache of a call, under whichever of its two names it came.
-
-    Raises:
-        ValueError: If both came, or something that is no `Cache`.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
-    given = cache if past_key_values is None else past_key_values
-    if given is not None and not isinstance(given, Cache):
-        raise ValueError(
-            f"past_key_values (or cache) must be a transformers Cache, got {type(given).__name__}: pass on what an "
-            "earlier call returned"
-        )
-    return given
-
-
-def refuse_unknown(where: str, arguments: dict) -> None:
-    """Raises ValueError if any argument that `where` does not name holds something; None counts as absent."""
-    for name, value in arguments.items():
-        if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
-            held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
-            raise ValueError(
-                f"{where} got an argument {name!r:.90}, which{held}. Nothing is ignored silently: leave it out, or, "
-                "if transformers itself passed it, use a release this code was tested with (see the README)"
-            )
-
-
-def _holds_cache(value) -> bool:
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
-
-
-def _predicted(labels) -> int:
-    """How many labels [B, L] are some position's next token."""
-    return int((labels[:, 1:] != -100).sum())
-
 
 def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:
     """Raises ValueError where logits are asked for that do not exist, or labels do not go with the settings."""
@@ -608,18 +572,9 @@ def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> Non
         raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
 
 
-def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
-    """Raises ValueError if a call speaks of other tokens than its cache holds and it brings."""
-    known = past_length + new_tokens
-    told = known if attention_mask is None or attention_mask.ndim != 2 else attention_mask.shape[1]
-    if prompt_length is not None and known < prompt_length and position_ids is not None:
-        told = max(told, int(position_ids.max()) + 1)
-    if told != known:
-        raise ValueError(
-            f"attention_mask (or position_ids) speaks of {told} tokens, but the cache holds {past_length} and "
-            f"{new_tokens} came with this call: pass the cache of the earlier tokens as past_key_values or cache, and "
-            "a mask of [batch, cached and new tokens]"
-        )
+def _predicted(labels) -> int:
+    """How many labels [B, L] are some position's next token."""
+    return int((labels[:, 1:] != -100).sum())
 
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]

@@ -12,7 +12,6 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from .kv_cache import CACHE_NAME, VideoXLCache
+from .kv_cache import VideoXLCache
+from .library_videoxl import CACHE_NAME, evaluating
 from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
 
 logger = logging.get_logger(__name__)
@@ -235,11 +234,7 @@ class SequencePolicy:
         return cache
 
     def ask(self, model, cache, text, call: Call) -> torch.Tensor:
-        """Runs text [1, n, hidden] behind a cache of one row, in place.
-
-        Returns:
-            [1, n, hidden], after the final norm.
-        """
+        """Runs text [1, n, hidden] behind a cache of one row, in place; returns its hidden states."""
         return run_text(model, text, cache, before=call.before)
 
     def decode(self, model, inputs_embeds, attention_mask, position_ids, cache, options) -> BaseModelOutputWithPast:
@@ -298,42 +293,6 @@ class Decoding:
 # What members and modes add: policies in the order in which they are asked for, and ways of decoding by name.
 POLICIES: list[type[SequencePolicy]] = []
 DECODINGS: dict[str, Decoding] = {"full": Decoding()}
-
-
-@contextmanager
-def evaluating(model):
-    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def checkpointed_layers(language_model) -> list[GradientCheckpointingLayer]:
-    """The layers whose activations would be computed again in the backward pass of what runs now."""
-    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [layer for layer in layers if layer.training and layer.gradient_checkpointing]
-
-
-@contextmanager
-def without_checkpointing(layers: list[GradientCheckpointingLayer]):
-    """Meanwhile these layers fill a cache: checkpointed they would get none, or fill it twice."""
-    if layers and torch.is_grad_enabled():
-        logger.warning_once(
-            "gradient checkpointing does not reach the language model where its activations pass through a cache "
-            "(use_cache=True, beacon memory, a token selector): they stay in memory"
-        )
-    try:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 def policy_of(config, facts: dict) -> SequencePolicy:
