@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, apply_rotary_pos_emb
 
-from .library_videoxl import CACHE_NAME
+from .kv_cache import CACHE_NAME
 from .prefill_videoxl import Kept, SequencePolicy, run_behind, run_text
 from .sparse_attention import follow_plan
 

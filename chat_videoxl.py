@@ -30,7 +30,6 @@ from transformers.utils import logging
 
 from .encoded_video_videoxl import EncodedVideo
 from .frame_sampling_videoxl import SAMPLING_FIELDS, plain_number
-from .library_videoxl import evaluating
 from .messages_videoxl import (
     VISUAL_KINDS,
     chunks_at,
@@ -46,7 +45,7 @@ from .messages_videoxl import (
     video_request,
     visual_items,
 )
-from .prefill_videoxl import InForce, prefill_text, require_context
+from .prefill_videoxl import InForce, evaluating, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
 from .video_processing_videoxl import open_video
 
@@ -54,6 +53,8 @@ logger = logging.get_logger(__name__)
 
 # An answer's length where neither the caller nor the checkpoint says one, in tokens.
 DEFAULT_MAX_NEW_TOKENS = 1024
+# Values of a generation config that are what they seem.
+_PLAIN = (bool, int, float, str, list)
 # From this many frames on, encoding shows a progress bar on a terminal.
 PROGRESS_MIN_FRAMES = 256
 
@@ -449,7 +450,8 @@ class VideoXLChatMixin:
         if given is not None and not isinstance(given, (dict, GenerationConfig)):
             raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {given!r:.200}")
         given = given.to_diff_dict() if isinstance(given, GenerationConfig) else dict(given or {})
-        given = {key: plain_number(value) for key, value in given.items() if value is not None}
+        given = {key: value for key, value in given.items() if value is not None}
+        given |= {key: plain_number(value) for key, value in given.items() if type(value) not in _PLAIN}
         if not isinstance(given.get("temperature", 0), (int, float)):
             raise ValueError(f"generation_config: temperature must be a number, got {given['temperature']!r:.200}")
         if until := given.pop("until", None):

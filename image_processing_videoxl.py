@@ -23,21 +23,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, features
 
+from .video_index_videoxl import file_head, is_heif
+
 try:
     import pillow_heif
 except (ImportError, OSError):  # OSError: a wheel whose shared libraries this system lacks
     pillow_heif = None
 
-# Files with these endings are images, unless they begin otherwise; everything else is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"),
-)
-# Files that begin so are images, whatever they are called, or videos. JPEG pictures in a row are a video.
-_IMAGE_HEADS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
-_VIDEO_HEADS = re.compile(rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI |GIF8|FLV\x01|OggS|\0\0\x01\xba", re.DOTALL)
-_JPEG_ROWS = (".mjpeg", ".mjpg")
-# Photos of phones, and AVIF: by the brand of the file; sequences have others (hevc, avis, msf1).
-_HEIF_HEADS = re.compile(rb"....ftyp(?:hei[cxms]|mif1|avif)", re.DOTALL)
 # PostScript: PIL would have Ghostscript run it, whatever the file is called.
 PROGRAM_FORMATS = ("EPS",)
 # White of grey of 32 bits and of floats, whose files do not say it: the first of these that no pixel exceeds. Floats
@@ -48,31 +40,6 @@ _FLOAT_WHITES = (2.0, 255.0, 65535.0)
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
-
-
-def _head(path: str) -> bytes:
-    """How a file begins; nothing of what cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(16)
-    except (OSError, ValueError):
-        return b""
-
-
-def is_heif(path: str) -> bool:
-    """Whether a file is a photo as HEIC, HEIF or AVIF, of which video readers see tiles only."""
-    return _HEIF_HEADS.match(_head(path)) is not None
-
-
-def is_image_file(path: str) -> bool:
-    """Whether a path leads to one image, not to a video.
-
-    How a file begins decides, and its ending where that says nothing or there is no such file.
-    """
-    head, name = _head(path), path.lower()
-    if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
-        return True
-    return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
 
 
 @contextmanager
@@ -121,7 +88,7 @@ def _to_bytes(levels: np.ndarray) -> np.ndarray:
 
 def _open_heif(path: str) -> Image.Image | None:
     """A HEIF photo in whole and upright; None for an AVIF, which PIL reads."""
-    if b"avif" in _head(path) and features.check("avif"):
+    if b"avif" in file_head(path) and features.check("avif"):
         return None
     if pillow_heif is None:
         raise ValueError(

@@ -12,6 +12,8 @@ What is surprising:
 * Rows that wait for a question have no keys yet, and count as tokens that went by: such a cache is as long as its
   sequence.
 
+* transformers 5.24 renamed `past_key_values` to `cache`; `CACHE_NAME` is what the installed release calls it.
+
 B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
 group, n rows of the language model's width.
 """
@@ -21,10 +23,12 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
+from inspect import signature
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from transformers import Qwen2Model
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 # Spare room when a buffer has to grow: a share of what it holds, and at least this many tokens.
@@ -32,6 +36,11 @@ GROWTH = 0.25
 MIN_SPARE_TOKENS = 256
 # Tokens that are rotated at once in float32: bounds the temporary copies.
 ROTATED_AT_ONCE = 65536
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+# The first that the library's own models know; a release that knows neither is not supported, and says so at import.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(Qwen2Model.forward).parameters)
 
 
 class VideoXLCache(DynamicCache):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
-from .image_processing_videoxl import is_image_file
+from .video_index_videoxl import is_image_file
 
 ROLES, VISUAL_KINDS = ("system", "user", "assistant"), ("video", "image")
 # Where an item names its source; the first is the one that it has here.

@@ -13,12 +13,15 @@ What is surprising:
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
@@ -33,16 +36,7 @@ from .compressor_videoxl import (
     build_compressor,
 )
 from .configuration_videoxl import VideoXLConfig
-from .kv_cache import VideoXLCache
-from .library_videoxl import (
-    CACHE_NAME,
-    CACHE_NAMES,
-    checkpointed_layers,
-    given_cache,
-    refuse_unknown,
-    require_whole_past,
-    without_checkpointing,
-)
+from .kv_cache import CACHE_NAME, CACHE_NAMES, VideoXLCache
 from .planning_videoxl import plan_video
 from .prefill_videoxl import (
     DECODINGS,
@@ -50,7 +44,6 @@ from .prefill_videoxl import (
     SEGMENT_TOKENS,
     Call,
     InForce,
-    PromptRow,
     continue_rows,
     extend_cache,
     positions_of,
@@ -59,7 +52,7 @@ from .prefill_videoxl import (
     run_without_cache,
     waits_for_question,
 )
-from .sparse_attention import VisualLayout, register_attention
+from .sparse_attention import prompt_rows, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import build_vision_tower, encode_videos
@@ -190,7 +183,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         call = Call(InForce(self.config)) if call is None else call
         past, prompt_length = 0 if cache is None else cache.get_seq_length(), call.prompt_length
         new = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        require_whole_past(past, new, attention_mask, position_ids, prompt_length)
+        _require_whole_past(past, new, attention_mask, position_ids, prompt_length)
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         options = {"use_cache": use_cache, **{name: value for name, value in wanted.items() if value is not None}}
         has_videos = pixel_values_videos is not None and len(pixel_values_videos) > 0
@@ -262,13 +255,13 @@ class VideoXLModel(VideoXLPreTrainedModel):
         features = self.get_video_features(pixels).pooler_output
         timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
         prompts, masks = input_ids[::repeats], attention_mask[::repeats]
-        rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+        rows = prompt_rows(self.config, prompts, masks, features, timed, call.prompt_length)
         if repeats > 1 and not use_cache:
             # Without a cache every step comes here, and the copies of a prompt have grown apart.
             order = [index for row in rows for _ in range(repeats) for index in row.videos]
             features, timed = [features[index] for index in order], [timed[index] for index in order]
             prompts, masks, call = input_ids, attention_mask, replace(call, num_expanded=1)
-            rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+            rows = prompt_rows(self.config, prompts, masks, features, timed, call.prompt_length)
         return self._merge(prompts, masks[:, past:], features, call.prompt_length), rows, call
 
     def _prefill(self, embeds, rows, cache, options, call) -> BaseModelOutputWithPast | None:
@@ -300,32 +293,6 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 f"the prompt has {found} video placeholders (id {self.config.video_token_id}), but 0 visual tokens "
                 "came: pass pixel_values_videos, or keep the placeholder out of the text"
             )
-
-    def _rows(self, input_ids, attention_mask, features, timed, past_length, prompt_length):
-        """Per prompt: which columns are not padding, and the layout of its videos in its own positions."""
-        rows, used = [], 0
-        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
-            past, valid = int(mask[:past_length].sum()), mask[past_length:]
-            columns = valid.nonzero().flatten()
-            prompt = ids[columns] if prompt_length is None else ids[columns[columns < prompt_length]]
-            wanted = int((prompt == self.config.video_token_id).sum())
-            counts, first = [], used
-            while used < len(features) and sum(counts) * self.tokens_per_group < wanted:
-                counts.append(features[used].shape[0])
-                used += 1
-            config = self.config
-            tokens = (config.video_token_id, config.time_start_token_id, config.time_end_token_id)
-            size, of_these = self.tokens_per_group, timed[first:used]
-            layout = VisualLayout.from_ids(prompt, counts, size, *tokens, offset=past, timed=of_these)
-            layout = VisualLayout(layout.videos, past + len(columns))
-            rows.append(PromptRow(columns, layout, range(first, used)))
-        if used != len(features):
-            raise ValueError(
-                f"{len(features)} videos came, but the prompts have placeholders for {used} of them: "
-                f"{sum(f.shape[0] * f.shape[1] for f in features)} visual tokens against "
-                f"{int((input_ids == self.config.video_token_id).sum())} placeholders"
-            )
-        return rows
 
     def _merge(self, input_ids, mask, features, prompt_length):
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
@@ -443,24 +410,13 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
-        checkpointed = checkpointed_layers(self.model.language_model) if self.training else []
+        checkpointed = _checkpointed_layers(self.model.language_model) if self.training else []
         if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
             use_cache = False
         has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
-        with without_checkpointing(checkpointed if has_cache else ()):
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                cache=cache,
-                inputs_embeds=inputs_embeds,
-                pixel_values_videos=pixel_values_videos,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                call=call,
-            )
+        with _without_checkpointing(checkpointed if has_cache else ()):
+            tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values_videos)
+            outputs = self.model(*tokens, use_cache, cache, output_attentions, output_hidden_states, call)
         kept = slice(-logits_to_keep, None) if whole else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -555,6 +511,44 @@ for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MOD
     names.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
 
 
+# What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
+WITHOUT_EFFECT = ("tokenizer",)
+
+
+def given_cache(past_key_values, cache):
+    """The cache of a call, under whichever of its two names it came.
+
+    Raises:
+        ValueError: If both came, or something that is no `Cache`.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: give one of them")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, Cache):
+        raise ValueError(
+            f"past_key_values (or cache) must be a transformers Cache, got {type(given).__name__}: pass on what an "
+            "earlier call returned"
+        )
+    return given
+
+
+def refuse_unknown(where: str, arguments: dict) -> None:
+    """Raises ValueError if any argument that `where` does not name holds something; None counts as absent."""
+    for name, value in arguments.items():
+        if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
+            held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
+            raise ValueError(
+                f"{where} got an argument {name!r:.90}, which{held}. Nothing is ignored silently: leave it out, or, "
+                "if transformers itself passed it, use a release this code was tested with (see the README)"
+            )
+
+
+def _holds_cache(value) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
+
+
 def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:
     """Raises ValueError where logits are asked for that do not exist, or labels do not go with the settings."""
     if in_force.text_only and not whole:
@@ -575,6 +569,43 @@ def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> Non
 def _predicted(labels) -> int:
     """How many labels [B, L] are some position's next token."""
     return int((labels[:, 1:] != -100).sum())
+
+
+def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
+    """Raises ValueError if a call speaks of other tokens than its cache holds and it brings."""
+    known = past_length + new_tokens
+    told = known if attention_mask is None or attention_mask.ndim != 2 else attention_mask.shape[1]
+    if prompt_length is not None and known < prompt_length and position_ids is not None:
+        told = max(told, int(position_ids.max()) + 1)
+    if told != known:
+        raise ValueError(
+            f"attention_mask (or position_ids) speaks of {told} tokens, but the cache holds {past_length} and "
+            f"{new_tokens} came with this call: pass the cache of the earlier tokens as past_key_values or cache, and "
+            "a mask of [batch, cached and new tokens]"
+        )
+
+
+def _checkpointed_layers(language_model) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations would be computed again in the backward pass of what runs now."""
+    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.training and layer.gradient_checkpointing]
+
+
+@contextmanager
+def _without_checkpointing(layers: list[GradientCheckpointingLayer]):
+    """Meanwhile these layers fill a cache: checkpointed they would get none, or fill it twice."""
+    if layers and torch.is_grad_enabled():
+        logger.warning_once(
+            "gradient checkpointing does not reach the language model where its activations pass through a cache "
+            "(use_cache=True, beacon memory, a token selector): they stay in memory"
+        )
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]

@@ -12,6 +12,7 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,9 +23,8 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from .kv_cache import VideoXLCache
-from .library_videoxl import CACHE_NAME, evaluating
-from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
+from .kv_cache import CACHE_NAME, VideoXLCache
+from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
 
 logger = logging.get_logger(__name__)
 
@@ -135,14 +135,6 @@ class Call:
         if required and isinstance(required[0], tuple):
             required = required[row]
         return replace(self, dense_chunks=dense, required_chunks=required)
-
-
-class PromptRow(NamedTuple):
-    """One prompt of a batch: its columns [.] that are not padding, its layout, and the numbers of its videos."""
-
-    columns: torch.Tensor
-    layout: VisualLayout
-    videos: range
 
 
 @dataclass(frozen=True)
@@ -526,6 +518,19 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
         states = run_steps(model, embeds[number : number + 1, row.columns], positions, steps, None)
         outputs.append(embeds.new_zeros(embeds.shape[1:]).index_copy(0, row.columns, states[0]))
     return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
+
+
+@contextmanager
+def evaluating(model):
+    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -147,6 +147,50 @@ class VisualLayout:
         return (steps[:-1].cumsum(0) == 0).nonzero().flatten()
 
 
+class PromptRow(NamedTuple):
+    """One prompt of a batch: its columns [.] that are not padding, its layout, and the numbers of its videos."""
+
+    columns: torch.Tensor
+    layout: VisualLayout
+    videos: range
+
+
+def prompt_rows(config, input_ids, attention_mask, features, timed, prompt_length=None) -> list[PromptRow]:
+    """Where the videos of several prompts lie.
+
+    Args:
+        config: The model's, for the ids that mean something.
+        input_ids: [B, L] new tokens.
+        attention_mask: [B, cached and new tokens], 0 on padding.
+        features: Per video or image, in order of appearance, its visual tokens [G, N, hidden].
+        timed: Per video or image, whether its groups have timestamps.
+        prompt_length: Columns from here on are generated tokens; None if there are none.
+
+    Raises:
+        ValueError: If placeholders and visual tokens do not fit.
+    """
+    rows, used, past_length = [], 0, attention_mask.shape[1] - input_ids.shape[1]
+    tokens = (config.video_token_id, config.time_start_token_id, config.time_end_token_id)
+    size = config.compressor_config.tokens_per_group
+    for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+        past, columns = int(mask[:past_length].sum()), mask[past_length:].nonzero().flatten()
+        prompt = ids[columns] if prompt_length is None else ids[columns[columns < prompt_length]]
+        wanted = int((prompt == config.video_token_id).sum())
+        counts, first = [], used
+        while used < len(features) and sum(counts) * size < wanted:
+            counts.append(features[used].shape[0])
+            used += 1
+        layout = VisualLayout.from_ids(prompt, counts, size, *tokens, offset=past, timed=timed[first:used])
+        rows.append(PromptRow(columns, VisualLayout(layout.videos, past + len(columns)), range(first, used)))
+    if used != len(features):
+        raise ValueError(
+            f"{len(features)} videos came, but the prompts have placeholders for {used} of them: "
+            f"{sum(f.shape[0] * f.shape[1] for f in features)} visual tokens against "
+            f"{int((input_ids == config.video_token_id).sum())} placeholders"
+        )
+    return rows
+
+
 @dataclass(frozen=True)
 class AttentionStep:
     """Queries at [start, stop) see the positions `gathered`, and causally everything from `window_start` on."""

@@ -31,8 +31,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from .kv_cache import WaitingRows
-from .library_videoxl import CACHE_NAME
+from .kv_cache import CACHE_NAME, WaitingRows
 from .prefill_videoxl import Kept, SequencePolicy, run_text
 from .sparse_attention import AttentionPlan, AttentionStep, VisualLayout, attention_mass, plan_prefill
 

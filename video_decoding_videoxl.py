@@ -35,12 +35,13 @@ from av.video.frame import PictureType
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
-from .image_processing_videoxl import is_heif, load_image
+from .image_processing_videoxl import load_image
 from .video_index_videoxl import (
     SERIES_FORMAT,
     SecondFields,
     VideoDecodeError,
     VideoIndex,
+    is_heif,
     open_file,
     read_index,
     read_packets,

@@ -82,6 +82,41 @@ PLAYLISTS = {
     b"<smil": "a playlist",
 }
 _HEAD_BYTES = 4096  # read of a file to tell a playlist
+# Files with these endings are images, unless they begin otherwise; everything else is a video (animated GIFs, too).
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"),
+)
+# Files that begin so are images, whatever they are called, or videos. JPEG pictures in a row are a video.
+_IMAGE_HEADS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
+_VIDEO_HEADS = re.compile(rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI |GIF8|FLV\x01|OggS|\0\0\x01\xba", re.DOTALL)
+_JPEG_ROWS = (".mjpeg", ".mjpg")
+# Photos of phones, and AVIF: by the brand of the file; sequences have others (hevc, avis, msf1).
+_HEIF_HEADS = re.compile(rb"....ftyp(?:hei[cxms]|mif1|avif)", re.DOTALL)
+
+
+def file_head(path: str) -> bytes:
+    """How a file begins; nothing of what cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(16)
+    except (OSError, ValueError):
+        return b""
+
+
+def is_heif(path: str) -> bool:
+    """Whether a file is a photo as HEIC, HEIF or AVIF, of which video readers see tiles only."""
+    return _HEIF_HEADS.match(file_head(path)) is not None
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a path leads to one image, not to a video.
+
+    How a file begins decides, and its ending where that says nothing or there is no such file.
+    """
+    head, name = file_head(path), path.lower()
+    if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
+        return True
+    return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
 
 
 class VideoDecodeError(ValueError):

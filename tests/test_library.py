@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2 import modeling_qwen2
-from videoxl.library_videoxl import CACHE_NAME, CACHE_NAMES
+from videoxl.kv_cache import CACHE_NAME, CACHE_NAMES
 
 BILEVEL = {"decode": "bilevel", "decode_chunk_groups": 1, "reload": {"method": "none"}}
 NEW_TOKENS = {"max_new_tokens": 3, "do_sample": False}
