@@ -50,10 +50,9 @@ class BeaconWindow(NamedTuple):
 
     def interleave(self, visual: torch.Tensor, beacon: torch.Tensor) -> torch.Tensor:
         """The window's rows [n + b, H] from its visual tokens [n, H] and the beacon's embedding [1, H]."""
-        size = len(visual)
-        is_beacon = torch.zeros(size + self.count, dtype=torch.bool, device=visual.device)
+        is_beacon = torch.zeros(len(visual) + self.count, dtype=torch.bool, device=visual.device)
         is_beacon[self.places(visual.device)] = True
-        source = torch.where(is_beacon, size, (~is_beacon).cumsum(0) - 1)
+        source = torch.where(is_beacon, len(visual), (~is_beacon).cumsum(0) - 1)
         return torch.cat([visual, beacon.to(visual)]).index_select(0, source)
 
 
@@ -142,11 +141,10 @@ class BeaconMemory(SequencePolicy):
 
     @classmethod
     def add_modules(cls, model):
-        if model.config.beacon_window is None:
-            return
-        model.beacon_embed_tokens = nn.Embedding(1, model.config.text_config.hidden_size)
-        for index, layer in enumerate(model.language_model.layers):
-            layer.self_attn = VideoXLBeaconAttention(model.language_model.config, index)
+        if model.config.beacon_window is not None:
+            model.beacon_embed_tokens = nn.Embedding(1, model.config.text_config.hidden_size)
+            for index, layer in enumerate(model.language_model.layers):
+                layer.self_attn = VideoXLBeaconAttention(model.language_model.config, index)
 
     @property
     def _windows(self) -> dict:
@@ -195,8 +193,8 @@ class BeaconMemory(SequencePolicy):
                 if last <= 0:
                     continue
                 assert first >= 0, "a window that grows is run anew from its start"
+                places = window.places(inputs_embeds.device)
                 rows = window.interleave(inputs_embeds[0, first:last], beacon)
-                places = window.places(rows.device)
                 run_behind(model, rows[None], cache, None, beacon_places=places)
                 for layer in cache.layers:
                     layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)

@@ -131,12 +131,13 @@ class VideoXLTemporalAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        channels = config.hidden_size
+        channels, most = config.hidden_size, config.max_relative_position
         self.scale = channels**-0.25
         self.norm = VideoXLGroupNorm(config.norm_groups, channels, eps=config.norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, kernel_size=1)
-        self.relative_position_k = VideoXLRelativePosition(config.max_relative_position, channels)
-        self.relative_position_v = VideoXLRelativePosition(config.max_relative_position, channels)
+        self.relative_position_k, self.relative_position_v = (
+            VideoXLRelativePosition(most, channels) for _ in range(2)
+        )
         self.proj_out = nn.Conv1d(channels, channels, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -170,10 +171,9 @@ class VideoXLTimeHalvingConv(nn.Module):
 
 
 class VideoXLDynamicTokenSynthesis(nn.Module):
-    """DTS: merges each group of frames into one grid of features.
+    """DTS: merges each group of frames into one grid of features, [F, P, C] -> [G, S * S, C].
 
-    Frame features [F, P, C] -> [G, S * S, C], G = ceil(F / frames_per_group); the last group is filled by repeating
-    the last frame, so a single image is a group of equal frames.
+    The last group is filled by repeating the last frame, so a single image is a group of equal frames.
     """
 
     def __init__(self, config):
@@ -239,9 +239,8 @@ def merge_sum(tokens: torch.Tensor, match: TokenMatch) -> torch.Tensor:
 def merge_schedule(num_tokens: int, target: int) -> list[int]:
     """Tokens that each round removes, from `num_tokens` down to `target`."""
     schedule = []
-    while num_tokens > target:
-        schedule.append(min(num_tokens - target, num_tokens // 2))
-        num_tokens -= schedule[-1]
+    while (left := num_tokens - sum(schedule)) > target:
+        schedule.append(min(left - target, left // 2))
     return schedule
 
 

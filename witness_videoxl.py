@@ -82,7 +82,7 @@ class Witness:
                 f"the model's weights have changed since the video was encoded ({min(changed)} is one of "
                 f"{len(changed)}): encode the video again"
             )
-        self.glances = now.glances
+        self.glances |= now.glances
 
     def digest(self, model) -> str:
         """A sha256 of all weights and active adapters of the model, which must be unchanged; computed once."""
@@ -169,7 +169,8 @@ def _plain(name: str) -> str:
 def _weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """All weights but those of adapters that are not active, by name; ValueError if some are offloaded."""
     idle = _adapters(model)[1]
-    for name, weight in sorted((_plain(key), value) for key, value in model.state_dict().items() if key not in idle):
+    weights = {_plain(name): weight for name, weight in model.state_dict().items() if name not in idle}
+    for name, weight in sorted(weights.items()):
         if weight.is_meta:
             raise ValueError(f"the weight {name} is on the meta device: load the model without offloading it")
         yield name, weight.detach()
@@ -184,20 +185,21 @@ def _parts(name, weight) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, weight
 
 
+def _few(weight) -> torch.Tensor:
+    """[WITNESS_VALUES] values spread over a tensor."""
+    weight = weight if weight.is_contiguous() else weight.reshape(-1)
+    return weight.as_strided((WITNESS_VALUES,), ((weight.numel() - 1) // (WITNESS_VALUES - 1),))
+
+
 def _glances(weights: dict[str, torch.Tensor]) -> dict[str, Glance]:
     """One look at each weight that has values here; they are gathered at once for each device and dtype."""
     alike, found = {}, {}
     for name, weight in weights.items():
         if weight.numel() and not weight.is_meta:
             alike.setdefault((weight.device, weight.dtype), []).append((name, weight))
-    for (_, dtype), group in alike.items():
-        views = []
-        for _, weight in group:
-            step = (weight.numel() - 1) // (WITNESS_VALUES - 1)
-            views.append(
-                (weight if weight.is_contiguous() else weight.reshape(-1)).as_strided((WITNESS_VALUES,), (step,))
-            )
-        values = torch.cat(views).cpu().view(torch.uint8).numpy().tobytes()
+    for (device, dtype), group in alike.items():
+        with torch.autocast(device.type, enabled=False):  # which refuses to join some dtypes
+            values = torch.cat([_few(weight) for _, weight in group]).cpu().view(torch.uint8).numpy().tobytes()
         size = len(values) // len(group)
         for begin, (name, weight) in zip(range(0, len(values), size), group, strict=True):
             version = None if weight.is_inference() else weight._version

@@ -141,6 +141,12 @@ def test_weights_made_in_inference_mode(own, tokenizer, tmp_path):
         assert_refused(own, tokenizer, video, tmp_path / "a", "weights have changed")
 
 
+def test_the_check_works_under_autocast(own, tokenizer):
+    video = own.half().encode_video(FRAMES, tokenizer, timestamps=SECONDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        video.question_cache()
+
+
 def test_a_second_video_behind_a_stale_one_is_refused(own, tokenizer, video):
     _, history = own.chat(video, tokenizer, "What is it?", generation_config=GREEDY)
     change_one_value(own)
