@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto import modeling_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .beacon_memory_videoxl import BeaconMemory
@@ -505,10 +505,8 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         return input_ids, model_kwargs
 
 
-# `Trainer` shifts the labels of its label smoothing only for models whose class stands in the first table. The second
-# is where programs look first for what a class can be asked: without it they would take ours for a model of text.
-for names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    names.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
+# `Trainer` shifts the labels of its label smoothing only for models whose class stands in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
 
 
 # What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
