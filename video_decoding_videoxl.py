@@ -136,22 +136,26 @@ def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> It
     Raises:
         av.FFmpegError: A packet cannot be decoded, unless `careful`.
     """
-    fields, count = SecondFields(container, stream), 0  # packets that hold pictures
-    seen, last, floor = 0, -1, None  # frames, the last position; where to go on behind an error
-    entered = True
+    fields = SecondFields(container, stream) if careful else None
+    count, seen, last = 0, 0, -1  # packets with pictures, frames, the last position
+    waiting, start, entered = (
+        False,
+        0,
+        True,
+    )  # for a keyframe behind an error; its position; a frame that needs no other
     for packet in read_packets(container, stream, []):
-        if floor is not None:
-            if not packet.is_keyframe:
-                count += not fields.completes(packet)
-                continue
-            seen, place = count, index.place_of(count if index.numbered else packet.pts, last)
-            floor, start, entered = None, last + 1 if place is None else place, False
-        count += not fields.completes(packet)
+        if waiting and packet.is_keyframe:
+            place = index.place_of(count if index.numbered else packet.pts, last)
+            seen, waiting, start, entered = count, False, last + 1 if place is None else place, False
+        if careful:
+            count += not fields.completes(packet)
+        if waiting:
+            continue
         try:
             frames = packet.decode()
         except av.FFmpegError:
             if careful:
-                frames, floor = [frame for frame in _drain(stream.codec_context) if frame.pts != packet.pts], 0
+                frames, waiting = [frame for frame in _drain(stream.codec_context) if frame.pts != packet.pts], True
             elif seen:
                 raise
             else:
@@ -167,24 +171,27 @@ def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> It
                 yield place, frame
 
 
-def _seek(container: Any, stream: Any, index: VideoIndex, run: tuple[int, bool]) -> Iterator | None:
-    """Yields frames and positions from the keyframe of a run on; None if the seek led elsewhere.
+def _seek(container: Any, stream: Any, index: VideoIndex, run: tuple[int, bool]) -> Iterator:
+    """Returns an iterator of frames and positions from the keyframe of a run on.
 
     Args:
         run: The position of the keyframe; whether to be `careful`, see `_decode`.
+
+    Raises:
+        av.FFmpegError: A packet cannot be decoded, unless `careful`.
+        _Misled: The seek led elsewhere, or to what is no keyframe.
     """
     start, careful = run
     try:
         container.seek(index.keys[start], stream=stream)
-        decoded = _decode(container, stream, index, careful)
-        for place, frame in decoded:
-            # Earlier ones: the seek landed earlier, or they refer to pictures before the keyframe and are broken.
-            if place >= start:
-                misled = place > start or not _enters(stream, index, frame)
-                return None if misled else chain([(place, frame)], decoded)
-    except av.FFmpegError:
-        pass
-    return None
+    except av.FFmpegError as error:
+        raise _Misled from error
+    decoded = _decode(container, stream, index, careful)
+    # Earlier ones: the seek landed earlier, or they refer to pictures before the keyframe and are broken.
+    place, frame = next((found for found in decoded if found[0] >= start), (None, None))
+    if place != start or not _enters(stream, index, frame):
+        raise _Misled
+    return chain([(place, frame)], decoded)
 
 
 def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -225,12 +232,10 @@ def _read_runs(path: str, index: VideoIndex, wanted: Sequence[int], careful: boo
     with open_file(path, whole=bool(index.parts)) as container:
         stream = video_stream(container, path)
         stream.thread_type = "NONE" if careful else "AUTO"
-        decoded: Iterator | None = _decode(container, stream, index, careful)
+        decoded = _decode(container, stream, index, careful)
         for start, places in index.runs(wanted):
             if start is not None:
                 decoded = _seek(container, stream, index, (start, careful))
-            if decoded is None:
-                raise _Misled
             for place, frame in pick_frames(decoded, places):
                 matrix = matrix or display_matrix(frame)
                 yield place, upright_rgb(frame, matrix)

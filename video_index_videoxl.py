@@ -451,7 +451,7 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
             found.keyframes.append(packet.pts)
         if packet.is_discard:  # an edit list has them decoded but not displayed
             continue
-        if fields.completes(packet):
+        if fields.half and fields.completes(packet):
             pts, dts, duration = found.shown.pop()
             found.shown.append((pts, dts, duration + packet.duration))
         else:
@@ -468,14 +468,14 @@ class SecondFields:
         split = stream.codec_context.name == "h264" and _SEEKABLE_FORMATS.isdisjoint(container.format.name.split(","))
         # By its parser FFmpeg gives such packets half of a picture's duration.
         rate = stream.codec_context.framerate if split else None
-        self._half = round(1 / (2 * rate * stream.time_base)) if rate else 0
+        self.half = round(1 / (2 * rate * stream.time_base)) if rate else 0
         self._first: Any = None  # the packet of a first field, if it was the last one
 
     def completes(self, packet: Any) -> bool:
         first, self._first = self._first, None
-        if not self._half or packet.duration != self._half:
+        if not self.half or packet.duration != self.half:
             return False
-        if first is not None and (None in (first.pts, packet.pts) or abs(packet.pts - first.pts) <= self._half):
+        if first is not None and (None in (first.pts, packet.pts) or abs(packet.pts - first.pts) <= self.half):
             return True
         self._first = packet
         return False
