@@ -12,7 +12,9 @@ import copy
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -67,8 +69,111 @@ def _answering(method):
     return run
 
 
+@dataclass(frozen=True)
+class VideoEncoder:
+    """How one call encodes its videos and images: each behind what the conversation holds before it.
+
+    Args:
+        model: A `VideoXLForConditionalGeneration`.
+        processor: Its processor.
+        in_force: Settings and policy of the call.
+        rates: `max_num_frames`, `sample_fps` and `max_sample_fps` of the call; items may say otherwise.
+        backend, progress, system_prompt: See `encode_video`.
+    """
+
+    model: Any
+    processor: VideoXLProcessor
+    in_force: InForce
+    rates: dict
+    backend: str
+    progress: bool | None
+    system_prompt: str | None = None
+
+    def encode_conversation(self, messages) -> tuple[EncodedVideo | None, list[int]]:
+        """The conversation's last video or image (None without one), and the ids that follow it."""
+        text, shown, encoded = self.processor.render(messages), [], None
+        for number, item in enumerate(visual_items(messages)):
+            # What is said behind a video hangs on what was read of it.
+            prefix = self.processor.prompt_pieces(text, shown)[number]
+            video, before = source_of(item), torch.tensor(prefix)
+            if encoded is not None:
+                before = torch.cat([encoded.input_ids, before])
+            if is_encoded(video) and video.continues(self.model, before, encoded):
+                encoded = video
+                video.adopt(self.processor)
+            else:
+                if is_encoded(video):
+                    _require_readable(video)
+                encoded = item[item["type"]] = self.encode(item, encoded, prefix)
+            item.pop("timestamps", None)
+            shown.append(encoded.shown)
+        return encoded, self.processor.prompt_pieces(text, shown)[-1]
+
+    def encode(self, item, base, prefix) -> EncodedVideo:
+        """Streams a video or image through tower and language model, behind `base` (or None) and the prefix ids."""
+        source = readable_source(item)
+        if item["type"] == "video":
+            return self._encode_video(item, base, prefix)
+        if item.get("timestamps") is not None:
+            raise ValueError("timestamps belong to frames of a video; an image has none. Leave them out")
+        tiles = self.processor.read_tiles(source)
+        path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+        encoded = self._start(path, base, prefix, kind="image", sampling={"size": self.processor.image_size})
+        encoded.extend_image(tiles)
+        return encoded
+
+    def _encode_video(self, item, base, prefix) -> EncodedVideo:
+        config, model = self.model.config, self.model.model
+        if config.frame_padding != "last":
+            raise ValueError(
+                "frame_padding='random' needs all frames at once, so it is for forward and generate; set it to 'last'"
+            )
+        unit = self.in_force.policy.unit_frames(config)
+        batch_frames = max(config.resolve_vision_chunk_frames() // unit, 1) * unit
+        # An item that was encoded before brings its sampling.
+        options = {**video_request(item, self.processor.sampling(**self.rates)), **self.processor.frame_options}
+        with open_video(**options, backend=self.backend, batch_frames=batch_frames) as reader:
+            tokens = -(-reader.num_frames // config.frames_per_group) * model.tokens_per_group
+            require_context(model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
+            encoded = self._start(reader.source, base, prefix, sampling=reader.sampling)
+            encoded.start, shown = reader.start, self.progress
+            if shown is None:
+                shown = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
+            with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not shown) as bar:
+                for batch in reader:
+                    encoded.extend(batch)
+                    bar.update(len(batch.timestamps))
+        encoded.duration = reader.duration
+        return encoded
+
+    def _start(self, path, base, prefix, **facts) -> EncodedVideo:
+        ids, cache = torch.tensor(prefix), None
+        if base is not None:
+            ids, cache = torch.cat([base.input_ids, ids]), base.cache.fork()
+        return EncodedVideo(
+            path,
+            processor=self.processor,
+            model=self.model,
+            cache=prefill_text(self.model.model, cache, prefix, self.in_force),
+            input_ids=ids,
+            behind=None if base is None else base.mark,
+            system_prompt=self.system_prompt,
+            **facts,
+        )
+
+
+def _require_readable(video) -> None:
+    if not str(video) or video.appended:
+        raise ValueError(
+            "this EncodedVideo was made behind another prompt (system message, earlier turns, videos) or by another "
+            "model, and its frames are in no file to be encoded from again. Ask it behind the prompt it was made with "
+            "(its system_prompt), or pass its frames"
+        )
+    logger.warning(f"{video} is encoded again: the conversation before it has changed")
+
+
 class VideoXLChatMixin:
-    """`chat` and `encode_video` for a model that offers `prefill_text`, `prefill_frames` and `generate`."""
+    """`chat`, `chat_batch`, `encode_video` and `load_video` for a model that offers `generate`."""
 
     @_answering
     def encode_video(
@@ -120,10 +225,9 @@ class VideoXLChatMixin:
         items[0][items[0]["type"]] = readable_source(items[0])
         self._set_media(items, media_dict)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
-        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        sampling = processor.sampling(max_num_frames=max_num_frames, **rates)
-        options = {"backend": video_backend, "sampling": sampling}
-        return self._encode(processor, items[0], None, prefix, options, progress, system_prompt, InForce(self.config))
+        rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        encoder = VideoEncoder(self, processor, InForce(self.config), rates, video_backend, progress, system_prompt)
+        return encoder.encode(items[0], None, prefix)
 
     @_answering
     def chat(
@@ -191,6 +295,28 @@ class VideoXLChatMixin:
             raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r:.200}")
         added = _callables(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
+        messages = self._read_turn(video_path, user_prompt, chat_history, timestamps, media_dict)
+        rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
+        in_force = InForce(self.config)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        encoder = VideoEncoder(self, processor, in_force, rates, video_backend, progress, system)
+        encoded, suffix = encoder.encode_conversation(messages)
+        videos = [source_of(item) for item in visual_items(messages)]
+        reload = _reload_options(in_force.settings, videos, user_prompt, dense_chunks, selector) | added
+        cache = None if encoded is None else encoded.question_cache(in_force)
+        shared = [] if encoded is None else encoded.input_ids
+        answer = self._answer(
+            shared, [suffix], generation_config, tokenizer, streamer, past_key_values=cache, **reload
+        )[0]
+        messages.append({"role": "assistant", "content": answer})
+        result = [answer] + [messages] * bool(return_history)
+        if return_chunks:
+            choices = None if cache is None else cache.choices
+            result.append(_chunk_facts(videos, in_force.settings.decode_chunk_groups, choices))
+        return tuple(result) if len(result) > 1 else answer
+
+    def _read_turn(self, video_path, user_prompt, chat_history, timestamps, media_dict) -> list[dict]:
+        """The conversation up to this turn's question, as messages of our own."""
         items = turn_items(video_path)
         visuals = [item for item in items if item["type"] in VISUAL_KINDS]
         if timestamps is not None:
@@ -208,20 +334,7 @@ class VideoXLChatMixin:
         new = [item for item in items if not any(item is visual for visual in known)]
         question = [{"type": "text", "text": user_prompt}]
         messages.append({"role": "user", "content": [*new, *question] if new else user_prompt})
-        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        options = {"backend": video_backend, "sampling": processor.sampling(max_num_frames=max_num_frames, **rates)}
-        in_force = InForce(self.config)
-        encoded, suffix = self._encode_conversation(processor, messages, options, progress, in_force)
-        videos = [source_of(item) for item in visual_items(messages)]
-        options = _reload_options(in_force.settings, videos, user_prompt, dense_chunks, selector) | added
-        cache = None if encoded is None else encoded.question_cache(in_force)
-        answer = self._answer(encoded, cache, [suffix], generation_config, tokenizer, streamer, options)[0]
-        messages.append({"role": "assistant", "content": answer})
-        result = [answer] + [messages] * bool(return_history)
-        if return_chunks:
-            choices = None if cache is None else cache.choices
-            result.append(_chunk_facts(videos, in_force.settings.decode_chunk_groups, choices))
-        return tuple(result) if len(result) > 1 else answer
+        return messages
 
     @_answering
     def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
@@ -266,7 +379,9 @@ class VideoXLChatMixin:
         if any("required_chunks" in each for each in reloads):
             reload = {"required_chunks": tuple(each.get("required_chunks", ()) for each in reloads)}
         cache = video.question_cache(in_force)
-        return self._answer(video, cache, suffixes, generation_config, tokenizer, None, reload)
+        return self._answer(
+            video.input_ids, suffixes, generation_config, tokenizer, None, past_key_values=cache, **reload
+        )
 
     @torch.no_grad()
     def load_video(self, path, tokenizer=None, *, verify=True, source=None, **sampling) -> EncodedVideo:
@@ -291,16 +406,17 @@ class VideoXLChatMixin:
         processor = None if tokenizer is None else VideoXLProcessor.from_config(self.config, tokenizer)
         return EncodedVideo.load(path, self, processor, verify, source, **sampling)
 
-    def _answer(self, encoded, cache, suffixes, generation_config, tokenizer, streamer, options) -> list[str]:
+    def _answer(self, shared, suffixes, generation_config, tokenizer, streamer, **behind) -> list[str]:
+        """Decodes answers to questions (token ids) that follow the same ids; `behind` goes to `generate` as it is."""
         settings = self._generation_settings(generation_config, tokenizer)
-        shared = encoded.input_ids if encoded is not None else torch.tensor([], dtype=torch.long)
+        shared = torch.as_tensor(shared, dtype=torch.long)
         width = max(map(len, suffixes))
         # Padding goes between video and question: the video's key-values are one row that all questions share.
         padding = settings.pad_token_id or 0
         texts = torch.tensor([[padding] * (width - len(suffix)) + suffix for suffix in suffixes])
         rows = shared.expand(len(suffixes), -1)
         mask = torch.tensor([[0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes])
-        given = {name: options.pop(name, ()) for name in ("logits_processor", "stopping_criteria")}
+        given = {name: behind.pop(name, ()) for name in ("logits_processor", "stopping_criteria")}
         processors, criteria = _of_answer(settings, len(shared) + width, tokenizer)
         output = self.generate(
             input_ids=torch.cat([rows, texts], dim=1).to(self.device),
@@ -310,8 +426,7 @@ class VideoXLChatMixin:
             stopping_criteria=StoppingCriteriaList([*criteria, *given["stopping_criteria"]]),
             streamer=streamer,
             tokenizer=tokenizer,
-            past_key_values=cache,
-            **options,
+            **behind,
         )
         returned = settings.num_return_sequences or 1
         texts = tokenizer.batch_decode(output[::returned, len(shared) + width :], skip_special_tokens=True)
@@ -329,90 +444,6 @@ class VideoXLChatMixin:
                 "media_dict is about the path of one video, which this turn does not bring anew; leave it out, or "
                 "give each item of several videos its own"
             )
-
-    def _encode_conversation(self, processor, messages, options, progress, in_force):
-        """The conversation's last visual, encoded behind all before it (None without one), and the ids that follow."""
-        items = visual_items(messages)
-        text, shown = processor.render(messages), []
-        encoded = None
-        for number, item in enumerate(items):
-            # What is said behind a video hangs on what was read of it.
-            prefix = processor.prompt_pieces(text, shown)[number]
-            video, kind = source_of(item), item["type"]
-            before = torch.tensor(prefix)
-            if encoded is not None:
-                before = torch.cat([encoded.input_ids, before])
-            if is_encoded(video):
-                if video.continues(self, before, encoded):
-                    encoded = video
-                    video.adopt(processor)
-                    item.pop("timestamps", None)
-                    shown.append(encoded.shown)
-                    continue
-                if not str(video) or video.appended:
-                    raise ValueError(
-                        "this EncodedVideo was made behind another prompt (system message, earlier turns, videos) "
-                        "or by another model, and its frames are in no file to be encoded from again. Ask it behind "
-                        "the prompt it was made with (its system_prompt), or pass its frames"
-                    )
-                logger.warning(f"{video} is encoded again: the conversation before it has changed")
-            system = messages[0]["content"] if messages[0]["role"] == "system" else None
-            encoded = item[kind] = self._encode(processor, item, encoded, prefix, options, progress, system, in_force)
-            item.pop("timestamps", None)
-            shown.append(encoded.shown)
-        return encoded, processor.prompt_pieces(text, shown)[-1]
-
-    def _encode(self, processor, item, base, prefix, options, progress, system_prompt, in_force) -> EncodedVideo:
-        """Streams a video or image through tower and language model, behind `base` and the prefix ids."""
-        source = readable_source(item)
-
-        def start(path, **facts):
-            return EncodedVideo(
-                path,
-                processor=processor,
-                model=self,
-                cache=prefill_text(self.model, None if base is None else base.cache.fork(), prefix, in_force),
-                input_ids=torch.tensor(prefix) if base is None else torch.cat([base.input_ids, torch.tensor(prefix)]),
-                behind=None if base is None else base.mark,
-                system_prompt=system_prompt,
-                **facts,
-            )
-
-        if item["type"] == "image":
-            if item.get("timestamps") is not None:
-                raise ValueError("timestamps belong to frames of a video; an image has none. Leave them out")
-            tiles = processor.read_tiles(source)
-            path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-            encoded = start(path, kind="image", sampling={"size": processor.image_size})
-            encoded.extend_image(tiles)
-            return encoded
-        if self.config.frame_padding != "last":
-            raise ValueError(
-                "frame_padding='random' needs all frames at once, so it is for forward and generate; set it to 'last'"
-            )
-        limit, unit = (
-            self.config.resolve_vision_chunk_frames(),
-            in_force.policy.unit_frames(self.config),
-        )
-        # An item that was encoded before brings its sampling.
-        request = video_request(item, options["sampling"])
-        batch_frames = max(limit // unit, 1) * unit
-        reader = open_video(
-            **request, backend=options["backend"], batch_frames=batch_frames, **processor.frame_options
-        )
-        with reader:
-            tokens = -(-reader.num_frames // self.config.frames_per_group) * self.model.tokens_per_group
-            require_context(self.model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
-            encoded = start(reader.source, sampling=reader.sampling)
-            encoded.start = reader.start
-            if progress is None:
-                progress = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
-            with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not progress) as bar:
-                for batch in reader:
-                    encoded.extend(batch)
-                    bar.update(len(batch.timestamps))
-        encoded.duration = reader.duration
-        return encoded
 
     def _generation_settings(self, given, tokenizer) -> GenerationConfig:
         settings = copy.deepcopy(self.generation_config)

@@ -317,8 +317,8 @@ class EncodedVideo(str):
         processor, layer = self._processor, self.cache.layers[0]
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
         unit = self.policy.unit_frames(self._model.config)
-        # Of beacon windows nothing but beacons is left: what may be taken back is run by itself.
-        whole = len(times) if unit == processor.frames_per_group else len(times) // unit * unit
+        # Where not every token leaves a key, what may be taken back is run by itself.
+        whole = len(times) // unit * unit if self.policy.text_only else len(times)
         for part in (slice(0, whole), slice(whole, len(times))):
             if not times[part]:
                 continue

@@ -153,12 +153,12 @@ class Sampling:
         return {**asdict(self), "max_num_frames": int(self.max_num_frames), **part}
 
     def mode_times(self, seconds: float) -> np.ndarray:
-        """When the modes that name a rate take frames of a video of so many seconds."""
+        """The seconds at which a mode that names a rate takes frames of a video that lasts `seconds`."""
         step = 1 / self.sampler.rate
         return np.arange(step / 2, seconds + step / 2, step)
 
     def mode_count(self, num_frames: int, seconds: float) -> int:
-        """How many frames the modes that name no rate take of a video.
+        """How many frames a mode that names no rate takes of a video.
 
         `min_num_frames` wins over `max_num_frames`: a limit below 64 does nothing to a video of 64 frames or more. The
         count is a multiple of `frame_multiple` unless the limit, which need not be one, cuts it.
@@ -181,9 +181,9 @@ class FrameChoice:
     """Which frames of a video are used, and of how much of it.
 
     Attributes:
-        indices: Of the frames, in order.
-        start: Where the part begins that they were chosen from, in seconds.
-        seconds: Its length.
+        indices: The frames' numbers, in order.
+        start: The second at which the part begins that they were chosen from.
+        seconds: The length of that part.
     """
 
     indices: list[int]
@@ -380,7 +380,7 @@ def _different_frames(times: np.ndarray, targets: np.ndarray) -> list[int]:
 
 
 def _part(sampling: Sampling, duration: float) -> tuple[float, float]:
-    """Begin and length of a part of a video, in seconds, as published."""
+    """Begin and length in seconds of the wanted part of a video, as published."""
     begin = max(sampling.start or 0.0, 0.0)
     until = duration if sampling.end is None else sampling.end
     # A video that is over within that margin would have no part at all.

@@ -23,19 +23,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # PostScript: PIL would have Ghostscript run it, whatever the file is called.
 PROGRAM_FORMATS = ("EPS",)
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
-
-
-def is_image(source: Any) -> bool:
-    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
-    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
 @contextmanager
@@ -92,7 +83,7 @@ def load_image(source: Any) -> Image.Image:
 
 
 def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that keeps most of an image's pixels, of these the one with the least empty space; else the first.
+    """The grid that keeps most of an image's pixels; of several the one with the least empty space, then the first.
 
     Args:
         size: (width, height) of the image.
@@ -137,7 +128,7 @@ def cut_tiles(image: Image.Image, size: int, grids: Sequence[tuple[int, int]] | 
 
 
 def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -> torch.Tensor:
-    """An image as the model takes it.
+    """Cuts an image into the tiles that the model takes.
 
     Args:
         image, size, grids: See `cut_tiles`.
@@ -157,7 +148,7 @@ def tile_image(image: Image.Image, size: int, grids=None, tiling: str = "pad") -
 
 
 def count_tiles(tiles: torch.Tensor) -> int:
-    """T of what `tile_image` gives; copies of the overview do not count."""
+    """T, the tiles in what `tile_image` returns; copies of the overview do not count."""
     return 1 + (tiles.shape[0] - 1) * tiles.shape[1]
 
 

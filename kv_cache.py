@@ -9,8 +9,8 @@ What is surprising:
 * Keys are cached rotated. Moving one to another position is a rotation by the difference of the two angles; both
   angles are first rounded to float32, as the language model rounds them. Pooling needs un-rotated keys: the mean of
   rotated ones is no key at all.
-* Rows that wait for a question have no keys yet, and layers count them as tokens that went by. So for `generate`, for
-  histories and for files such a cache is as long as its sequence, like any other.
+* Rows that wait for a question have no keys yet, and count as tokens that went by: such a cache is as long as its
+  sequence.
 * transformers 5.24 renamed `past_key_values` to `cache`. `CACHE_NAME` is what the installed release calls it, in its
   models' arguments, in outputs and in `generate`.
 
@@ -27,6 +27,7 @@ from inspect import signature
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2Model
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -43,11 +44,6 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(Qwen2Model.f
 
 class VideoXLCache(DynamicCache):
     """The key-values of one sequence, or of several padded on the left, and what else is known of it.
-
-    A value like any other: whoever holds it may fork it, and the model keeps none.
-
-    Args:
-        num_layers: Layers of the language model.
 
     Attributes:
         layout: Where the videos of the sequence are (`VisualLayout`); None before the first token, and of several.
@@ -71,13 +67,9 @@ class VideoXLCache(DynamicCache):
         """
         if isinstance(cache, cls):
             return True
-        if (
-            type(cache) is not DynamicCache
-            or cache.offloading
-            or any(type(x) is not DynamicLayer for x in cache.layers)
-        ):
-            return False
         filled = cache.layers
+        if type(cache) is not DynamicCache or cache.offloading or any(type(x) is not DynamicLayer for x in filled):
+            return False
         cache.__class__ = cls
         cls.__init__(cache, num_layers)
         for layer, old in zip(cache.layers, filled, strict=False):
@@ -148,10 +140,7 @@ class VideoXLCache(DynamicCache):
         return restore
 
     def move(self, device) -> None:
-        """Moves all that it holds to a device and ends offloading; a no-op where it is there already.
-
-        Pooled groups are dropped unless they lie there.
-        """
+        """Moves all that it holds to a device, and ends offloading; drops pooled groups that lie elsewhere."""
         if self.waiting is not None:
             self.waiting = self.waiting.to(device)
         for index, layer in enumerate(self.layers):
@@ -179,18 +168,15 @@ class VideoXLCache(DynamicCache):
 
 
 def _stacked(layers, length: int) -> "VideoXLCacheLayer":
-    held = [layer.held for layer in layers]
-    stacked, pair = VideoXLCacheLayer(), []
-    for name in ("keys", "values"):
-        states = [getattr(layer, name) for layer in layers]
-        batch = states[0].new_zeros((len(layers), states[0].shape[1], max(held), states[0].shape[3]))
-        for row, content in enumerate(states):
-            batch[row, :, max(held) - content.shape[2] :] = content[0]
-        pair.append(batch)
-    stacked.set_content(*pair)
-    stacked.hidden = length - max(held)
-    device = pair[0].device
-    stacked.row_padding = torch.tensor([max(held) - count for count in held], device=device)
+    held, stacked = [layer.held for layer in layers], VideoXLCacheLayer()
+    padding = [max(held) - count for count in held]
+
+    def stack(states):
+        return torch.cat([F.pad(row, (0, 0, count, 0)) for row, count in zip(states, padding, strict=True)])
+
+    stacked.set_content(stack(layer.keys for layer in layers), stack(layer.values for layer in layers))
+    stacked.hidden, device = length - max(held), stacked.keys.device
+    stacked.row_padding = torch.tensor(padding, device=device)
     shifts = [torch.zeros(1, dtype=torch.long) if layer.row_shift is None else layer.row_shift for layer in layers]
     stacked.row_shift = torch.cat([shift.to(device) for shift in shifts])
     return stacked
@@ -199,10 +185,7 @@ def _stacked(layers, length: int) -> "VideoXLCacheLayer":
 class WaitingRows:
     """Rows of a sequence that will run through the language model once the question is known.
 
-    A value: `then` and `until` give another one. `rows[start:stop]` gives [n, hidden].
-
-    Attributes:
-        begin: Position of the first row in its sequence.
+    A value: its methods give another one. `rows[start:stop]` gives [n, hidden]; `begin` is the first row's position.
     """
 
     def __init__(self, parts: tuple[torch.Tensor, ...] = (), begin: int = 0):
@@ -213,15 +196,14 @@ class WaitingRows:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, wanted: slice) -> torch.Tensor:
-        start, stop, step = wanted.indices(len(self))
-        assert step == 1 and start < stop, "rows are read as non-empty runs"
-        found = []
-        for number in range(bisect_right(self.ends, start), len(self.parts)):
-            begin = self.ends[number] - len(self.parts[number])
-            if begin >= stop:
-                break
-            found.append(self.parts[number][max(start - begin, 0) : stop - begin])
-        return torch.cat(found) if len(found) > 1 else found[0]
+        start, stop, _ = wanted.indices(len(self))
+        return torch.cat(self._cut(start, stop))
+
+    def _cut(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        begins = [0, *self.ends]
+        first = bisect_right(self.ends, start)
+        found = zip(begins[first:], self.parts[first:], strict=False)
+        return tuple(part[max(start - begin, 0) : stop - begin] for begin, part in found if begin < stop)
 
     def then(self, rows: torch.Tensor) -> "WaitingRows":
         """These rows followed by [n, hidden] others."""
@@ -229,25 +211,18 @@ class WaitingRows:
 
     def until(self, length: int) -> "WaitingRows":
         """These rows up to the position `length` of their sequence."""
-        length -= self.begin
-        begins = (end - len(part) for end, part in zip(self.ends, self.parts, strict=True))
-        kept = [part[: length - begin] for begin, part in zip(begins, self.parts, strict=True) if begin < length]
-        return WaitingRows(tuple(kept), self.begin)
+        return WaitingRows(self._cut(0, length - self.begin), self.begin)
 
     def since(self, start: int) -> "WaitingRows":
         """The rows from `start` on."""
-        begins = [end - len(part) for end, part in zip(self.ends, self.parts, strict=True)]
-        parts = zip(self.ends, begins, self.parts, strict=True)
-        return WaitingRows(tuple(part[max(start - begin, 0) :] for end, begin, part in parts if end > start))
+        return WaitingRows(self._cut(start, len(self)))
 
     def select(self, places: torch.Tensor) -> "WaitingRows":
         """The rows at some places, ascending."""
-        bounds = torch.searchsorted(places, torch.tensor([0, *self.ends])).tolist()
-        pieces = zip(self.ends, self.parts, bounds, bounds[1:], strict=False)
-        chosen = [
-            part.index_select(0, (places[first:last] - end + len(part)).to(part.device))
-            for end, part, first, last in pieces
-        ]
+        begins = [0, *self.ends]
+        bounds = torch.searchsorted(places, torch.tensor(begins)).tolist()
+        pieces = zip(begins, self.parts, bounds, bounds[1:], strict=False)
+        chosen = (part.index_select(0, (places[a:b] - begin).to(part.device)) for begin, part, a, b in pieces)
         return WaitingRows(tuple(chosen), self.begin)
 
     def to(self, device) -> "WaitingRows":
@@ -301,9 +276,7 @@ class VideoXLCacheLayer(DynamicLayer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.hidden = 0
-        self.row_padding: torch.Tensor | None = None
-        self.row_shift: torch.Tensor | None = None
-        self._room: _Room | None = None
+        self.row_padding = self.row_shift = self._room = None
         self._reserved = 0
         self._pooled: dict = {}  # pool size -> pooled groups; shared by forks until either one's content changes
 
@@ -417,11 +390,7 @@ class VideoXLCacheLayer(DynamicLayer):
         self.row_shift = None if self.row_shift is None else function(self.row_shift)
 
     def fork(self, make_room=False) -> "VideoXLCacheLayer":
-        """A layer with the same content that may be extended without changing this one.
-
-        Args:
-            make_room: See to it that the fork can append without copying, if need be by one copy of this layer.
-        """
+        """A layer with the same content that may be extended without changing this one; see `make_room`."""
         if make_room:
             self.make_room(MIN_SPARE_TOKENS)
         other = VideoXLCacheLayer()
@@ -442,12 +411,7 @@ class VideoXLCacheLayer(DynamicLayer):
             self.keys, self.values = (buffer[:, :, :length] for buffer in self._room.buffers)
 
     def snapshot(self, held: int) -> Callable[[], None]:
-        """A function that brings the layer back to what it is now, without allocating anything.
-
-        Args:
-            held: The layer may be taken back to so many keys meanwhile, so that those behind them are written over;
-                only these are copied.
-        """
+        """As the cache's; only the keys behind the first `held` ones are copied, and restoring allocates nothing."""
         state = dict(self.__dict__)
         behind = [states[:, :, held:].clone() for states in (self.keys, self.values)] if self.held > held else ()
 
@@ -474,8 +438,7 @@ class VideoXLCacheLayer(DynamicLayer):
         """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video and device.
 
         Args:
-            groups: (start, stop) of each group's visual tokens, all of one length N, in a layer that holds every
-                token.
+            groups: (start, stop) of each group's N visual tokens, in a layer that holds every token.
             pool_size: Kernel and stride of the pooling; a remainder of N is dropped.
             inv_freq: [D / 2] rotary frequencies.
 
@@ -483,19 +446,16 @@ class VideoXLCacheLayer(DynamicLayer):
             Keys and values on the device of `inv_freq`, each [1, K, G, N // pool_size, D].
         """
         if pool_size not in self._pooled or self._pooled[pool_size][0].device != inv_freq.device:
-            pooled = ([], [])
-            size = groups[0][1] - groups[0][0]
-            used = size // pool_size * pool_size
-            at_once = max(ROTATED_AT_ONCE // size, 1)
+            pooled, size = ([], []), groups[0][1] - groups[0][0]
+            used, at_once = size // pool_size * pool_size, max(ROTATED_AT_ONCE // size, 1)
             for first in range(0, len(groups), at_once):
                 starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
                 positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
-                taken = (states.index_select(2, positions).to(inv_freq.device) for states in (self.keys, self.values))
-                keys, values = taken
+                taken = (states.index_select(2, positions) for states in (self.keys, self.values))
+                keys, values = (states.to(inv_freq.device) for states in taken)
                 for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
                     target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
-            keys, values = (torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
-            self._pooled[pool_size] = (keys, values)
+            self._pooled[pool_size] = tuple(torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
         return self._pooled[pool_size]
 
     def forget_pooled(self, device) -> None:
@@ -520,17 +480,16 @@ class VideoXLCacheLayer(DynamicLayer):
     def _grow(self, key_states, value_states, length, added) -> None:
         spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
         capacity = max(length + added + spare, self._reserved)
-        buffers = []
         # Buffers must stay writable outside inference mode, where a later question may be asked.
         with torch.inference_mode(False), torch.no_grad():
-            for states, previous in ((key_states, self.keys), (value_states, self.values)):
-                shape = (states.shape[0], states.shape[1], capacity, states.shape[3])
-                buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
-                if length:
-                    buffer[:, :, :length] = previous
-                buffers.append(buffer)
+            buffers = tuple(
+                torch.empty((*states.shape[:2], capacity, states.shape[3]), dtype=states.dtype, device=states.device)
+                for states in (key_states, value_states)
+            )
+            for buffer, previous in zip(buffers, (self.keys, self.values) * (length > 0), strict=False):
+                buffer[:, :, :length] = previous
         self._leave_room()
-        self._room = _Room(tuple(buffers))
+        self._room = _Room(buffers)
         self._room.set_end(self, length + added)
 
     def _leave_room(self) -> None:
@@ -544,18 +503,15 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
 
     `keys` and `values` are the whole content on the host, so saving, pooling and forking go on as ever. On the device
     are the positions from `near_start` on, and copies of text and timestamps before it. A step of attention that
-    wants more gets the
-    whole layer for a moment: text after a video, and timestamps in `mask` mode.
+    wants more gets the whole layer for a moment: text after a video, and timestamps in `mask` mode.
     """
 
     is_offloaded = True
 
     def __init__(self, device, **kwargs):
         super().__init__(**kwargs)
-        self.near_start = 0
-        self._home = torch.device(device)
-        self._near: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.near_start, self._home = 0, torch.device(device)
+        self._near = self._text = None  # keys and values on the device
 
     @classmethod
     def over(cls, layer: VideoXLCacheLayer, device) -> "VideoXLOffloadedLayer":
@@ -570,11 +526,8 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         # override: append on the host; what is returned covers the positions from `near_start` on
         super().update(key_states.cpu(), value_states.cpu())
-        states = (key_states, value_states)
-        if self._near is not None:
-            states = tuple(torch.cat(pair, dim=2) for pair in zip(self._near, states, strict=True))
-        self._near = states
-        return states
+        self._near = _joined(self._near, (key_states, value_states))
+        return self._near
 
     def retire(self, non_visual: torch.Tensor, keep_from: int) -> None:
         """Takes positions before `keep_from` off the device, except text and timestamps.
@@ -591,9 +544,7 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         known = 0 if self._text is None else self._text[0].shape[2]
         wanted = non_visual[known : int(torch.searchsorted(non_visual, keep_from))].to(self.keys.device)
         fresh = tuple(states.index_select(2, wanted).to(self._home) for states in (self.keys, self.values))
-        if self._text is not None:
-            fresh = tuple(torch.cat(pair, dim=2) for pair in zip(self._text, fresh, strict=True))
-        self._text = fresh
+        self._text = _joined(self._text, fresh)
 
     def visible(self, step) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values on the device that the queries of an `AttentionStep` see."""
@@ -601,10 +552,8 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         known = 0 if self._text is None else self._text[0].shape[2]
         if step.window_start >= self.near_start and gathered <= known:
             window = slice(step.window_start - self.near_start, step.stop - self.near_start)
-            parts = [states[:, :, window] for states in self._near]
-            if gathered:
-                parts = [torch.cat([t[:, :, :gathered], w], dim=2) for t, w in zip(self._text, parts, strict=True)]
-            return tuple(parts)
+            parts = tuple(states[:, :, window] for states in self._near)
+            return _joined([states[:, :, :gathered] for states in self._text], parts) if gathered else parts
         whole = self.whole(step.stop)
         if gathered == 0:
             return tuple(states[:, :, step.window_start :] for states in whole)
@@ -619,6 +568,11 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         super().crop(tokens_to_remove)
         # The next `retire` and `update` start from the host's content.
         self.near_start, self._near, self._text = self.held, None, None
+
+
+def _joined(earlier, later) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of adjacent runs of tokens; None stands for no earlier ones."""
+    return later if earlier is None else tuple(torch.cat(pair, dim=2) for pair in zip(earlier, later, strict=True))
 
 
 def rotate(keys, old, new, inv_freq) -> torch.Tensor:

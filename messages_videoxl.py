@@ -22,11 +22,12 @@ import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
-from .image_processing_videoxl import is_image
 
 ROLES = ("system", "user", "assistant")
 # The kinds of items that are seen.
 VISUAL_KINDS = ("video", "image")
+# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Where an item names its source; the first is the one that it has here.
 SOURCE_KEYS = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url"), "text": ("text",)}
 # What a video item may say of its sampling: names of `Sampling`, and transformers' and other libraries' names.
@@ -133,6 +134,13 @@ def turn_items(visual) -> list[dict]:
         read_type = next(name for name, value in READ_TYPES.items() if value == part.pop("read_as", "file"))
         item["media_dict"] = {"video_read_type": read_type, **part}  # JSON keeps this beside the path
     return [item]
+
+
+def is_image(source) -> bool:
+    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
+    return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
 def is_encoded(visual) -> bool:

@@ -196,9 +196,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
             raise ValueError("dense_chunks needs bi-level decoding: set config.sparse_attention with decode='bilevel'")
         if has_videos:
             if input_ids is None:
-                raise ValueError(
-                    "pixel_values_videos needs input_ids: their placeholders say where the visual tokens go"
-                )
+                raise ValueError("pixel_values_videos needs input_ids, whose placeholders say where visual tokens go")
             pixels = pixel_values_videos
             return self._forward_videos(input_ids, attention_mask, position_ids, cache, pixels, options, call)
         if new > 1 and (prompt_length is None or past < prompt_length):
@@ -263,9 +261,9 @@ class VideoXLModel(VideoXLPreTrainedModel):
             # Without a cache every step comes here, and the copies of a prompt have grown apart.
             order = [index for row in rows for _ in range(repeats) for index in row.videos]
             features, timed = [features[index] for index in order], [timed[index] for index in order]
-            prompts, call = input_ids, replace(call, num_expanded=1)
-            rows = self._rows(prompts, attention_mask, features, timed, past, call.prompt_length)
-        return self._merge(prompts, rows, features), rows, call
+            prompts, masks, call = input_ids, attention_mask, replace(call, num_expanded=1)
+            rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+        return self._merge(prompts, masks[:, past:], features, call.prompt_length), rows, call
 
     def _prefill(self, embeds, rows, cache, options, call) -> BaseModelOutputWithPast | None:
         """Prefills prompts with videos into a cache; None where the whole sequence is to run at once without one."""
@@ -309,16 +307,10 @@ class VideoXLModel(VideoXLPreTrainedModel):
             while used < len(features) and sum(counts) * self.tokens_per_group < wanted:
                 counts.append(features[used].shape[0])
                 used += 1
-            layout = VisualLayout.from_ids(
-                prompt,
-                counts,
-                self.tokens_per_group,
-                self.config.video_token_id,
-                self.config.time_start_token_id,
-                self.config.time_end_token_id,
-                offset=past,
-                timed=timed[first:used],
-            )
+            config = self.config
+            tokens = (config.video_token_id, config.time_start_token_id, config.time_end_token_id)
+            size, of_these = self.tokens_per_group, timed[first:used]
+            layout = VisualLayout.from_ids(prompt, counts, size, *tokens, offset=past, timed=of_these)
             layout = VisualLayout(layout.videos, past + len(columns))
             rows.append(PromptRow(columns, layout, range(first, used)))
         if used != len(features):
@@ -329,14 +321,11 @@ class VideoXLModel(VideoXLPreTrainedModel):
             )
         return rows
 
-    def _merge(self, input_ids, rows, features):
+    def _merge(self, input_ids, mask, features, prompt_length):
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
-        embeds = self.embed_prompt(input_ids)
-        is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            begin = row.layout.length - len(row.columns)
-            for group in row.layout.groups:
-                is_visual[number, row.columns[group.visual_start - begin : group.end - begin]] = True
+        embeds, is_visual = self.embed_prompt(input_ids), (input_ids == self.config.video_token_id) & mask.bool()
+        if prompt_length is not None:
+            is_visual[:, prompt_length:] = False
         visual = torch.cat([tokens.flatten(0, 1) for tokens in features]).to(embeds.device, embeds.dtype)
         return embeds.index_put((is_visual,), visual)
 
@@ -444,14 +433,8 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         """
         refuse_unknown("forward", unknown)
         whole = isinstance(logits_to_keep, int)
-        call = Call(
-            InForce(self.config),
-            prompt_length=prompt_length,
-            num_expanded=num_expanded,
-            keep_hidden=logits_to_keep if whole and labels is None else 0,
-            dense_chunks=dense_chunks,
-            required_chunks=required_chunks,
-        )
+        keep = logits_to_keep if whole and labels is None else 0
+        call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
         checkpointed = checkpointed_layers(self.model.language_model)
@@ -619,11 +602,8 @@ def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> Non
         raise ValueError("labels are for all positions: leave logits_to_keep out")
     if in_force.decoding.text_only:
         raise ValueError("labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'")
-    if in_force.settings.dropping is not None:
-        raise ValueError(
-            "labels cannot be used with mm_llm_compress, whose choice of tokens depends on where the prompt ends: set "
-            "it to False for training, as the published weights were trained"
-        )
+    if in_force.policy.untrainable:
+        raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
 
 
 def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:

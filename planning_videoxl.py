@@ -21,8 +21,8 @@ from numbers import Integral
 import numpy as np
 
 from .frame_sampling_videoxl import FrameSampler, Sampling
-from .image_processing_videoxl import is_image
 from .kv_cache import GROWTH, MIN_SPARE_TOKENS
+from .messages_videoxl import is_image
 from .prefill_videoxl import SEGMENT_TOKENS, InForce, SequenceSize
 from .processing_videoxl import VideoXLProcessor
 from .sparse_attention import MASK_ROWS

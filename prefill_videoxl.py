@@ -35,23 +35,14 @@ SEGMENT_TOKENS = 4096
 
 
 class SequenceSize(NamedTuple):
-    """A prompt's header and the video behind it, for the functions that say what is kept of them.
+    """A prompt's header and the video behind it, for the planner."""
 
-    Attributes:
-        header: Tokens of the header.
-        stamps: [G] tokens of the groups' timestamps.
-        visual: Visual tokens.
-        layers: Layers of the language model.
-        layer_bytes: Keys and values of one token in one layer.
-        row_bytes: One row.
-    """
-
-    header: int
-    stamps: np.ndarray
-    visual: int
-    layers: int
-    layer_bytes: int
-    row_bytes: int
+    header: int  # tokens
+    stamps: np.ndarray  # [G] tokens of the groups' timestamps
+    visual: int  # tokens
+    layers: int  # of the language model
+    layer_bytes: int  # keys and values of one token in one layer
+    row_bytes: int  # one token on its way through the language model
 
     @property
     def text(self) -> int:
@@ -69,34 +60,19 @@ class SequenceSize(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is kept of a sequence, in bytes but for the tokens.
+    """What is kept of a sequence, for the planner: in bytes, but for tokens and rows."""
 
-    Attributes:
-        held: Key-values of the encoded video.
-        waiting: Its rows that wait for a question.
-        seen_tokens, seen: The key-values that a question runs behind; None where they are the video's. Where layers
-            hold different numbers of tokens, the mean over them, rounded down.
-        pooled: Pooled key-values that stay beside the video; None without bi-level decoding.
-        own: What a question keeps for itself, at most for any video up to this length; 0 where it continues what is
-            held.
-        most_held: What is held, at most for any video up to this length; None for `held`.
-        rows: Rows of the video that run with each question.
-        rows_at_once: How many rows run at once, at most; None for the usual number.
-        passing: Room for rows whose key-values do not stay.
-        asking: What is there while a question is prepared, and gone while it runs.
-    """
-
-    held: int
-    waiting: int = 0
-    seen_tokens: int | None = None
+    held: int  # key-values of the encoded video
+    waiting: int = 0  # its rows that wait for a question
+    seen_tokens: int | None = None  # what a question runs behind, the mean over the layers; None where it is `held`
     seen: int | None = None
-    pooled: int | None = None
-    own: int = 0
-    most_held: int | None = None
-    rows: int = 0
-    rows_at_once: int | None = None
-    passing: int = 0
-    asking: int = 0
+    pooled: int | None = None  # pooled key-values beside the video; None without bi-level decoding
+    own: int = 0  # what a question keeps for itself, at most for any video up to this length; 0 if it continues `held`
+    most_held: int | None = None  # what is held, at most for any video up to this length; None for `held`
+    rows: int = 0  # rows of the video that run with each question
+    rows_at_once: int | None = None  # how many rows run at once, at most; None for the usual number
+    passing: int = 0  # room for rows whose key-values do not stay
+    asking: int = 0  # what is there while a question is prepared, and gone while it runs
 
 
 class InForce:
@@ -189,6 +165,8 @@ class SequencePolicy:
     text_only = False
     # Whether questions are run by its settings, too, so that later ones do not reach a video that was encoded before.
     runs_questions = False
+    # Why it cannot be trained; None if it can.
+    untrainable = None
 
     # The entry of `facts`, or of the config, that asks for it.
     switch = None

@@ -421,6 +421,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         batched = is_list and not isinstance(conversation[0], dict)
         markers = {"video": self.video_token, "image": self.image_token}
         chats = conversation if batched else [conversation]
+        # A prompt may be written without its videos, which the caller then passes with it.
         chats = [read_messages(getattr(chat, "messages", chat), needs_source=tokenize) for chat in chats]
         texts, _ = render_jinja_template(
             [without_sources(messages, markers.values()) for messages in chats],

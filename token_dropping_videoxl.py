@@ -162,6 +162,10 @@ class TokenDropping(SequencePolicy):
 
     text_only = runs_questions = True
     switch = "dropping"
+    untrainable = (
+        "mm_llm_compress, whose choice of tokens depends on where the prompt ends: set it to False for training, as "
+        "the published weights were trained"
+    )
 
     @classmethod
     def apply(cls, config, facts, policy):

@@ -1,4 +1,4 @@
-"""What a path leads to, as upright RGB frames with the seconds at which they are shown: index, decoders, pictures.
+"""Video files, GIFs and folders of pictures as upright RGB frames with the seconds at which they are shown.
 
 What is surprising:
 * Every frame is found by its presentation time, never by counting, because edit lists, variable rates and reordered
@@ -166,7 +166,7 @@ def _refuse_playlist(path: str) -> None:
 
 
 def _open_video(path: str) -> Any:
-    """Opens what is a video by its first bytes, and says what else it is."""
+    """Opens a video file; for another file the error says what it is."""
     try:
         _refuse_playlist(path)
         return _open(path)
@@ -195,7 +195,7 @@ def _video_stream(container: Any, path: str) -> Any:
 
 @dataclass
 class _Packets:
-    """What reading the packets of a stream found."""
+    """What the packets of a stream say."""
 
     shown: list  # (presentation time, decoding time, duration) in ticks
     keyframes: list  # presentation times
@@ -495,13 +495,13 @@ def open_pictures(paths: Sequence[str], seconds: Sequence[float], wanted: Sequen
 
 @dataclass(frozen=True)
 class ChosenFrames:
-    """Which frames of a source are read, and how.
+    """The chosen frames of a source, and how they are read.
 
     Attributes:
         read: Gives the frames.
-        seconds: Of the frames, as planned; some come several times.
-        start: Seconds at which the part begins that they are from.
-        duration: Seconds of that part.
+        seconds: The seconds of the frames, as planned; some come several times.
+        start: The second at which the part begins that they are from.
+        duration: The length of that part in seconds.
         damage: What is wrong with a file, if its packets show it.
     """
 
@@ -513,15 +513,15 @@ class ChosenFrames:
 
 
 def open_path(path: str, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
-    """Chooses frames of what a path leads to.
+    """Chooses frames of a video file, a GIF or a folder of pictures.
 
     Args:
-        path: Of a local file or folder.
-        sampling: What is wanted of it.
-        backend: Of a file, a name in `BACKENDS`.
+        path: A local file or folder.
+        sampling: Which frames are wanted, and what the path leads to.
+        backend: Who decodes a file, a name in `BACKENDS`.
 
     Raises:
-        FileNotFoundError, ValueError, VideoDecodeError: If there is nothing that can be read, or nothing of the part.
+        FileNotFoundError, ValueError, VideoDecodeError: If nothing can be read, or the part holds no frames.
     """
     damage = None
     if sampling.read_as == "folder":

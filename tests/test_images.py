@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from margins import beam_scores
 from PIL import Image
 from sampled import open_video
-from videoxl.image_processing_videoxl import choose_grid, cut_tiles, is_image, load_image
+from videoxl.image_processing_videoxl import choose_grid, cut_tiles, load_image
+from videoxl.messages_videoxl import is_image
 
 SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
 

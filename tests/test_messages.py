@@ -67,7 +67,7 @@ def test_items_of_another_form_are_refused_by_both(model, tokenizer, processor, 
         model.chat([TEXT, item], tokenizer, "What?")
     if isinstance(item, dict):
         with pytest.raises(ValueError, match=says):
-            processor.apply_chat_template(user(item))
+            processor.apply_chat_template(user(item), tokenize=True)
 
 
 @pytest.mark.ties  # the same computation twice
@@ -99,6 +99,15 @@ def assert_same(model, tokenizer, processor, item):
     assert torch.equal(inputs["input_ids"][0, : len(video.input_ids)], video.input_ids)
     output = model.generate(**inputs, **SHORT)
     assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
+
+
+def test_a_prompt_is_written_without_its_videos(processor, clips):
+    """As transformers' users do: the text first, and the videos with it."""
+    text = processor.apply_chat_template(user({"type": "video"}, {"type": "image"}, TEXT))
+    assert text == processor.render(user({"type": "video", "video": clips[0]}, {"type": "image", "image": "a"}, TEXT),
+                                    add_generation_prompt=False)  # fmt: skip
+    with pytest.raises(ValueError, match="a video item takes one of"):
+        processor.apply_chat_template(user({"type": "video"}), tokenize=True)
 
 
 @pytest.mark.ties  # no words are compared
