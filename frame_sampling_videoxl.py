@@ -28,6 +28,7 @@ _FPS_MODE = re.compile(r"fps(\d+(?:\.\d+)?)")
 # In frame intervals. Below it frame i is still nearest to time i / fps: sampling by number and by time choose alike.
 _JITTER_FRAMES = 0.5
 _TIME_EPSILON = 1e-6  # seconds; absorbs float rounding when a wanted time falls on a frame: no frame is that short
+_MOST_TARGETS = 10_000_000  # moments of a rate that are listed; of more, only those near which a frame appears
 _MAX_RATE_DENOMINATOR = 1001  # the largest one tried for a rate that is a simple fraction: that of the NTSC rates
 
 
@@ -275,7 +276,8 @@ def _in_time(times: np.ndarray, seconds: float, sampling: Sampling) -> list[int]
 
     def every(per_second: float) -> list[int]:
         count = math.floor((times[-1] - times[0] + _TIME_EPSILON) * per_second) + 1
-        return np.unique(_on_display(times, times[0] + np.arange(count) / per_second)).tolist()
+        targets = np.arange(count) if count <= _MOST_TARGETS else _first_targets(times, per_second, count)
+        return np.unique(_on_display(times, times[0] + targets / per_second)).tolist()
 
     def uniform(count: int) -> list[int]:
         return _different_frames(times, np.linspace(times[0], times[-1], count))
@@ -289,6 +291,12 @@ def _in_time(times: np.ndarray, seconds: float, sampling: Sampling) -> list[int]
     parts = min(count, len(times))
     indices = _different_frames(times, times[0] + (np.arange(parts) + 0.5) * seconds / parts)
     return indices + indices[-1:] * (count - parts)
+
+
+def _first_targets(times: np.ndarray, per_second: float, count: int) -> np.ndarray:
+    """Of the first `count` moments of a rate those around which a frame appears."""
+    near = np.ceil((times - times[0] - _TIME_EPSILON) * per_second)
+    return np.clip(np.concatenate([near - 1, near, near + 1]), 0, count - 1)
 
 
 def _constant_rate(times: np.ndarray, nominal: float | None) -> float | None:

@@ -28,6 +28,10 @@ logger = logging.get_logger(__name__)
 _SEEK_SAVES_FRAMES = 16
 # Seconds. Decoding times that fall back further than muxer noise are a second recording glued to the first.
 _TIME_JUMP = 1.0
+# Packets. So many in a row may have a wrong time; more are a second recording.
+_WRONG_TIMES = 4
+# Seconds. No picture is shown for a day: the time of the next is wrong.
+_CLOCK_LEAP = 86_400.0
 # Pictures. How many are commonly decoded behind one that is shown later.
 _REORDERED = 4
 # Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
@@ -44,6 +48,8 @@ _SCRAMBLED = {
     "asf": (rb"\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\0\xa0\xc9\x55\xfc\x6e", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
 }
 _SCRAMBLED_BYTES = 1_000_000  # read to find them
+# How Matroska files say how long a stream is.
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)$", re.ASCII)
 # How often to try behind a place of a file that cannot be read, before the rest counts as lost.
 _READ_TRIES = 8
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
@@ -392,11 +398,13 @@ def _apply_edits(path: str, index: VideoIndex, edits: list[_Edit]) -> VideoIndex
         if edit.media is not None and edit.seconds > 0 and edit.media < media[0] + index.duration:
             # The picture that is on display where the part begins, then those that begin in it.
             first = max(bisect_right(media, edit.media + _EDIT_SLACK) - 1, 0)
-            past = bisect_left(media, edit.media + edit.seconds * max(edit.speed, 0) - _EDIT_SLACK)
-            parts.append((len(times), first))
+            until = edit.media + edit.seconds * max(edit.speed, 0) - _EDIT_SLACK
+            past = max(bisect_left(media, until), first + 1)
             slow = 1 / edit.speed if edit.speed > 0 else 0
-            times += [clock + max(second - edit.media, 0) * slow for second in media[first : max(past, first + 1)]]
-            end = clock + edit.seconds
+            if media[first] <= max(until, edit.media):
+                parts.append((len(times), first))
+                times += [clock + max(second - edit.media, 0) * slow for second in media[first:past]]
+                end = clock + edit.seconds
         clock += edit.seconds
         if len(times) > _MOST_PICTURES:
             raise VideoDecodeError(
@@ -409,16 +417,13 @@ def _apply_edits(path: str, index: VideoIndex, edits: list[_Edit]) -> VideoIndex
 
 def read_packets(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
     """Yields the packets of a stream, also those behind a place that cannot be read; says so in `problems`."""
-    idle = 0
-    while idle < _READ_TRIES:
-        known = len(problems)
-        found = yield from _demux_on(container, stream, problems)
-        if len(problems) == known:
-            return
+    idle, ended = 0, False
+    while not ended and idle < _READ_TRIES:
+        found, ended = yield from _read_on(container, stream, problems)
         idle = 0 if found else idle + 1
 
 
-def _demux_on(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
+def _read_on(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]:
     found = False
     try:
         for packet in container.demux(stream):
@@ -426,12 +431,43 @@ def _demux_on(container: Any, stream: Any, problems: list[str]) -> Iterator[Any]
             yield packet
     except av.FFmpegError as error:
         problems.append(error.strerror)
-    return found
+    except IndexError:  # another stream began, of which PyAV learns when it is asked anew
+        pass
+    else:
+        return found, True
+    return found, False
+
+
+class _Clock:
+    """Tells a few wrong decoding times from a clock that begins anew.
+
+    Args:
+        jump: Ticks that a time may lie behind the latest one.
+    """
+
+    def __init__(self, jump: int):
+        self.jump, self.latest, self.wrong = jump, None, False
+        self.behind = 0  # packets in a row that lie too far behind
+        self._calm, self._mark = None, 0  # the latest time before a leap forward, pictures until then
+
+    def accepts(self, time: int, found: _Packets) -> bool:
+        """Whether a packet's time fits; takes back what was found at times that turn out to be wrong."""
+        if self.latest is not None and time < self.latest - self.jump:
+            leaped = self._calm is not None and len(found.shown) - self._mark <= _WRONG_TIMES
+            if not leaped or time < self._calm - self.jump:
+                self.behind += 1
+                return False
+            del found.shown[self._mark :]
+            self.wrong = True
+        elif self.latest is not None and time > self.latest + self.jump:
+            self._calm, self._mark = self.latest, len(found.shown)
+        self.behind, self.latest = 0, time
+        return True
 
 
 def _list_packets(container: Any, stream: Any) -> _Packets:
-    found, latest, fields = _Packets([], []), None, SecondFields(container, stream)
-    jump = round(_TIME_JUMP / stream.time_base)
+    found, fields = _Packets([], []), SecondFields(container, stream)
+    clock = _Clock(round(_TIME_JUMP / stream.time_base))
     problems: list[str] = []
     for packet in read_packets(container, stream, problems):
         if packet.size == 0:
@@ -440,11 +476,11 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
             found.damage = "a packet is cut off"
             continue
         found.intact += 1
-        if packet.dts is not None:
-            if latest is not None and packet.dts < latest - jump:
+        if packet.dts is not None and not clock.accepts(packet.dts, found):
+            if clock.behind > _WRONG_TIMES:
                 found.damage = "its clock jumps back (recordings glued together?), only the part before is read"
                 break
-            latest = packet.dts
+            continue
         if packet.is_keyframe:
             if not found.keyframes:
                 found.shown.clear()  # nothing before the first keyframe can be decoded
@@ -456,6 +492,8 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
             found.shown.append((pts, dts, duration + packet.duration))
         else:
             found.shown.append((packet.pts, packet.dts, packet.duration or 0))
+    if found.damage is None and (clock.behind or clock.wrong):
+        found.damage = "some of its times are wrong"
     if problems:
         found.damage = problems[0]
     return found
@@ -508,9 +546,9 @@ def _complete_times(shown: list, step: int) -> tuple[list[int], frozenset[int]]:
 
 def _announced_seconds(container: Any, stream: Any) -> float:
     """When a Matroska stream ends by its header, which knows the length of the stream, or of the longest stream."""
-    clock = stream.metadata.get("DURATION", "").split(":")
-    if clock[1:]:
-        return sum(float(part) * unit for part, unit in zip(clock, (3600, 60, 1), strict=True))
+    clock = _CLOCK.match(stream.metadata.get("DURATION", ""))
+    if clock is not None:
+        return sum(float(part) * unit for part, unit in zip(clock.groups(), (3600, 60, 1), strict=True))
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
 
 
@@ -527,6 +565,15 @@ def _is_cut_matroska(path: str) -> bool:
         size = int.from_bytes(head[place : place + length], "big") ^ (1 << 7 * length)
         place += length + (size if mark[0] == 0x1A else 0)
     return size == (1 << 7 * length) - 1 or place + size > os.path.getsize(path)
+
+
+def _without_leaps(ticks: list[int], leap: int, damage: str | None) -> tuple[list[int], str | None]:
+    """The most ticks that follow each other without a leap, and what is wrong with the file."""
+    ends = [place for place in range(1, len(ticks)) if ticks[place] - ticks[place - 1] > leap]
+    if not ends:
+        return ticks, damage
+    pieces = [ticks[start:end] for start, end in zip([0, *ends], [*ends, len(ticks)], strict=True)]
+    return max(pieces, key=len), damage or "its clock leaps by days"
 
 
 def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
@@ -551,6 +598,7 @@ def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> Vid
             f"{path}: expected video frames, the file has none that can be displayed{found}. If they lie in another "
             "file, give that one."
         )
+    ticks, damage = _without_leaps(ticks, round(_CLOCK_LEAP / tick), packets.damage)
     times = [float((value - ticks[0]) * tick) for value in ticks]
     last = durations.get(ticks[-1], 0) * tick or (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / (rate or 1))
     seekable = not numbered and not _SEEKABLE_FORMATS.isdisjoint(formats.split(","))
@@ -563,6 +611,6 @@ def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> Vid
         duration=times[-1] + float(last),
         rate=rate,
         numbered=numbered,
-        damage=packets.damage,
+        damage=damage,
         guessed=guessed,
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from h264_fields import DELIMITER, fields
 from PIL import Image, ImageOps
-from sampled import open_video
+from sampled import choose_frames, open_video
 from videoxl import image_processing_videoxl as ip
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_index_videoxl as vi
@@ -550,3 +550,34 @@ def test_a_film_beside_a_cover(tmp_path, name, flag):
     with av.open(str(tmp_path / name)) as container:
         assert any(stream.disposition & av.stream.Disposition.attached_pic for stream in container.streams.video)
     assert read(tmp_path / name)[0] == list(range(20))
+
+
+# --- wrong times
+
+
+@pytest.mark.parametrize("wrong", [0, 0x7F, 0xFF])
+@pytest.mark.parametrize("place", [10, 30])
+def test_one_wrong_time_loses_one_picture(tmp_path, warnings, wrong, place):
+    """The extended byte of a time in an FLV: 194 days later, or 194 days earlier."""
+    write(tmp_path / "a.flv", 60, "flv", b_frames=0)
+    with av.open(str(tmp_path / "a.flv")) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    data = bytearray((tmp_path / "a.flv").read_bytes())
+    data[data.index(bytes(packets[place])) - 5] = wrong
+    (tmp_path / "a.flv").write_bytes(data)
+    numbers, seconds, duration = read(tmp_path / "a.flv")
+    assert {*range(60)} - {*numbers} <= {place}
+    assert seconds == pytest.approx([number / 25 for number in numbers], abs=0.001)
+    assert duration == pytest.approx(2.4, abs=0.05)
+    assert len(warnings) == (wrong > 0)
+
+
+def test_rates_over_a_long_time():
+    """A rate has more moments than there are frames: a frame is chosen if one of them lies in its time."""
+    ticks = np.cumsum(np.random.default_rng(0).choice([1, 2, 3, 5, 500_000], 400)).tolist()  # milliseconds
+    times = [(tick - ticks[0]) / 1000 for tick in ticks]
+    chosen = choose_frames(times, times[-1] + 1, max_num_frames=10_000, sample_fps=250, max_sample_fps=None).indices
+    ends = [*ticks[1:], ticks[-1] + 1]
+    shown = [-(-(tick - ticks[0]) // 4) * 4 < end - ticks[0] for tick, end in zip(ticks, ends, strict=True)]
+    assert times[-1] * 250 > 10_000_000
+    assert chosen == [place for place, seen in enumerate(shown) if seen]
