@@ -50,10 +50,9 @@ class BeaconWindow(NamedTuple):
 
     def interleave(self, visual: torch.Tensor, beacon: torch.Tensor) -> torch.Tensor:
         """The window's rows [n + b, H] from its visual tokens [n, H] and the beacon's embedding [1, H]."""
-        size = len(visual)
-        is_beacon = torch.zeros(size + self.count, dtype=torch.bool, device=visual.device)
+        is_beacon = torch.zeros(len(visual) + self.count, dtype=torch.bool, device=visual.device)
         is_beacon[self.places(visual.device)] = True
-        source = torch.where(is_beacon, size, (~is_beacon).cumsum(0) - 1)
+        source = torch.where(is_beacon, len(visual), (~is_beacon).cumsum(0) - 1)
         return torch.cat([visual, beacon.to(visual)]).index_select(0, source)
 
 
@@ -64,14 +63,8 @@ def plan_windows(tokens: int, window: int, ratios, mix: str, seed: int) -> list[
         tokens: Its visual tokens.
         window: Tokens in a window; the last one may be shorter.
         ratios, mix, seed: See `VideoXLConfig.resolve_beacons`. A single ratio holds for every window, and a remainder
-            is carried into the next one; of several, those that divide a window evenly are candidates for it. A plan
-            of more tokens begins with the same full windows.
-
-    Returns:
-        Windows in order.
-
-    Raises:
-        ValueError: If none of several ratios divides a window.
+            is carried into the next one; of several, those that divide a window evenly are candidates for it (none:
+            ValueError). A plan of more tokens begins with the same full windows.
     """
     generator, windows, carried, candidates, ratio = np.random.default_rng(seed), [], 0, [], None
     for start in range(0, tokens, window):
@@ -148,11 +141,10 @@ class BeaconMemory(SequencePolicy):
 
     @classmethod
     def add_modules(cls, model):
-        if model.config.beacon_window is None:
-            return
-        model.beacon_embed_tokens = nn.Embedding(1, model.config.text_config.hidden_size)
-        for index, layer in enumerate(model.language_model.layers):
-            layer.self_attn = VideoXLBeaconAttention(model.language_model.config, index)
+        if model.config.beacon_window is not None:
+            model.beacon_embed_tokens = nn.Embedding(1, model.config.text_config.hidden_size)
+            for index, layer in enumerate(model.language_model.layers):
+                layer.self_attn = VideoXLBeaconAttention(model.language_model.config, index)
 
     @property
     def _windows(self) -> dict:
@@ -162,9 +154,9 @@ class BeaconMemory(SequencePolicy):
         return {**super().facts(), "beacons": self._windows}
 
     def unit_frames(self, config):
-        # Frames that fill windows.
-        tokens = config.compressor_config.tokens_per_group
-        return self.window // math.gcd(self.window, tokens) * config.frames_per_group
+        return (
+            self.window // math.gcd(self.window, config.compressor_config.tokens_per_group) * config.frames_per_group
+        )
 
     def kept(self, size, config):
         # Text and beacons stay, and for a moment the key-values of a window.
@@ -172,14 +164,13 @@ class BeaconMemory(SequencePolicy):
         held = size.text + sum(window.count for window in windows)
         longest = min(size.visual, self.window)
         most = longest // min(self.ratios) + 1
-        # With several ratios a last, partial window may leave more beacons than it does once it is full.
-        most_held = (held + most - windows[-1].count) * size.token_bytes
-        rows = longest + most
+        rows, held_bytes = longest + most, held * size.token_bytes
         return Kept(
-            held=held * size.token_bytes,
+            held_bytes,
             seen_tokens=held,
-            seen=held * size.token_bytes,
-            most_held=most_held,
+            seen=held_bytes,
+            # With several ratios a last, partial window may leave more beacons than it does once it is full.
+            most_held=held_bytes + (most - windows[-1].count) * size.token_bytes,
             rows_at_once=rows,
             passing=rows * (size.token_bytes + 2 * size.row_bytes),
         )
@@ -202,15 +193,14 @@ class BeaconMemory(SequencePolicy):
                 if last <= 0:
                     continue
                 assert first >= 0, "a window that grows is run anew from its start"
+                places = window.places(inputs_embeds.device)
                 rows = window.interleave(inputs_embeds[0, first:last], beacon)
-                places = window.places(rows.device)
                 run_behind(model, rows[None], cache, None, beacon_places=places)
                 for layer in cache.layers:
                     layer.keep_of_last(len(rows), places, window.stop - window.start, inv_freq)
             cursor = end
-        if cursor < layout.length:
-            return run_text(model, inputs_embeds[:, cursor - begin :], cache, keep_hidden)
-        return None
+        behind = inputs_embeds[:, cursor - begin :]
+        return run_text(model, behind, cache, keep_hidden) if cursor < layout.length else None
 
 
 __all__ = ["BeaconMemory", "BeaconWindow", "plan_windows"]

@@ -13,15 +13,23 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils import logging
 
 from .encoded_video_videoxl import EncodedVideo
-from .frame_sampling_videoxl import SAMPLING_FIELDS
+from .frame_sampling_videoxl import SAMPLING_FIELDS, plain_number
 from .messages_videoxl import (
     VISUAL_KINDS,
     chunks_at,
@@ -37,7 +45,7 @@ from .messages_videoxl import (
     video_request,
     visual_items,
 )
-from .prefill_videoxl import InForce, prefill_text, require_context
+from .prefill_videoxl import InForce, evaluating, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
 from .video_processing_videoxl import open_video
 
@@ -45,6 +53,8 @@ logger = logging.get_logger(__name__)
 
 # An answer's length where neither the caller nor the checkpoint says one, in tokens.
 DEFAULT_MAX_NEW_TOKENS = 1024
+# Values of a generation config that are what they seem.
+_PLAIN = (bool, int, float, str, list)
 # From this many frames on, encoding shows a progress bar on a terminal.
 PROGRESS_MIN_FRAMES = 256
 
@@ -152,10 +162,22 @@ def _require_readable(video) -> None:
     logger.warning(f"{video} is encoded again: the conversation before it has changed")
 
 
+def _answering(method):
+    """Without gradients, and as the model answers, whatever mode it is in."""
+
+    @wraps(method)
+    @torch.no_grad()
+    def run(self, *args, **kwargs):
+        with evaluating(self):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class VideoXLChatMixin:
     """`chat`, `chat_batch`, `encode_video` and `load_video` for a model that offers `generate`."""
 
-    @torch.no_grad()
+    @_answering
     def encode_video(
         self,
         video_path,
@@ -209,7 +231,7 @@ class VideoXLChatMixin:
         encoder = VideoEncoder(self, processor, InForce(self.config), rates, video_backend, progress, system_prompt)
         return encoder.encode(items[0], None, prefix)
 
-    @torch.no_grad()
+    @_answering
     def chat(
         self,
         video_path,
@@ -230,6 +252,8 @@ class VideoXLChatMixin:
         selector=None,
         return_chunks=False,
         media_dict=None,
+        logits_processor=(),
+        stopping_criteria=(),
     ):
         """Answers a question about videos and images, or continues a conversation.
 
@@ -247,7 +271,8 @@ class VideoXLChatMixin:
             max_num_frames, sample_fps, max_sample_fps: Sampling, see `encode_video`.
             generation_config: A dict or `GenerationConfig`; None takes the checkpoint's own, else greedy decoding of
                 at most 1,024 new tokens. Entries that are None, unknown or without meaning for greedy decoding are
-                dropped; `until` is a stop string or a list of them; `repetition_penalty` counts words of the answer.
+                dropped; `until` is a stop string or a list of them; `repetition_penalty`, `no_repeat_ngram_size` and
+                stop strings look at words of the answer alone.
             streamer: A transformers streamer.
             progress, timestamps, video_backend: See `encode_video`.
             dense_chunks: Bi-level decoding: the chunks that stay dense, 0-based, instead of the automatic choice; one
@@ -258,6 +283,9 @@ class VideoXLChatMixin:
                 number), `index`, `start` and `end` in seconds (0 for an image), `level` (`"dense"`, `"pooled"`,
                 `"dropped"`) and `score` (None where nothing was scored).
             media_dict: See `encode_video`; a part of a file that the history does not hold is a new video.
+            logits_processor, stopping_criteria: Lists of transformers' `LogitsProcessor`s and `StoppingCriteria`, or
+                functions like them, in addition to those of `generation_config`. As in `generate` they get the ids of
+                the whole sequence, prompt and answer.
 
         Returns:
             The answer, or a tuple of the answer and what was asked for, in the order history, chunks.
@@ -266,7 +294,8 @@ class VideoXLChatMixin:
             FileNotFoundError, ValueError, VideoDecodeError: On bad input, with what to do.
         """
         if not isinstance(user_prompt, str) or not user_prompt.strip():
-            raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r}")
+            raise ValueError(f"user_prompt must be a question in text, got {user_prompt!r:.200}")
+        added = _callables(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
         messages = self._read_turn(video_path, user_prompt, chat_history, timestamps, media_dict)
         rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
@@ -277,10 +306,8 @@ class VideoXLChatMixin:
         videos = [source_of(item) for item in visual_items(messages)]
         reload = _reload_options(in_force.settings, videos, user_prompt, dense_chunks, selector)
         cache = None if encoded is None else encoded.question_cache(in_force)
-        shared = [] if encoded is None else encoded.input_ids
-        answer = self._answer(
-            shared, [suffix], generation_config, tokenizer, streamer, past_key_values=cache, **reload
-        )[0]
+        shared, behind = [] if encoded is None else encoded.input_ids, {"past_key_values": cache, **reload, **added}
+        answer = self._answer(shared, [suffix], generation_config, tokenizer, streamer, **behind)[0]
         messages.append({"role": "assistant", "content": answer})
         result = [answer] + [messages] * bool(return_history)
         if return_chunks:
@@ -309,7 +336,7 @@ class VideoXLChatMixin:
         messages.append({"role": "user", "content": [*new, *question] if new else user_prompt})
         return messages
 
-    @torch.no_grad()
+    @_answering
     def chat_batch(self, video, tokenizer, user_prompts, generation_config=None, *, dense_chunks=None) -> list[str]:
         """Answers several questions about one encoded video in one call of `generate`.
 
@@ -374,7 +401,8 @@ class VideoXLChatMixin:
                 sampling.
         """
         if unknown := sorted(set(sampling) - set(SAMPLING_FIELDS)):
-            raise ValueError(f"load_video knows no {', '.join(unknown)}; it takes {', '.join(SAMPLING_FIELDS)}")
+            raise ValueError(f"load_video knows no {', '.join(unknown):.200}; it takes {', '.join(SAMPLING_FIELDS)}")
+        sampling = {name: plain_number(value) for name, value in sampling.items()}
         processor = None if tokenizer is None else VideoXLProcessor.from_config(self.config, tokenizer)
         return EncodedVideo.load(path, self, processor, verify, source, **sampling)
 
@@ -388,17 +416,14 @@ class VideoXLChatMixin:
         texts = torch.tensor([[padding] * (width - len(suffix)) + suffix for suffix in suffixes])
         rows = shared.expand(len(suffixes), -1)
         mask = torch.tensor([[0] * (width - len(suffix)) + [1] * len(suffix) for suffix in suffixes])
-        processors = LogitsProcessorList()
-        if settings.repetition_penalty not in (None, 1.0):
-            # The published code generates from embeddings: only words of the answer count as repeated.
-            penalty, settings.repetition_penalty = settings.repetition_penalty, None
-            ignored = len(shared) + width
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ignored))
+        given = {name: behind.pop(name, ()) for name in ("logits_processor", "stopping_criteria")}
+        processors, criteria = _of_answer(settings, len(shared) + width, tokenizer)
         output = self.generate(
             input_ids=torch.cat([rows, texts], dim=1).to(self.device),
             attention_mask=torch.cat([torch.ones_like(rows), mask], dim=1).to(self.device),
             generation_config=settings,
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList([*processors, *given["logits_processor"]]),
+            stopping_criteria=StoppingCriteriaList([*criteria, *given["stopping_criteria"]]),
             streamer=streamer,
             tokenizer=tokenizer,
             **behind,
@@ -423,16 +448,17 @@ class VideoXLChatMixin:
     def _generation_settings(self, given, tokenizer) -> GenerationConfig:
         settings = copy.deepcopy(self.generation_config)
         if given is not None and not isinstance(given, (dict, GenerationConfig)):
-            raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {given!r}")
+            raise ValueError(f"generation_config must be a dict or a GenerationConfig, got {given!r:.200}")
         given = given.to_diff_dict() if isinstance(given, GenerationConfig) else dict(given or {})
         given = {key: value for key, value in given.items() if value is not None}
+        given |= {key: plain_number(value) for key, value in given.items() if type(value) not in _PLAIN}
         if not isinstance(given.get("temperature", 0), (int, float)):
-            raise ValueError(f"generation_config: temperature must be a number, got {given['temperature']!r}")
+            raise ValueError(f"generation_config: temperature must be a number, got {given['temperature']!r:.200}")
         if until := given.pop("until", None):
             given["stop_strings"] = [until] if isinstance(until, str) else list(until)
         known = set(GenerationConfig().to_dict())
-        if unknown := sorted(set(given) - known):
-            logger.warning_once(f"generation_config: dropped unknown entries {', '.join(unknown)}")
+        if unknown := sorted(set(given) - known, key=str):
+            logger.warning_once(f"generation_config: dropped unknown entries {', '.join(map(str, unknown)):.200}")
         given = {key: value for key, value in given.items() if key in known}
         if "temperature" in given:
             given.setdefault("do_sample", given["temperature"] > 0)
@@ -455,6 +481,39 @@ class VideoXLChatMixin:
         return settings
 
 
+def _of_answer(settings: GenerationConfig, prompt: int, tokenizer) -> tuple[list, list]:
+    """Takes from settings what the library would apply to the prompt of so many tokens, too.
+
+    The published code generates from embeddings, where the answer is all that these see.
+
+    Returns:
+        Logits processors and stopping criteria that do the same to the answer alone.
+    """
+    processors, criteria = [], []
+    if settings.repetition_penalty not in (None, 1.0):
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_ignore_length=prompt))
+    if settings.no_repeat_ngram_size:
+        repeated = NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
+        processors.append(lambda ids, scores: repeated(ids[:, prompt:], scores))
+    if settings.stop_strings:
+        ended = StopStringCriteria(tokenizer, settings.stop_strings)
+        criteria.append(lambda ids, scores, **options: ended(ids[:, prompt:], scores, **options))
+    # Not None, in whose place the library takes what the checkpoint says.
+    settings.repetition_penalty, settings.no_repeat_ngram_size, settings.stop_strings = 1.0, 0, None
+    return processors, criteria
+
+
+def _callables(**lists) -> dict[str, list]:
+    """Raises ValueError unless each argument is a list of functions, or None."""
+    found = {}
+    for name, given in lists.items():
+        listed = list(given or ()) if isinstance(given, (list, tuple)) or given is None else None
+        if listed is None or not all(map(callable, listed)):
+            raise ValueError(f"{name} must be a list of functions like transformers' classes, got {given!r:.200}")
+        found[name] = listed
+    return found
+
+
 def _reload_options(settings, videos, question, dense_chunks, selector) -> dict:
     """What bi-level decoding is told beside the question: named chunks, or those at times that it names."""
     if settings.decode == "full":
@@ -472,7 +531,7 @@ def _reload_options(settings, videos, question, dense_chunks, selector) -> dict:
         if dense_chunks is not None:
             raise ValueError("give dense_chunks or a selector, not both")
         if not callable(selector):
-            raise ValueError(f"selector must be a function of (question, chunks), got {selector!r}")
+            raise ValueError(f"selector must be a function of (question, chunks), got {selector!r:.200}")
         facts = [
             {key: fact[key] for key in ("video", "index", "start", "end")}
             for fact in _chunk_facts(videos, chunk_groups)

@@ -8,7 +8,6 @@ with it (Video-XL-2, arXiv 2506.19225; public reference `sae.py`, `sae_utils.py`
   i - j.
 * The 3-D convolutions pad time in front only (replicating), and nothing non-linear stands between the layers.
 * The projector runs on every cell, pooling comes after it; the two do not commute because of the GELU.
-* Groups never see each other, so any split into whole groups gives the same tokens.
 
 What is surprising about token merging (ToMe, arXiv 2210.09461), which averages similar patches of a clip until 64
 tokens are left, likewise trained so (VideoChat-Flash, arXiv 2501.00574, section "HiCo"; public reference
@@ -45,10 +44,7 @@ def resize_feature_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
 
     Args:
         features: [F, P, C], P a square number, row-major.
-        grid_size: S, the new side.
-
-    Returns:
-        [F, C, S, S] in the dtype of `features`.
+        grid_size: S, the new side: [F, C, S, S] in the dtype of `features` is returned.
     """
     side = int(features.shape[1] ** 0.5)
     if side * side != features.shape[1]:
@@ -60,19 +56,14 @@ def resize_feature_grid(features: torch.Tensor, grid_size: int) -> torch.Tensor:
 
 def pad_to_whole_groups(frames: torch.Tensor, frames_per_group: int) -> torch.Tensor:
     """Repeats the last entry of the first axis until its length is a multiple of `frames_per_group`."""
-    missing = -frames.shape[0] % frames_per_group
-    if missing == 0:
-        return frames
-    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
+    missing = -len(frames) % frames_per_group
+    return torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])]) if missing else frames
 
 
 def duplicated_frames(num_frames: int, frames_per_group: int, seed: int) -> list[int]:
     """How the published Video-XL-Pro code makes whole groups: frames that are drawn at random come twice, in place.
 
-    Fewer frames than a group has are filled by repeating the last.
-
-    Returns:
-        Indices of frames, ascending; a multiple of `frames_per_group`.
+    Fewer frames than a group has are filled by repeating the last. Returns indices of frames, ascending.
     """
     missing = -num_frames % frames_per_group
     if num_frames < frames_per_group:
@@ -82,13 +73,9 @@ def duplicated_frames(num_frames: int, frames_per_group: int, seed: int) -> list
 
 
 def group_frames(grids: torch.Tensor, frames_per_group: int) -> torch.Tensor:
-    """Views whole groups of frames as volumes, in the published memory order (see the module docstring).
+    """Views whole groups of frames [G * frames_per_group, C, S, S] as volumes [G, C, frames_per_group, S, S].
 
-    Args:
-        grids: [G * frames_per_group, C, S, S].
-
-    Returns:
-        [G, C, frames_per_group, S, S].
+    In the published memory order, see the module docstring.
     """
     t = frames_per_group
     return rearrange(grids, "(g f) (q t) y x -> g (f q) t y x", f=t, t=t)
@@ -99,9 +86,8 @@ class VideoXLGroupNorm(nn.GroupNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # override: half-precision statistics overflow on the tower's large activations
-        weight, bias = self.weight.float(), self.bias.float()
-        normed = F.group_norm(hidden_states.float(), self.num_groups, weight, bias, self.eps)
-        return normed.to(hidden_states.dtype)
+        affine = self.weight.float(), self.bias.float()
+        return F.group_norm(hidden_states.float(), self.num_groups, *affine, self.eps).to(hidden_states.dtype)
 
 
 class VideoXLSpatialAttention(nn.Module):
@@ -112,17 +98,13 @@ class VideoXLSpatialAttention(nn.Module):
         channels = config.hidden_size
         self.scale = channels**-0.5
         self.norm = VideoXLGroupNorm(config.norm_groups, channels, eps=config.norm_eps)
-        self.q = nn.Conv3d(channels, channels, kernel_size=1)
-        self.k = nn.Conv3d(channels, channels, kernel_size=1)
-        self.v = nn.Conv3d(channels, channels, kernel_size=1)
-        self.proj_out = nn.Conv3d(channels, channels, kernel_size=1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch, _, time, height, width = hidden_states.shape
         normed = self.norm(hidden_states)
-        query, key, value = (
-            rearrange(layer(normed), "b c t y x -> (b t) (y x) c") for layer in (self.q, self.k, self.v)
-        )
+        projected = (layer(normed) for layer in (self.q, self.k, self.v))
+        query, key, value = (rearrange(states, "b c t y x -> (b t) (y x) c") for states in projected)
         # The dot product runs over all channels: in half precision it overflows, scaled or not.
         logits = torch.matmul(query.float() * self.scale, key.float().transpose(1, 2))
         attended = torch.matmul(logits.softmax(dim=-1).to(value.dtype), value)
@@ -140,9 +122,8 @@ class VideoXLRelativePosition(nn.Module):
 
     def forward(self, length: int) -> torch.Tensor:
         """Vectors R[i, j] of the offset j - i: [length, length, C]."""
-        steps = torch.arange(length, device=self.embeddings_table.device)
-        offset = (steps[None, :] - steps[:, None]).clamp(-self.max_relative_position, self.max_relative_position)
-        return self.embeddings_table[offset + self.max_relative_position]
+        steps, most = torch.arange(length, device=self.embeddings_table.device), self.max_relative_position
+        return self.embeddings_table[(steps[None, :] - steps[:, None]).clamp(-most, most) + most]
 
 
 class VideoXLTemporalAttention(nn.Module):
@@ -150,12 +131,13 @@ class VideoXLTemporalAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        channels = config.hidden_size
+        channels, most = config.hidden_size, config.max_relative_position
         self.scale = channels**-0.25
         self.norm = VideoXLGroupNorm(config.norm_groups, channels, eps=config.norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, kernel_size=1)
-        self.relative_position_k = VideoXLRelativePosition(config.max_relative_position, channels)
-        self.relative_position_v = VideoXLRelativePosition(config.max_relative_position, channels)
+        self.relative_position_k, self.relative_position_v = (
+            VideoXLRelativePosition(most, channels) for _ in range(2)
+        )
         self.proj_out = nn.Conv1d(channels, channels, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -180,8 +162,8 @@ class VideoXLTimeHalvingConv(nn.Module):
         stride = (2, 1, 1)
         self.conv = nn.Conv3d(config.hidden_size, config.hidden_size, config.kernel_size, stride=stride)
         # kernel - stride per axis, the larger half in front; F.pad wants the last axis first.
-        padding = [((config.kernel_size - s + 1) // 2, (config.kernel_size - s) // 2) for s in reversed(stride)]
-        self.padding = [side for pair in padding for side in pair]
+        spans = [config.kernel_size - step for step in reversed(stride)]
+        self.padding = [side for span in spans for side in ((span + 1) // 2, span // 2)]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         padded = F.pad(hidden_states.float(), self.padding, mode="replicate").to(hidden_states.dtype)
@@ -189,30 +171,23 @@ class VideoXLTimeHalvingConv(nn.Module):
 
 
 class VideoXLDynamicTokenSynthesis(nn.Module):
-    """DTS: merges each group of frames into one grid of features.
+    """DTS: merges each group of frames into one grid of features, [F, P, C] -> [G, S * S, C].
 
-    Frame features [F, P, C] -> [G, S * S, C], G = ceil(F / frames_per_group); the last group is filled by repeating
-    the last frame, so a single image is a group of equal frames.
+    The last group is filled by repeating the last frame, so a single image is a group of equal frames.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.temporal_encoding = nn.Parameter(torch.empty(config.frames_per_group, config.hidden_size))
-        layers = []
-        for _ in range(config.frames_per_group.bit_length() - 1):
-            layers += [
-                VideoXLSpatialAttention(config),
-                VideoXLTemporalAttention(config),
-                VideoXLTimeHalvingConv(config),
-            ]
-        self.encoder = nn.ModuleList(layers)
+        halving = (VideoXLSpatialAttention, VideoXLTemporalAttention, VideoXLTimeHalvingConv)
+        times = config.frames_per_group.bit_length() - 1
+        self.encoder = nn.ModuleList([layer(config) for _ in range(times) for layer in halving])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         frames_per_group = self.config.frames_per_group
         grids = pad_to_whole_groups(resize_feature_grid(features, self.config.grid_size), frames_per_group)
-        hidden_states = group_frames(grids, frames_per_group)
-        hidden_states = hidden_states + rearrange(self.temporal_encoding, "t c -> c t 1 1")
+        hidden_states = group_frames(grids, frames_per_group) + rearrange(self.temporal_encoding, "t c -> c t 1 1")
         for layer in self.encoder:
             hidden_states = layer(hidden_states)
         return rearrange(hidden_states, "g c 1 y x -> g (y x) c")
@@ -233,12 +208,7 @@ class TokenMatch(NamedTuple):
 
 
 def match_tokens(metric: torch.Tensor, removed: int) -> TokenMatch:
-    """One round's matching.
-
-    Args:
-        metric: [U, n, d] what tokens are compared by, with the cosine.
-        removed: r, at most n // 2; more is cut to that.
-    """
+    """One round's matching of tokens by the cosine of `metric` [U, n, d]; at most n // 2 are removed."""
     removed = min(removed, metric.shape[1] // 2)
     directions = F.normalize(metric, dim=-1)  # a zero vector stays zero, similar to nothing
     similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
@@ -251,10 +221,10 @@ def match_tokens(metric: torch.Tensor, removed: int) -> TokenMatch:
 def merge_sum(tokens: torch.Tensor, match: TokenMatch) -> torch.Tensor:
     """Adds the merged tokens to their partners. [U, n, C] -> [U, n - r, C], unmerged ones in front."""
     units, _, channels = tokens.shape
-    even, odd = tokens[:, ::2], tokens[:, 1::2]
+    odd = tokens[:, 1::2]
 
-    def taken(numbers):
-        return even.gather(1, numbers[..., None].expand(-1, -1, channels))
+    def taken(even):
+        return tokens[:, ::2].gather(1, even[..., None].expand(-1, -1, channels))
 
     # Segments rather than scattered adds, whose order differs from run to run on a GPU.
     partner, order = match.partner.sort(dim=1, stable=True)
@@ -269,25 +239,18 @@ def merge_sum(tokens: torch.Tensor, match: TokenMatch) -> torch.Tensor:
 def merge_schedule(num_tokens: int, target: int) -> list[int]:
     """Tokens that each round removes, from `num_tokens` down to `target`."""
     schedule = []
-    while num_tokens > target:
-        schedule.append(min(num_tokens - target, num_tokens // 2))
-        num_tokens -= schedule[-1]
+    while (left := num_tokens - sum(schedule)) > target:
+        schedule.append(min(left - target, left // 2))
     return schedule
 
 
 def merge_tokens(tokens: torch.Tensor, heads: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges the tokens of each unit until `target` are left.
+    """Merges the tokens [U, n, C] of each unit until `target` are left; ValueError if there are fewer.
 
-    Args:
-        tokens: [U, n, C].
-        heads: Tokens are compared by the mean over so many equal parts of their channels.
-        target: Tokens that are left.
+    Tokens are compared by the mean over `heads` equal parts of their channels.
 
     Returns:
         `(merged, sizes)` in float32: [U, target, C], and [U, target] how many of the n tokens each averages.
-
-    Raises:
-        ValueError: If there are fewer than `target` tokens.
     """
     if tokens.shape[1] < target:
         raise ValueError(
@@ -338,11 +301,7 @@ COMPRESSORS = {"dts": VideoXLDynamicTokenSynthesis, "none": nn.Identity, "tome":
 
 
 def build_compressor(config) -> nn.Module:
-    """The compressor that `config.compressor_type` names.
-
-    Raises:
-        ValueError: If the slot has no such value.
-    """
+    """The compressor that `config.compressor_type` names; ValueError if there is none."""
     if config.compressor_type not in COMPRESSORS:
-        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r}")
+        raise ValueError(f"compressor_type must be one of {tuple(COMPRESSORS)}, got {config.compressor_type!r:.200}")
     return COMPRESSORS[config.compressor_type](config)

@@ -10,43 +10,33 @@ What is surprising:
   (`config.time_format`), as config.json of earlier versions have them.
 * Configs without an `__init__` are data classes (the library makes them so): a line is a setting with its default, and
   what else a file holds comes to `__post_init__`.
+* Values that are not known, out of range or do not go together raise ValueError: those of a part when they are set,
+  the member's own (beacons, dropping, selection) when a call resolves them.
 """
 
 import random
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-PREFILL_MODES = ("full", "streaming", "mask")
-DECODE_MODES = ("full", "bilevel")
+PREFILL_MODES, DECODE_MODES = ("full", "streaming", "mask"), ("full", "bilevel")
 TOKEN_SELECTORS = (None, "query", "timed_query")
 BEACON_RATIO_MIXES = ("step-random", "instance-random", "sequence")
 LLM_COMPRESS_TYPES = ("uniform", "attention", "uniform0_attention", "uniform1_attention")
+_FRAME_VALUES = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
 
 # Between these the published Video-XL-Pro code draws the share of visual tokens that it keeps.
 RANDOM_KEEP_RATIO = (0.7, 0.99)
 # SigLIP so400m/14 at 384 pixels, the tower of Video-XL-2 (google/siglip-so400m-patch14-384).
 _SIGLIP_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "vision_use_head": False,
+    **{"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
+    **{"num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False},
 }
 
 
 class VideoXLVideoTowerConfig(PreTrainedConfig):
-    """A transformer over the patches of all frames of a clip; the base of UMT's and InternVideo2's configs.
-
-    The same settings serve both towers, which transformers does not have; `model_type` names the tower.
-
-    Raises:
-        ValueError: On sizes that do not divide.
-    """
+    """A transformer over the patches of all frames of a clip: UMT or InternVideo2, which transformers lacks."""
 
     base_config_key = "vision_config"
     qk_norm = layer_scale = False
@@ -103,11 +93,7 @@ VIDEO_TOWERS = {config.model_type: config for config in (VideoXLUMTConfig, Video
 
 
 class VideoXLCompressorConfig(PreTrainedConfig):
-    """How frame features become visual tokens, up to and including the projector.
-
-    Raises:
-        ValueError: On sizes that do not go together.
-    """
+    """How frame features become visual tokens, up to and including the projector."""
 
     model_type = "videoxl_compressor"
     base_config_key = "compressor_config"
@@ -130,10 +116,9 @@ class VideoXLCompressorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.frames_per_group < 1 or self.frames_per_group & (self.frames_per_group - 1):
             raise ValueError(f"frames_per_group must be a power of two, got {self.frames_per_group}")
-        if self.grid_size % self.projector_pool_size:
-            raise ValueError(
-                f"grid_size {self.grid_size} must be a multiple of projector_pool_size {self.projector_pool_size}"
-            )
+        side, pool = self.grid_size, self.projector_pool_size
+        if side % pool:
+            raise ValueError(f"grid_size {side} must be a multiple of projector_pool_size {pool}")
 
     @property
     def tokens_per_group(self) -> int:
@@ -142,21 +127,15 @@ class VideoXLCompressorConfig(PreTrainedConfig):
 
 
 class VideoXLFramesConfig(PreTrainedConfig):
-    """How frames and images are chosen, resized and named in the prompt: what a model and its processor share.
-
-    Raises:
-        ValueError: On a `frame_fit` or `image_tiling` that is not known, whenever it is set.
-    """
+    """How frames and images are chosen, resized and named in the prompt: what a model and its processor share."""
 
     model_type = "videoxl_frames"
     base_config_key = "frames_config"
-    known_values: ClassVar[dict] = {"frame_fit": ("stretch", "crop"), "image_tiling": ("pad", "overview")}
 
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)  # normalisation of pixels in 0..1, per channel
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     frame_fit: str = "stretch"  # how a frame becomes a square; "crop": short side to size, middle of the long one
-    # Whether frames are resized bit for bit as the public code does, which takes ten times as long. Without it they
-    # are at most 2 of 255 levels away.
+    # Whether frames are resized bit for bit as in the public code, ten times slower; else 2 of 255 levels may be off.
     exact_resize: bool = False
     # (width, height) in pixels of the grids that images are cut in; None for all of 1 to 6 columns and rows of the
     # tower's image size, as in Video-XL-2.
@@ -166,25 +145,20 @@ class VideoXLFramesConfig(PreTrainedConfig):
     image_tiling: str = "pad"
     image_timestamps: bool = False  # whether every tile of an image has a timestamp, of 0 s, in front of it
     time_format: str | None = "Time {seconds:.1f}s:"  # the timestamp's text; None for families without timestamps
-    # Sentence in front of the first question, formatted with `duration` (seconds) and `num_frames`; None for no such.
-    video_message: str | None = None
-    # How frames are chosen from a file, a mode of `FrameSampler`: "fps" by `sample_fps` and its companions;
-    # "dynamic_fps1" is VideoChat-Flash's rule: about one a second, in multiples of `frame_multiple`, at least
-    # `min_num_frames` where there are.
-    frame_sampler: str = "fps"
+    video_message: str | None = None  # in front of the first question, with {duration} in seconds and {num_frames}
+    frame_sampler: str = "fps"  # how frames are chosen from a file: like the next two for `FrameSampler`
     min_num_frames: int = 64
     frame_multiple: int = 8
 
     def __setattr__(self, name, value):
         # override: a config's and a processor's own attributes end here, at construction and later
-        known = self.known_values.get(name)
-        if known is not None and value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if value not in _FRAME_VALUES.get(name, [value]):
+            raise ValueError(f"{name} must be one of {_FRAME_VALUES[name]}, got {value!r:.200}")
         super().__setattr__(name, list(value) if isinstance(value, tuple) else value)
 
 
 # The fields that a config and a processor also offer as their own.
-FRAME_SETTINGS = tuple(name for name in VideoXLFramesConfig.__annotations__ if name != "known_values")
+FRAME_SETTINGS = tuple(VideoXLFramesConfig.__annotations__)
 
 
 class SharesFrameSettings:
@@ -193,7 +167,7 @@ class SharesFrameSettings:
     def __getattr__(self, name):
         if name in FRAME_SETTINGS:
             return getattr(self.frames_config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"{type(self).__name__!r:.200} object has no attribute {name!r:.200}")
 
     def __setattr__(self, name, value):
         if name in FRAME_SETTINGS:
@@ -204,76 +178,53 @@ class SharesFrameSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call runs with: `sparse_attention` and the published switches, beacon memory and the dropping of tokens.
+    """What a call runs with: `sparse_attention` or the published switches, beacon memory and dropping of tokens."""
 
-    Attributes:
-        prefill, chunk_groups, window_chunks, decode, decode_chunk_groups, pool_size, reload, offload: See
-            `VideoXLSparseAttentionConfig`, which takes the defaults from here.
-        beacons: Beacon memory: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
-        dropping: Dropping of visual tokens between layers: `type`, `layers` and `ratios`; None where nothing is.
-
-    Raises:
-        ValueError: On a value outside its range.
-    """
-
+    # "full": dense causal; "streaming": chunk by chunk; "mask": so too, but timestamp queries see the whole past.
     prefill: str = "full"
-    chunk_groups: int = 4
-    window_chunks: int = 3
-    decode: str = "full"
-    decode_chunk_groups: int = 4
-    pool_size: int = 4
-    reload: str | dict = "auto"
+    chunk_groups: int = 4  # groups of frames in one prefill chunk, at least 1
+    window_chunks: int = 3  # earlier chunks that a chunk sees in full, at least 1
+    decode: str = "full"  # keeps all KV; "bilevel": dense KV for relevant chunks, pooled KV for the others
+    decode_chunk_groups: int = 4  # groups in one chunk of bi-level decoding
+    pool_size: int = 4  # kernel and stride of the pooling over a group's visual KV
+    reload: str | dict = "auto"  # how relevant chunks are chosen from the question: `ReloadPolicy.parse`
+    # `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in "streaming"
+    # prefill; "mask" works, but moves a layer's past to the device for every chunk.
     offload: bool = False
-    beacons: dict | None = None
-    dropping: dict | None = None
+    beacons: dict | None = None  # beacon memory: `window`, `ratios`, `mix`, `seed`; None where nothing is compressed
+    dropping: dict | None = None  # of visual tokens between layers: `type`, `layers`, `ratios`; None where nothing is
 
     def __post_init__(self):
         for name, known in (("prefill", PREFILL_MODES), ("decode", DECODE_MODES), ("offload", (True, False))):
             if getattr(self, name) not in known or type(getattr(self, name)) is not type(known[0]):
-                raise ValueError(f"sparse_attention.{name} must be one of {known}, got {getattr(self, name)!r}")
+                raise ValueError(f"sparse_attention.{name} must be one of {known}, got {getattr(self, name)!r:.200}")
         for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r}")
+                raise ValueError(f"sparse_attention.{name} must be an integer of at least 1, got {value!r:.200}")
 
     @property
     def plan(self) -> dict:
         """What decides who sees whom during prefill, and what is kept of it; ready for JSON."""
-        plan = {"prefill": self.prefill, "chunk_groups": self.chunk_groups, "window_chunks": self.window_chunks}
-        compressed = {"beacons": self.beacons, "dropping": self.dropping}
-        return {**plan, **{name: value for name, value in compressed.items() if value is not None}}
+        names = ("prefill", "chunk_groups", "window_chunks", "beacons", "dropping")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class VideoXLSparseAttentionConfig(PreTrainedConfig):
-    """Who sees whom during prefill, and what is kept for decoding.
-
-    Args:
-        prefill: `"full"` (dense causal), `"streaming"` (chunk by chunk) or `"mask"` (the same chunk loop, in which
-            timestamp queries see the whole past as well).
-        chunk_groups: Groups of frames in one prefill chunk, at least 1.
-        window_chunks: Earlier chunks that a chunk sees in full, at least 1.
-        decode: `"full"` (keep all KV) or `"bilevel"` (dense KV for relevant chunks, pooled KV for the others).
-        decode_chunk_groups: Groups in one chunk of bi-level decoding.
-        pool_size: Kernel and stride of the pooling over a group's visual KV.
-        reload: How relevant chunks are chosen from the question: `"auto"`, a method's name, or a dict (see
-            `ReloadPolicy`).
-        offload: `encode_video` and `chat` keep the key-values of finished chunks in host memory. Frees the device in
-            `streaming` prefill; `mask` works, but moves a layer's past to the device for every chunk.
-
-    Raises:
-        ValueError: On an unknown field or a value outside its range.
-    """
+    """Who sees whom during prefill, and what is kept for decoding: the fields of `Settings`, with its defaults."""
 
     model_type = "videoxl_sparse_attention"
     base_config_key = "sparse_attention"
-    # Beacons and dropping, which have no default, are made from other settings.
+    # But not beacons and dropping, which have no default: other settings decide them.
     fields: ClassVar[tuple] = tuple(field.name for field in fields(Settings) if field.default is not None)
 
     def __init__(self, **kwargs):
         given = {name: kwargs.pop(name, getattr(Settings, name)) for name in self.fields}
         known = kwargs and {*PreTrainedConfig().to_dict(), "model_type", "transformers_version", "attn_implementation"}
         if unknown := sorted(key for key in kwargs if key not in known and not key.startswith("_")):
-            raise ValueError(f"sparse_attention has no field {', '.join(unknown)}; it has {', '.join(self.fields)}")
+            raise ValueError(
+                f"sparse_attention has no field {', '.join(unknown):.200}; it has {', '.join(self.fields)}"
+            )
         Settings(**given)  # raises
         super().__init__(**kwargs)
         for name, value in given.items():
@@ -284,9 +235,6 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
     """Configuration of `VideoXLForConditionalGeneration`; the defaults are Video-XL-2's outside the language model.
 
     Sub-configs may be dicts; of `sparse_attention` and `frames_config` also when they are assigned later.
-
-    Raises:
-        ValueError: On values that are not known.
     """
 
     model_type = "videoxl"
@@ -303,10 +251,8 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None  # the language model's config (`qwen2`)
     sparse_attention: dict | PreTrainedConfig | None = None
     frames_config: dict | PreTrainedConfig | None = None
-    # Which hidden state of the tower is taken, counted as in `hidden_states`; layers above it are not built.
-    vision_feature_layer: int = -2
-    # Frames that go through tower and compressor at once. Bounds memory, never changes results.
-    vision_chunk_frames: int = 32
+    vision_feature_layer: int = -2  # hidden state of the tower that is taken; layers above it are not built
+    vision_chunk_frames: int = 32  # go through tower and compressor at once: bounds memory, never changes results
     # What fills a last, partial group: "last" repeats the last frame; "random" doubles random frames in place, as the
     # published Video-XL-Pro code does (`forward` and `generate` only, for comparisons).
     frame_padding: str = "last"
@@ -319,9 +265,8 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
     # "attention", or "uniform0_attention" and "uniform1_attention", which begin with one and two uniform stages.
     mm_llm_compress: bool = False
     llm_compress_type: str = "attention"
-    # Per stage, behind how many layers it comes; the share of a video's tokens before the first stage and behind each.
-    llm_compress_layer_list: list[int] | tuple[int, ...] = (8, 16, 24)
-    llm_image_token_ratio_list: list[float] | tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    llm_compress_layer_list: list[int] | tuple[int, ...] = (8, 16, 24)  # behind how many layers each stage comes
+    llm_image_token_ratio_list: list[float] | tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)  # before, behind each
     # Which visual tokens reach the language model: None for all, "query" by the prompt's text (Video-XL-Pro of March
     # 2025), "timed_query" by it after attention to timestamps (of April 2025).
     token_selector: str | None = None
@@ -348,7 +293,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         self.llm_compress_layer_list = list(self.llm_compress_layer_list or ())
         self.llm_image_token_ratio_list = list(self.llm_image_token_ratio_list or ())
         if self.token_selector not in TOKEN_SELECTORS:
-            raise ValueError(f"token_selector must be one of {TOKEN_SELECTORS}, got {self.token_selector!r}")
+            raise ValueError(f"token_selector must be one of {TOKEN_SELECTORS}, got {self.token_selector!r:.200}")
         # Settings of `frames_config` that come by themselves are set here, so they win over it.
         super().__post_init__(**kwargs)
 
@@ -359,7 +304,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             value = own(**(value or {}))
         elif name == "sparse_attention" and not hasattr(value, "prefill"):
             fields = ", ".join(VideoXLSparseAttentionConfig.fields)
-            raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r}")
+            raise ValueError(f"sparse_attention must be a dict with some of {fields}, got {value!r:.200}")
         super().__setattr__(name, value)
 
     @property
@@ -385,11 +330,8 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
     def resolve_sparse_attention(self) -> Settings:
         """The settings in force now: `sparse_attention`, overridden by the published switches, and the member's own.
 
-        `prefill_config["step_size"]` is read as the window in chunks: our reading, the published code does not define
-        it.
-
         Raises:
-            ValueError: On a value outside its range, or sparse attention where visual tokens are compressed otherwise.
+            ValueError: Also on sparse attention where visual tokens are compressed in another way.
         """
         settings = {name: getattr(self.sparse_attention, name) for name in VideoXLSparseAttentionConfig.fields}
         settings = Settings(**settings | self._published_switches())
@@ -404,8 +346,8 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
                 cause, remedy = "selects visual tokens by the question", ""
             raise ValueError(
                 f"this model {cause}, which goes with sparse_attention at its defaults only (prefill and decode "
-                f"'full', no offload); got prefill={settings.prefill!r}, decode={settings.decode!r}, "
-                f"offload={settings.offload!r}: set it to {{}}{remedy}"
+                f"'full', no offload); got prefill={settings.prefill!r:.200}, decode={settings.decode!r:.200}, "
+                f"offload={settings.offload!r:.200}: set it to {{}}{remedy}"
             )
         return replace(settings, beacons=beacons, dropping=dropping)
 
@@ -419,32 +361,28 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         if getattr(self, "enable_chunk_prefill", False):
             published = getattr(self, "prefill_config", None) or {}
             found["prefill"] = published.get("chunk_prefill_mode", "streaming")
+            # The published code does not define `step_size`: that it is the window in chunks is our reading.
             found |= _renamed(published, {"chunk_size": "chunk_groups", "step_size": "window_chunks"})
             found |= {"offload": bool(published["offload"])} if "offload" in published else {}
         return found
 
     def resolve_beacons(self) -> dict | None:
-        """The beacon memory in force now: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed.
-
-        Raises:
-            ValueError: On a value outside its range.
-        """
-        ratio = self.beacon_ratio
-        if self.beacon_window is None or ratio is None or ratio == "none":
-            if self.beacon_window is None and ratio not in (None, "none"):
-                raise ValueError(f"this model has no beacon memory: set beacon_ratio to None, got {ratio!r}")
+        """The beacon memory in force now: `window`, `ratios`, `mix` and `seed`; None where nothing is compressed."""
+        ratio, mix = self.beacon_ratio, self.beacon_ratio_mix
+        if ratio in (None, "none"):
             return None
+        if self.beacon_window is None:
+            raise ValueError(f"this model has no beacon memory: set beacon_ratio to None, got {ratio!r:.200}")
         ratios = list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]
-        if not ratios or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ratios):
+        if not ratios or not all(type(ratio) is int and ratio >= 1 for ratio in ratios):
             raise ValueError(
-                f"beacon_ratio must be a whole number of at least 1, a list of such, or 'none', got {ratio!r}"
+                f"beacon_ratio must be a whole number of at least 1, a list of such or 'none', got {ratio!r:.200}"
             )
-        if len(ratios) > 1 and self.beacon_ratio_mix not in BEACON_RATIO_MIXES:
+        if len(ratios) > 1 and mix not in BEACON_RATIO_MIXES:
             raise ValueError(
-                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {self.beacon_ratio_mix!r}; or give a "
-                "single beacon_ratio, which needs none"
+                f"beacon_ratio_mix must be one of {BEACON_RATIO_MIXES}, got {mix!r:.200}; one beacon_ratio needs none"
             )
-        return {"window": self.beacon_window, "ratios": ratios, "mix": self.beacon_ratio_mix, "seed": self.beacon_seed}
+        return {"window": self.beacon_window, "ratios": ratios, "mix": mix, "seed": self.beacon_seed}
 
     @property
     def sees_clips(self) -> bool:
@@ -452,11 +390,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         return self.vision_config.model_type in VIDEO_TOWERS
 
     def resolve_llm_compression(self) -> dict | None:
-        """The dropping of visual tokens in force now: `type`, `layers` and `ratios`; None where nothing is dropped.
-
-        Raises:
-            ValueError: On values that do not go together, or a model of a family that drops nothing.
-        """
+        """The dropping of visual tokens in force now: `type`, `layers` and `ratios`; None where nothing is dropped."""
         if not self.mm_llm_compress:
             return None
         if self.compressor_config.compressor_type != "tome":
@@ -466,26 +400,25 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             )
         kind, layers, ratios = self.llm_compress_type, self.llm_compress_layer_list, self.llm_image_token_ratio_list
         if kind not in LLM_COMPRESS_TYPES:
-            raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r}")
+            raise ValueError(f"llm_compress_type must be one of {LLM_COMPRESS_TYPES}, got {kind!r:.200}")
         # Behind the last layer only a uniform stage does no harm (and nothing else).
         most = self.text_config.num_hidden_layers - (kind != "uniform")
         numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
         if not numbers or not layers or sorted({*layers}) != list(layers) or not 1 <= layers[0] <= layers[-1] <= most:
             raise ValueError(
                 f"llm_compress_layer_list must be ascending numbers of layers from 1 to {most}, behind which "
-                f"{kind!r} drops visual tokens, got {layers!r}"
+                f"{kind!r:.200} drops visual tokens, got {layers!r:.200}"
             )
         numbers = isinstance(ratios, (list, tuple)) and all(type(ratio) in (int, float) for ratio in ratios)
-        falling = (
-            numbers and list(ratios) == sorted(ratios, reverse=True) and list(ratios)[:1] == [1] and ratios[-1] >= 0
-        )
+        shares = list(ratios) if numbers else []
+        falling = shares[:1] == [1] and shares == sorted(shares, reverse=True) and shares[-1] >= 0
         # The published code never looks at further ones: its defaults stay where only the layers are set.
-        if not falling or len(ratios) <= len(layers):
+        if not falling or len(shares) <= len(layers):
             raise ValueError(
                 f"llm_image_token_ratio_list must be {len(layers) + 1} shares from 1 down to 0, one before and one "
-                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r}"
+                f"behind each stage of llm_compress_layer_list={list(layers)}, got {ratios!r:.200}"
             )
-        return {"type": kind, "layers": list(layers), "ratios": list(ratios[: len(layers) + 1])}
+        return {"type": kind, "layers": list(layers), "ratios": shares[: len(layers) + 1]}
 
     def resolve_context_limit(self) -> tuple[int, str] | None:
         """Tokens that a sequence may have, and why; None where `tokenizer_model_max_length` is None."""
@@ -494,8 +427,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             return None
         rope, reach = text.rope_parameters or {}, text.max_position_embeddings
         if rope.get("rope_type", "default") != "default":
-            scaled = rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or reach)
-            reach = max(reach, int(scaled))
+            reach = max(reach, int(rope.get("factor", 1.0) * (rope.get("original_max_position_embeddings") or reach)))
         if tokens <= reach:
             return tokens, f"config.tokenizer_model_max_length={tokens}, of positions that reach {reach}"
         yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": text.max_position_embeddings}
@@ -505,16 +437,12 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         )
 
     def resolve_keep_ratio(self) -> float:
-        """The share of visual tokens that the selector keeps now.
-
-        Raises:
-            ValueError: On a value outside its range.
-        """
+        """The share of visual tokens that the selector keeps now."""
         if self.keep_seed is not None:
             return random.Random(self.keep_seed).uniform(*RANDOM_KEEP_RATIO)
         ratio = self.keep_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-            raise ValueError(f"keep_ratio must be a number above 0 and at most 1, got {ratio!r}")
+            raise ValueError(f"keep_ratio must be a number above 0 and at most 1, got {ratio!r:.200}")
         return ratio
 
     def resolve_vision_chunk_frames(self) -> int:
@@ -524,7 +452,7 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
             published = (getattr(self, "prefill_config", None) or {}).get("chunk_size_for_vision_tower")
             frames = frames if published is None else published
         if not isinstance(frames, int) or frames < 1:
-            raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r}")
+            raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r:.200}")
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
 
 
@@ -538,11 +466,8 @@ def _host_config(value, defaults):
     if not isinstance(value, dict):
         return value
     model_type = value.get("model_type", defaults["model_type"])
-    if model_type in VIDEO_TOWERS:
-        return VIDEO_TOWERS[model_type](**value)
+    if model_type not in VIDEO_TOWERS and model_type not in CONFIG_MAPPING:
+        raise ValueError(f"sub-config with unknown model_type {model_type!r:.200}")
     if model_type == "siglip_vision_model":
-        # The pooling head is not part of any member of the family.
-        return SiglipVisionConfig(**{"vision_use_head": False, **value})
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"sub-config with unknown model_type {model_type!r}")
-    return CONFIG_MAPPING[model_type](**value)
+        value = {"vision_use_head": False, **value}  # no member of the family has the pooling head
+    return (VIDEO_TOWERS.get(model_type) or CONFIG_MAPPING[model_type])(**value)

@@ -8,44 +8,73 @@ What is surprising:
 * Where visual tokens are dropped between layers, it holds the layers in front of the first stage, and what they made
   of its tokens; so frames can be added. What follows without a question is done when the first one comes, and kept
   until the video grows. It is not in the file.
+* Other weights or adapters would have given other key-values: a `Witness` of them is kept, and compared at each use.
+
+What is surprising about its file, which holds tensors, facts about them, and a digest over every byte:
+* safetensors writes contiguous tensors only, and key-values are views of longer buffers: contiguous for every head. So
+  they are stored head by head ("layers.0.keys/00000" and so on), which copies nothing; a map of the file joins them
+  again. From a GPU all tensors come to the host before they are written.
+* The digest is the sha256 of the whole file with its own 64 digits set to "0". A file that another program has written
+  anew counts as damaged.
+* A file is written and checked in a temporary folder beside its place, `.videoxl-*`, and moved there once it is on the
+  disk. A killed process can leave such a folder behind, which is never read.
+* Tensors loaded to the CPU are a private map of the file: writing into them changes no file, and saving over the path,
+  or deleting it, does not disturb them. Overwriting the bytes in place (`cp`) does: load it again then.
 """
 
+import hashlib
+import json
+import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .image_processing_videoxl import count_tiles
 from .kv_cache import VideoXLCache, WaitingRows
 from .prefill_videoxl import InForce, policy_of, prefill_frames, require_context
 from .sparse_attention import GroupSpan, VisualLayout
-from .video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
+from .witness_videoxl import Witness, canonical, model_fingerprint
 
 logger = logging.get_logger(__name__)
+
+FORMAT = "videoxl.encoded_video"
+# Version 1 had every tensor in one piece, and an entry of metadata for each of what is now one.
+LAYOUT_VERSION = 2
+HASHED_AT_ONCE = 8 * 2**20  # bytes read at a time for digests
+SOURCE_END_BYTES = 2**20  # read at each end of a video for its fingerprint
+LOAD_TRIES = 10  # a load starts anew if the file is replaced under it
+
+_NO_DIGEST = "0" * 64
+# What reading a damaged header can lead to.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What of an encoded video a file holds as it is.
+_SAVED = ("kind", "sampling", "system_prompt", "appended", "timestamps", "start", "duration")
 
 
 class EncodedVideo(str):
     """A video as the language model holds it, for any number of questions. Made by `model.encode_video`.
 
     As a string it is the path of its file, or empty for frames from memory. It may also be an image: that has no
-    frames, timestamps or duration, and takes in no more.
+    frames, timestamps or duration, and cannot be extended.
 
     Attributes:
         kind: `"video"` or `"image"`.
-        num_frames: Sampled frames.
         timestamps: Seconds of every sampled frame, from the first displayed frame of the file.
         start: Where a part of a file begins, in its seconds; 0 for a whole one.
         duration: Seconds of the whole video, or of that part.
         sampling: The sampling settings.
         system_prompt: The system message it was encoded behind, None for the template's.
         appended: Whether frames were added that its file does not hold.
-        policy: How its tokens were run; later changes of the config do not touch it.
         input_ids: [L] token ids of everything up to the end of the video: prompt header, timestamps, placeholders.
-        layout: Where the visual tokens are among them.
         cache: Their key-values (`VideoXLCache`). Never extend it; fork it, or take `question_cache`.
+        mark: Stands for the content; it is another object once that has changed.
     """
 
     is_encoded_video = True
@@ -54,25 +83,13 @@ class EncodedVideo(str):
         return super().__new__(cls, source or "")
 
     def __init__(
-        self,
-        source,
-        *,
-        model,
-        cache,
-        input_ids,
-        sampling,
-        processor=None,
-        behind=None,
-        system_prompt=None,
-        kind="video",
+        self, source, *, model, processor, cache, input_ids, sampling, behind=None, system_prompt=None, kind="video"
     ):
         super().__init__()
-        self.kind = kind
-        self._processor, self._model = processor, model
+        self._processor, self._model, self._witness = processor, model, Witness(model)
         self.cache, self.input_ids = cache, input_ids
-        self.sampling, self.system_prompt = sampling, system_prompt
-        self.appended = False  # holds frames that its file does not
-        self.mark, self._behind = object(), behind  # stands for the content; that of the video in front of it
+        self.kind, self.sampling, self.system_prompt, self.appended = kind, sampling, system_prompt, False
+        self.mark, self._behind = object(), behind  # `_behind` is the mark of the video in front of it
         self.timestamps: list[float] = []
         self.start, self.duration = 0.0, 0.0
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many
@@ -83,7 +100,13 @@ class EncodedVideo(str):
 
     @property
     def num_frames(self) -> int:
+        """Sampled frames."""
         return len(self.timestamps)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens of this video."""
+        return sum(group.end - group.visual_start for group in self.layout.videos[-1])
 
     @property
     def end(self) -> float:
@@ -96,20 +119,21 @@ class EncodedVideo(str):
         return None if self.kind == "image" else (self.duration, self.num_frames)
 
     @property
-    def layout(self):
+    def layout(self) -> VisualLayout:
+        """Where the visual tokens are among `input_ids`."""
         return self.cache.layout
 
     @property
     def nbytes(self) -> int:
         """Bytes of the key-values, and of what waits where the question decides what runs.
 
-        What questions leave beside them (pooled key-values, what follows without a question) is not counted; `to`
-        lets go of what of it lies on another device.
+        Not counted is what questions leave beside them: pooled key-values, what follows without a question.
         """
         return self.cache.nbytes
 
     @property
     def policy(self):
+        """How its tokens were run; later changes of the config do not touch it."""
         return self.cache.policy
 
     @property
@@ -120,9 +144,10 @@ class EncodedVideo(str):
     def question_cache(self, in_force: InForce | None = None) -> VideoXLCache:
         """A cache that a question may extend; of what bi-level decoding drops nothing comes to the device.
 
-        Args:
-            in_force: Settings of the call; None for those of the model's config now.
+        `in_force` holds the settings of the call, by default those of the config now. ValueError if the model's
+        weights or active adapters have changed.
         """
+        self._witness.require(self._model)
         in_force = InForce(self._model.config) if in_force is None else in_force
         if self.policy.runs_questions and self.policy != in_force.policy:
             logger.warning_once(
@@ -132,18 +157,16 @@ class EncodedVideo(str):
         settled = self._settled or self.policy.settled(self._model.model, self.cache)
         if settled is not self.cache:
             self._settled = settled
-        whole = not in_force.decoding.text_only and settled.waiting is None
-        device = self._model.device
+        device, sees_all = self._model.device, not in_force.decoding.text_only
         here = settled.held > 0 and settled.layers[0].keys.device == device
-        cache = settled.fork(make_room=here and not in_force.decoding.text_only)
-        if whole:
+        cache = settled.fork(make_room=here and sees_all)
+        if sees_all and settled.waiting is None:
             cache.move(device)
         return cache
 
     def is_current(self) -> bool:
         """Whether the file it was made from is unchanged, or gone (always true for frames from memory)."""
-        stamp = _file_stamp(str(self))
-        return stamp is None or stamp == self._stamp
+        return _file_stamp(str(self)) in (None, self._stamp)
 
     def to(self, device) -> "EncodedVideo":
         """Moves what it holds to a device, in place: `"cpu"` frees the GPU, a question brings back what it needs."""
@@ -155,16 +178,17 @@ class EncodedVideo(str):
         """Gives a loaded video the processor it needs to take in more frames."""
         self._processor = self._processor or processor
 
-    @property
-    def num_visual_tokens(self) -> int:
-        """Visual tokens of this video."""
-        return sum(group.end - group.visual_start for group in self.layout.videos[-1])
-
     def continues(self, model, ids, base=None) -> bool:
-        """Whether this model made it (or loaded it) behind exactly these token ids [.] and this earlier video."""
+        """Whether this model made it (or loaded it) behind exactly these token ids [.] and this earlier video.
+
+        ValueError if it did, and its weights or active adapters have changed.
+        """
         start = self.layout.videos[-1][0].start
         same_base = self._behind is (None if base is None else base.mark)
-        return self._model is model and same_base and torch.equal(self.input_ids[:start], ids)
+        if self._model is not model or not same_base or not torch.equal(self.input_ids[:start], ids):
+            return False
+        self._witness.require(model)
+        return True
 
     def chunks(self, chunk_groups) -> list[tuple[float, float]]:
         """(start, end) seconds of the video's chunks of `chunk_groups` groups each; zeros for an image."""
@@ -176,16 +200,18 @@ class EncodedVideo(str):
     def save(self, path) -> None:
         """Writes the video to one safetensors file, which `model.load_video` reads.
 
-        The file is complete or not there, whenever the process is killed.
+        The file is complete or not there, whenever the process is killed. The first save reads all weights once.
 
         Args:
             path: Where to; an existing file is replaced.
 
         Raises:
-            FileNotFoundError, ValueError: If the file cannot be written there, or the video file has changed since.
+            FileNotFoundError, ValueError: If the file cannot be written there, or the video file, the model's weights
+                or its active adapters have changed since.
         """
         if not self.is_current() and not self.appended:
             raise ValueError(f"{self} has changed since it was encoded: encode it again before saving")
+        self._witness.require(self._model)
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
             if layer.held:
@@ -194,21 +220,15 @@ class EncodedVideo(str):
             tensors["deferred"] = self.cache.waiting[:]
         if self._tail is not None:
             tensors["tail"] = self._tail
-        facts = {
+        facts = {name: getattr(self, name) for name in _SAVED} | {
             "model": model_fingerprint(self._model),
+            "weights": self._witness.digest(self._model),
             "source": os.path.abspath(self) if self else "",
             # A video that grew beyond its file is bound to no file.
             "source_fingerprint": None if self.appended else source_fingerprint(str(self)),
-            "sampling": self.sampling,
-            "prefill": self.policy.facts(),
-            "timestamps": self.timestamps,
-            "start": self.start,
-            "duration": self.duration,
+            "prefill": self.prefill,
             "videos": self.layout.videos,
             "whole": self._whole,
-            "system_prompt": self.system_prompt,
-            "appended": self.appended,
-            "kind": self.kind,
         }
         save_video_file(path, tensors, facts)
 
@@ -216,32 +236,29 @@ class EncodedVideo(str):
     def load(cls, path, model, processor=None, verify=True, source=None, **sampling) -> "EncodedVideo":
         """See `model.load_video`."""
         tensors, facts = load_video_file(path, verify=verify)
-        source = os.fspath(source) if source is not None else facts["source"]
+        source, witness = facts["source"] if source is None else os.fspath(source), Witness(model)
         expected = {
             "model": model_fingerprint(model),
+            "weights": witness.digest(model) if "weights" in facts else None,  # earlier versions' have none
             "source_fingerprint": None if facts["appended"] else source_fingerprint(source),
             "sampling": sampling or None,
         }
         require_match(facts, expected, f"the saved video {os.fspath(path)}")
-        cache = VideoXLCache(model.config.text_config.num_hidden_layers)
+        ids, cache = tensors["input_ids"], VideoXLCache(model.config.text_config.num_hidden_layers)
         for index, layer in enumerate(cache.layers):
             if f"layers.{index}.keys" in tensors:
                 layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
             # Compressed tokens, and those that wait for the question, have no keys.
-            layer.pass_by(len(tensors["input_ids"]) - layer.held)
+            layer.pass_by(len(ids) - layer.held)
         if "deferred" in tensors:
-            begin = len(tensors["input_ids"]) - len(tensors["deferred"])
-            cache.waiting = WaitingRows((tensors["deferred"].to(model.device),), begin)
+            rows = tensors["deferred"].to(model.device)
+            cache.waiting = WaitingRows((rows,), len(ids) - len(rows))
         policy_of(model.config, facts["prefill"]).begin(cache)
-        video_groups = [tuple(GroupSpan(*group) for group in video) for video in facts["videos"]]
-        cache.layout = VisualLayout(tuple(video_groups), cache.get_seq_length())
-        state = {"sampling": facts["sampling"], "system_prompt": facts["system_prompt"]}
-        state["kind"] = facts.get("kind", "video")  # files of earlier versions hold videos only
-        video = cls(source, model=model, processor=processor, cache=cache, input_ids=tensors["input_ids"], **state)
-        video.appended = facts["appended"]
-        video.timestamps, video.duration = facts["timestamps"], facts["duration"]
-        video.start = facts.get("start", 0.0)
-        video._tail, video._whole = tensors.get("tail"), tuple(facts["whole"])
+        videos = tuple(tuple(GroupSpan(*group) for group in video) for video in facts["videos"])
+        cache.layout = VisualLayout(videos, cache.get_seq_length())
+        video = cls(source, model=model, processor=processor, cache=cache, input_ids=ids, sampling=facts["sampling"])
+        video.__dict__.update({name: facts[name] for name in _SAVED if name in facts})  # so have not all of these
+        video._tail, video._whole, video._witness = tensors.get("tail"), tuple(facts["whole"]), witness
         return video
 
     def append(self, frames, timestamps) -> None:
@@ -254,16 +271,16 @@ class EncodedVideo(str):
             timestamps: Their seconds, increasing, later than the last frame so far.
 
         Raises:
-            ValueError: On frames or timestamps of another form, times that do not follow, or more tokens than the
-                model takes.
+            ValueError: On frames or timestamps of another form, times that do not follow, more tokens than the model
+                takes, or weights or active adapters that have changed.
         """
         if self.kind == "image":
-            raise ValueError("an image takes in no frames; encode a video, or ask with several items")
+            raise ValueError("an image cannot be extended: encode a video, or ask with several items")
         if self._processor is None:
             raise ValueError("a loaded video needs its tokenizer to take in frames: model.load_video(path, tokenizer)")
+        self._witness.require(self._model)
         sampling = self._processor.sampling(sample_fps=None)
-        reader = open_video(frames, timestamps=timestamps, sampling=sampling, **self._processor.frame_options)
-        with reader:
+        with open_video(frames, timestamps=timestamps, sampling=sampling, **self._processor.frame_options) as reader:
             if self.timestamps and reader.timestamps[0] <= self.timestamps[-1]:
                 raise ValueError(
                     f"appended frames must be later than the last one at {self.timestamps[-1]} s, the first new one "
@@ -314,7 +331,7 @@ class EncodedVideo(str):
             self.cache.rewind(*self._whole)
             self.cache.layout = self.layout.until(self._whole[0])
             self.input_ids = self.input_ids[: self._whole[0]]
-        processor, layer = self._processor, self.cache.layers[0]
+        processor = self._processor
         pixels = normalize_frames(frames.to(self._model.device), processor.image_mean, processor.image_std)
         unit = self.policy.unit_frames(self._model.config)
         # Where not every token leaves a key, what may be taken back is run by itself.
@@ -322,24 +339,33 @@ class EncodedVideo(str):
         for part in (slice(0, whole), slice(whole, len(times))):
             if not times[part]:
                 continue
-            self._whole = len(self.input_ids), layer.held
+            self._whole = len(self.input_ids), self.cache.held
             time_ids = [processor.time_token_ids(seconds) for seconds in times[part][:: processor.frames_per_group]]
-            grows = bool(self.timestamps)
-            ids = prefill_frames(self._model.model, self.cache, pixels[part], time_ids, self.policy, grows)
-            self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
+            self._run(pixels[part], time_ids, continues=bool(self.timestamps))
             self.timestamps += times[part]
-            layer = self.cache.layers[0]
         self.duration = max(self.duration, times[-1] - self.start)
         partial = len(times) % unit
         self._tail = frames[-partial:] if partial else None
         if partial and whole == len(times):
             removed = len(self.input_ids) - self.layout.videos[-1][-1].start
-            self._whole = len(self.input_ids) - removed, max(layer.held - removed, 0)
+            self._whole = len(self.input_ids) - removed, max(self.cache.held - removed, 0)
+
+    @torch.no_grad()
+    def extend_image(self, tiles) -> None:
+        """Adds an image's tiles, uint8 as `VideoXLProcessor.read_tiles` gives them, as groups without timestamps."""
+        stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
+        pixels = self._processor.normalize_tiles(tiles.to(self._model.device))
+        self._run(pixels, [stamp] * count_tiles(tiles), continues=False)
+
+    def _run(self, pixels, time_ids, continues) -> None:
+        """Encodes pixels and runs their tokens behind all others, see `prefill_frames`."""
+        ids = prefill_frames(self._model.model, self.cache, pixels, time_ids, self.policy, continues)
+        self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
 
     @property
     def _before_tail(self) -> tuple[int, int]:
         """Tokens, and keys of them, that stay when frames are added; those of a last, partial group are run again."""
-        return (len(self.input_ids), self.cache.layers[0].held) if self._tail is None else self._whole
+        return (len(self.input_ids), self.cache.held) if self._tail is None else self._whole
 
     def _tokens_with(self, times) -> int:
         """Tokens of the whole sequence with frames at these seconds added."""
@@ -348,33 +374,199 @@ class EncodedVideo(str):
         stamps = sum(len(self._processor.time_token_ids(seconds)) for seconds in starts)
         return self._before_tail[0] + stamps + len(starts) * self._model.model.tokens_per_group
 
-    @torch.no_grad()
-    def extend_image(self, tiles) -> None:
-        """Adds an image's tiles, uint8 as `VideoXLProcessor.read_tiles` gives them, as groups without timestamps."""
-        pixels = self._processor.normalize_tiles(tiles.to(self._model.device))
-        stamp = self._processor.time_token_ids(0.0) if self._processor.image_timestamps else []
-        stamps = [stamp] * count_tiles(tiles)
-        ids = prefill_frames(self._model.model, self.cache, pixels, stamps, self.policy, continues=False)
-        self.input_ids = torch.cat([self.input_ids, torch.tensor(ids)])
-
     def __deepcopy__(self, memo):
         # Histories are copied freely: share the tensors, never copy the model.
         other = EncodedVideo.__new__(EncodedVideo, str(self))
-        other.__dict__.update(self.__dict__)
-        other.cache = self.cache.fork()
-        other.timestamps = list(self.timestamps)
+        other.__dict__.update(self.__dict__, cache=self.cache.fork(), timestamps=list(self.timestamps))
         return other
 
     def __reduce__(self):
-        raise TypeError(
-            "an EncodedVideo cannot be pickled; pass its path, or encode the video again where it is needed"
-        )
+        raise TypeError("an EncodedVideo cannot be pickled: pass its path, or encode the video again where needed")
 
 
-def _file_stamp(path):
+def _file_stamp(path) -> tuple[int, int] | None:
     """Size and modification time of a file, None where there is no file."""
     try:
         status = os.stat(path) if path else None
     except OSError:
         return None
     return status and (status.st_size, status.st_mtime_ns)
+
+
+def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+    """Writes tensors and facts as one file that is either complete or not there.
+
+    Args:
+        path: Where to; an existing file is replaced once the new one is complete. A link is followed.
+        tensors: By name; any strides and device. No two may overlap in memory.
+        facts: What JSON can hold; comes back as JSON gives it (lists for tuples).
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: If there is no such folder, the file cannot be written, or the path,
+            the tensors or the facts are none that a file can have.
+    """
+    path = os.path.realpath(os.fsdecode(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is a folder or a device: give the name of a file to save the video in")
+    if not os.path.isdir(folder := os.path.dirname(path)):
+        raise FileNotFoundError(f"the folder {folder} does not exist: create it, or save the video elsewhere")
+    blocks, shapes = {}, {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name} must be a dense tensor that holds values, got {type(tensor).__name__}")
+        parts = _contiguous_blocks(tensor)
+        blocks |= {f"{name}/{n:05}": part for n, part in enumerate(parts)} if len(parts) > 1 else {name: parts[0]}
+        shapes |= {name: list(tensor.shape)} if len(parts) > 1 else {}
+    about = {"digest": _NO_DIGEST, "facts": facts, "layout_version": LAYOUT_VERSION, "shapes": shapes}
+    try:
+        # One entry, because the library writes several in any order; the digest is the first thing in it.
+        metadata = {FORMAT: json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be what JSON can hold (no tensors, no NaN): {error}") from error
+    with tempfile.TemporaryDirectory(prefix=".videoxl-", dir=folder) as temporary:
+        part = os.path.join(temporary, "part")
+        try:
+            save_file(blocks, part, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"tensors must be of a dtype that safetensors has, and not overlap: {error}") from error
+        _write_digest(part)
+        os.replace(part, path)
+
+
+def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[str, torch.Tensor], dict]:
+    """Reads what `save_video_file` wrote, also in its layout version 1.
+
+    Args:
+        verify: Read the whole file once and compare its digest. False is instant at any size, and unchecked but for
+            the header's form and the file's size.
+        device: Where the tensors go. On "cpu" they stay backed by the file and take memory as they are read.
+
+    Returns:
+        Tensors by name, and the facts.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it is damaged, cut short, of another kind or of
+            another layout version.
+    """
+    if os.path.isdir(path := os.fsdecode(path)):
+        raise ValueError(f"{path} is a folder: give the file that EncodedVideo.save wrote")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no saved video {path}: check the path, or encode the video and save it there")
+    for _ in range(LOAD_TRIES):
+        with open(path, "rb") as file:
+            try:
+                (tensors, facts), refused = _read(file, path, verify), None
+            except (SafetensorError, *_DAMAGE) as error:
+                refused = error
+            # The library opens the path by itself: what was checked must be what it has mapped.
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                continue
+        if refused is None:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
+        raise ValueError(
+            f"{path} is damaged or of another kind: expected a video saved by EncodedVideo.save, found {refused}. "
+            "Encode the video again and save it"
+        ) from refused
+    raise ValueError(f"{path} was replaced {LOAD_TRIES} times while it was read: load it when it is no longer written")
+
+
+def source_fingerprint(path) -> dict | None:
+    """Size, and sha256 of the size and of the first and last MiB, of a file; None where there is no file."""
+    if not path or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode() + file.read(SOURCE_END_BYTES))
+        file.seek(max(size - SOURCE_END_BYTES, 0))
+        digest.update(file.read(SOURCE_END_BYTES))
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def require_match(facts: dict, expected: dict, what: str) -> None:
+    """Compares the facts of a file with what is asked for.
+
+    Args:
+        facts: What the file says.
+        expected: What must agree, nested like `facts`; None at any depth asks for nothing.
+        what: What is being loaded, for the message: a ValueError with both values of every entry that differs.
+    """
+    if differing := "; ".join(_mismatches(facts, expected, "")):
+        remedy = "Load it with the model, settings and video it was made with, or encode the video again and save it"
+        raise ValueError(f"{what} does not fit: {differing}. {remedy}")
+
+
+def _mismatches(facts, expected, prefix):
+    for key, asked in expected.items():
+        stored = facts.get(key)
+        if isinstance(asked, dict) and isinstance(stored, dict):
+            yield from _mismatches(stored, asked, f"{prefix}{key}.")
+        elif asked is not None and stored != json.loads(canonical(asked)):
+            held, asked = (text if len(text) <= 80 else f"{text[:77]}..." for text in map(canonical, (stored, asked)))
+            yield f"{prefix}{key}: the file has {held if key in facts else 'nothing'}, asked for {asked}"
+
+
+def _contiguous_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor's values in order, as contiguous views of it; as a copy where rows of values are not contiguous."""
+    if tensor.is_contiguous() or tensor.ndim <= 2:
+        return [tensor.contiguous()]
+    return [block for part in tensor for block in _contiguous_blocks(part)]
+
+
+def _write_digest(path) -> None:
+    """Puts a file's digest in its place, and makes it as readable as other files (the library's are their owner's)."""
+    with open(path, "r+b") as file, open(f"{path}.plain", "xb") as plain:
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"the facts, or a tensor's name, cannot be read again: {error}") from error
+        digest = _file_digest(file, _NO_DIGEST)
+        file.seek(0)
+        file.seek(file.read(HASHED_AT_ONCE).index(_NO_DIGEST.encode()))
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(path, os.fstat(plain.fileno()).st_mode)
+
+
+def _file_digest(file, digest: str) -> str:
+    """The digest of an open file that holds `digest` at present."""
+    file.seek(0)
+    start = file.read(8)
+    header = file.read(int.from_bytes(start, "little")).replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    found = hashlib.sha256(start + header)
+    while piece := file.read(HASHED_AT_ONCE):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _read(file, path, verify) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors, mapped, and facts of an open file; fails in many ways if it is not what `save_video_file` writes."""
+    with safe_open(path, framework="pt", device="cpu") as content:
+        metadata, blocks = content.metadata() or {}, {name: content.get_tensor(name) for name in content.offset_keys()}
+    if FORMAT not in metadata and metadata.get("format") != FORMAT:
+        raise ValueError(f"a safetensors file of format {metadata.get('format')!r:.200} instead of {FORMAT!r:.200}")
+    about = json.loads(metadata[FORMAT]) if FORMAT in metadata else metadata
+    if (version := str(about["layout_version"])) not in ("1", str(LAYOUT_VERSION)):
+        raise ValueError(f"layout version {version} (this code reads 1 to {LAYOUT_VERSION}, newer code newer ones)")
+    if verify and _file_digest(file, about["digest"]) != about["digest"]:
+        raise ValueError("content that does not agree with its digest")
+    if version == "1":
+        return blocks, json.loads(about["facts"])
+    return _joined(blocks, about["shapes"], path, os.fstat(file.fileno()).st_size), about["facts"]
+
+
+def _joined(blocks, shapes, path, size) -> dict[str, torch.Tensor]:
+    """Tensors of a file of `size` bytes: of `blocks`, in the file's order, those of each name in `shapes` are one."""
+    content = torch.from_file(path, size=size, dtype=torch.uint8)  # a private map, as the library's is
+    start, tensors = size - sum(block.nbytes for block in blocks.values()), {}
+    for name, block in blocks.items():
+        whole = name.rpartition("/")[0]
+        if whole not in shapes:
+            tensors[name] = block
+        elif whole not in tensors:
+            stop = start + math.prod(shapes[whole]) * block.itemsize
+            tensors[whole] = content[start:stop].view(block.dtype).view(shapes[whole])
+        start += block.nbytes
+    return tensors

@@ -21,10 +21,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+
+from .video_index_videoxl import file_head, is_heif
+
+try:
+    import pillow_heif
+except (ImportError, OSError):  # OSError: a wheel whose shared libraries this system lacks
+    pillow_heif = None
 
 # PostScript: PIL would have Ghostscript run it, whatever the file is called.
 PROGRAM_FORMATS = ("EPS",)
+# White of grey of 32 bits and of floats, whose files do not say it: the first of these that no pixel exceeds. Floats
+# may exceed 1 a little where it is their white. With negative levels it is the brightest pixel, and black the darkest.
+_WHITES = (255.0, 65535.0, 2.0**31 - 1, 2.0**32 - 1)
+_FLOAT_WHITES = (2.0, 255.0, 65535.0)
+# The tag of a TIFF that says which numbers its levels are, and its value for those without a sign.
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
 
@@ -47,21 +60,66 @@ def reading_image(name: str):
         ) from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB; grey of 16 and 32 bits and of floats, which PIL would cut off at 255, is scaled to it."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    levels = np.asarray(image)
+    if image.mode == "I" and _UNSIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ()):
+        levels = levels.view(np.uint32)  # a TIFF's; PIL has no mode for them
+    return Image.fromarray(_to_bytes(levels)).convert("RGB")
+
+
+def _to_bytes(levels: np.ndarray) -> np.ndarray:
+    """Numbers of any kind and shape as uint8 of the same shape."""
+    kind, size = levels.dtype.kind, levels.dtype.itemsize
+    if levels.dtype == np.uint8 or levels.size == 0:
+        return levels.astype(np.uint8)
+    levels = np.nan_to_num(levels.astype(np.float64), posinf=0, neginf=0)
+    black, white = min(levels.min(), 0.0), levels.max()
+    if (kind, size) == ("u", 2):
+        white = 65535.0
+    elif black == 0:
+        white = next((level for level in (_FLOAT_WHITES if kind == "f" else _WHITES) if white <= level), white)
+        white = 1.0 if kind == "b" or (kind == "f" and white == _FLOAT_WHITES[0]) else white
+    scaled = (levels - black) * (255 / ((white - black) or 1))
+    return np.clip(scaled, 0, 255).round().astype(np.uint8)
+
+
+def _open_heif(path: str) -> Image.Image | None:
+    """A HEIF photo in whole and upright; None for an AVIF, which PIL reads."""
+    if b"avif" in file_head(path) and features.check("avif"):
+        return None
+    if pillow_heif is None:
+        raise ValueError(
+            f"{path}: a photo as HEIC, HEIF or AVIF needs the package pillow-heif, which is not here. Install it, "
+            "or save the photo as JPEG."
+        )
+    with reading_image(path):
+        return pillow_heif.open_heif(path).to_pillow()
+
+
 def load_image(source: Any) -> Image.Image:
     """Opens an image, turned as its EXIF data say, in RGB.
 
     Args:
-        source: Path of a local file, a PIL image, or uint8 [H, W, 3].
+        source: Path of a local file, a PIL image, or an array [H, W, 3] or [H, W]: uint8, or other numbers, whose
+            largest is taken to be white as `_WHITES` says.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: Anything that is no image, is broken, or too large.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        pixels = source.cpu().numpy() if isinstance(source, torch.Tensor) else source
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"an image as an array must be uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
-        source = Image.fromarray(np.ascontiguousarray(pixels)) if pixels.size else Image.new("RGB", (0, 0))
+        pixels = source
+        if isinstance(source, torch.Tensor):
+            pixels = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
+        if pixels.dtype.kind not in "buif" or pixels.ndim not in (2, 3) or (*pixels.shape, 3)[2] not in (1, 3):
+            raise ValueError(
+                f"an image as an array must be uint8 [H, W, 3], or numbers [H, W], got {pixels.dtype} {pixels.shape}"
+            )
+        pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+        source = Image.fromarray(np.ascontiguousarray(_to_bytes(pixels))) if pixels.size else Image.new("L", (0, 0))
     elif isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if not os.path.exists(path):
@@ -70,16 +128,18 @@ def load_image(source: Any) -> Image.Image:
                     f"{path:.100} is an address; only local files are opened. Download it, pass the path."
                 )
             raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
-        with reading_image(path), Image.open(path) as source:
-            if source.format in PROGRAM_FORMATS:
-                raise ValueError(f"{source.format}, which another program would have to draw")
-            source.load()
+        source = _open_heif(path) if is_heif(path) else None
+        if source is None:
+            with reading_image(path), Image.open(path) as source:
+                if source.format in PROGRAM_FORMATS:
+                    raise ValueError(f"{source.format}, which another program would have to draw")
+                source.load()
     elif not isinstance(source, Image.Image):
         raise ValueError(f"an image must be a path, a PIL image or uint8 [H, W, 3], got {type(source).__name__}.")
     if 0 in source.size:
         raise ValueError(f"an image needs pixels, got one of size {source.size}.")
     with reading_image(getattr(source, "filename", None) or "the image"):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return ImageOps.exif_transpose(to_rgb(source))
 
 
 def choose_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -11,8 +11,8 @@ What is surprising:
   rotated ones is no key at all.
 * Rows that wait for a question have no keys yet, and count as tokens that went by: such a cache is as long as its
   sequence.
-* transformers 5.24 renamed `past_key_values` to `cache`. `CACHE_NAME` is what the installed release calls it, in its
-  models' arguments, in outputs and in `generate`.
+
+* transformers 5.24 renamed `past_key_values` to `cache`; `CACHE_NAME` is what the installed release calls it.
 
 B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
 group, n rows of the language model's width.
@@ -36,6 +36,7 @@ GROWTH = 0.25
 MIN_SPARE_TOKENS = 256
 # Tokens that are rotated at once in float32: bounds the temporary copies.
 ROTATED_AT_ONCE = 65536
+
 
 CACHE_NAMES = ("cache", "past_key_values")
 # The first that the library's own models know; a release that knows neither is not supported, and says so at import.

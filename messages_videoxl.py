@@ -1,8 +1,10 @@
 """What callers say: content items, histories, and times named in a question; the same for `chat` and the processor.
 
+What does not fit is a ValueError that says what was expected and what came.
+
 What is surprising:
-* An item is read into one form: its kind, the source under the kind's name, and its settings (timestamps, sampling, a
-  part of a file). A key whose value is None counts as absent, because the `datasets` library gives every item the
+* An item is read into one form, a dict: `type`, the source under the type's name, and settings (timestamps, sampling,
+  a part of a file). A key whose value is None counts as absent, because the `datasets` library gives every item the
   keys of all others. So an item asks for uniform sampling by `num_frames`, not by `sample_fps: None`.
 * `chat` returns histories that hold `EncodedVideo`s. After JSON these are paths, or empty strings for frames from
   memory; after a deep copy they are other objects for the same content. All of these are the same video.
@@ -22,12 +24,9 @@ import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
+from .video_index_videoxl import is_image_file
 
-ROLES = ("system", "user", "assistant")
-# The kinds of items that are seen.
-VISUAL_KINDS = ("video", "image")
-# Files with these endings are images; everything else that has a path is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+ROLES, VISUAL_KINDS = ("system", "user", "assistant"), ("video", "image")
 # Where an item names its source; the first is the one that it has here.
 SOURCE_KEYS = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url"), "text": ("text",)}
 # What a video item may say of its sampling: names of `Sampling`, and transformers' and other libraries' names.
@@ -44,23 +43,15 @@ RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample
 # The video's place in a message of the published code, and its role strings.
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
-
-
-# ---------------------------------------------------------------- items
+HALF_LETTER = re.compile("[\ud800-\udfff]")
 
 
 def read_item(item, needs_source=True) -> dict:
-    """Reads a content item into the form that this file describes.
+    """Reads a content item into a new one of the one form.
 
     Args:
         item: A dict with a `type`. Its source may be another dict, whose keys win.
         needs_source: False accepts a video or image without a source, which becomes `""`.
-
-    Returns:
-        A new dict: `type`, the source under the kind's name, and the item's settings.
-
-    Raises:
-        ValueError: On an unknown type or key, no source or two of them.
     """
     kind = item.get("type") if isinstance(item, dict) else None
     if not isinstance(kind, str) or kind not in SOURCE_KEYS:
@@ -72,15 +63,12 @@ def read_item(item, needs_source=True) -> dict:
     sources = [key for key in SOURCE_KEYS[kind] if key in given]
     unknown = sorted(map(str, given.keys() - {*SOURCE_KEYS[kind], *OWN_KEYS[kind]}))
     if unknown or len(sources) > 1 or (needs_source and not sources):
-        own = f" and {', '.join(OWN_KEYS[kind])}" * bool(OWN_KEYS[kind])
-        raise ValueError(
-            f"{'an' if kind == 'image' else 'a'} {kind} item takes one of {', '.join(SOURCE_KEYS[kind])}{own}; got "
-            f"{', '.join(map(str, given)) or 'nothing'}"
-        )
+        a_kind, own = f"{'an' if kind == 'image' else 'a'} {kind}", ", ".join(OWN_KEYS[kind])
+        takes = ", ".join(SOURCE_KEYS[kind]) + (own and f" and {own}")
+        raise ValueError(f"{a_kind} item takes one of {takes}; got {', '.join(map(str, given)) or 'nothing'}")
     source = given.pop(sources[0]) if sources else ""
     if isinstance(source, dict):
-        inner = read_item({**source, "type": kind})
-        return {**given, **inner}
+        return {**given, **read_item({**source, "type": kind})}
     if kind == "text" and not isinstance(source, str):
         raise ValueError(f"a text item needs its text as a string, got {source!r:.200}")
     return {"type": kind, kind: source, **given}
@@ -92,11 +80,7 @@ def source_of(item):
 
 
 def readable_source(item):
-    """The video or image of a visual item in a form that can be opened; an `EncodedVideo` becomes its path.
-
-    Raises:
-        ValueError: If an `EncodedVideo` holds frames that are in no file.
-    """
+    """The video or image of a visual item in a form that can be opened; an `EncodedVideo` becomes its path."""
     source = source_of(item)
     if not is_encoded(source):
         return source
@@ -109,36 +93,29 @@ def readable_source(item):
 
 
 def turn_items(visual) -> list[dict]:
-    """The items that a turn of `chat` brings.
-
-    Args:
-        visual: None, one video or image (also as a list of one path), or an item, or a list of items.
-
-    Raises:
-        ValueError: On an item of another form.
-    """
+    """The items that a turn of `chat` brings: of None, a video or image (also a list of one path), or its items."""
     if visual is None:
         return []
-    if isinstance(visual, dict):
-        visual = [visual]
-    if isinstance(visual, (list, tuple)) and visual and all(isinstance(part, (str, os.PathLike)) for part in visual):
-        if len(visual) > 1:
+    parts = visual if isinstance(visual, (list, tuple)) else [visual]
+    if parts and isinstance(parts[0], dict):
+        return [read_item(item) for item in parts]
+    if parts is visual and parts and all(isinstance(part, (str, os.PathLike)) for part in parts):
+        if len(parts) > 1:
             raise ValueError("several videos are a list of items {'type': 'video', 'video': path}, not of paths")
-        visual = visual[0]
-    if isinstance(visual, (list, tuple)) and len(visual) > 0 and isinstance(visual[0], dict):
-        return [read_item(item) for item in visual]
+        visual = parts[0]
     kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
     item = {"type": kind, kind: visual}
     if is_encoded(visual) and (part := part_of(item)):
-        read_type = next(name for name, value in READ_TYPES.items() if value == part.pop("read_as", "file"))
+        read_as = part.pop("read_as", "file")
+        read_type = next(name for name, value in READ_TYPES.items() if value == read_as)
         item["media_dict"] = {"video_read_type": read_type, **part}  # JSON keeps this beside the path
     return [item]
 
 
 def is_image(source) -> bool:
-    """Whether this is one image, not a video: a PIL image, a path with an image's ending, or an array [H, W, 3]."""
+    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or the path of an image."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source).lower().endswith(IMAGE_SUFFIXES)
+        return is_image_file(os.fspath(source))
     return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
@@ -148,39 +125,27 @@ def is_encoded(visual) -> bool:
 
 
 def read_media_dict(media_dict) -> dict:
-    """Which part of a path is wanted, in the words of the published VideoChat-Flash code, as fields of `Sampling`.
+    """Which part of a path is wanted, as fields of `Sampling` that differ from the defaults.
 
     Args:
-        media_dict: None, or a dict with some of `video_read_type`, and `start` and `end` in seconds.
-
-    Returns:
-        Those of `read_as`, `start` and `end` that differ from the defaults.
-
-    Raises:
-        ValueError: On anything else.
+        media_dict: As in the published VideoChat-Flash code: None, or a dict with some of `video_read_type`, and
+            `start` and `end` in seconds.
     """
     if media_dict is not None and not isinstance(media_dict, dict):
         raise ValueError(f"media_dict must be a dict, got {media_dict!r:.100}")
     given = {name: value for name, value in (media_dict or {}).items() if value is not None}
     if unknown := sorted(set(given) - {"video_read_type", "start", "end"}):
-        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown))}")
+        raise ValueError(f"media_dict takes video_read_type, start and end, not {', '.join(map(str, unknown)):.200}")
     kind = given.pop("video_read_type", "decord")
     if kind not in READ_TYPES:
-        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r}")
+        raise ValueError(f"media_dict: video_read_type must be one of {', '.join(READ_TYPES)}, got {kind!r:.200}")
     return given | ({} if READ_TYPES[kind] == "file" else {"read_as": READ_TYPES[kind]})
 
 
 def named_sampling(given) -> dict:
-    """Sampling settings under the names of `Sampling`.
+    """The settings by any name of `SAMPLING_KEYS`, under the names of `Sampling`.
 
-    Args:
-        given: Settings by any name of `SAMPLING_KEYS`; other keys are left alone.
-
-    Returns:
-        Fields of `Sampling`. `num_frames` stays among them: it also chooses among frames in memory.
-
-    Raises:
-        ValueError: If two settings exclude each other.
+    `num_frames` stays among them, because it also chooses among frames in memory.
     """
     named = {SAMPLING_KEYS[name]: value for name, value in given.items() if name in SAMPLING_KEYS}
     for name, others in RIVALS.items():
@@ -201,11 +166,7 @@ def part_of(item) -> dict:
 
 
 def wanted_of(item) -> dict:
-    """The sampling that a video item asks for, as `named_sampling` gives it; for an `EncodedVideo`, its own.
-
-    Raises:
-        ValueError: If two settings exclude each other.
-    """
+    """The sampling that a video item asks for, as `named_sampling` gives it; for an `EncodedVideo`, its own."""
     if is_encoded(item):
         return {name: value for name, value in source_of(item).sampling.items() if name in SAMPLING_FIELDS}
     part, named = read_media_dict(item.get("media_dict")), named_sampling(item)
@@ -215,18 +176,12 @@ def wanted_of(item) -> dict:
 
 
 def video_request(item, sampling: Sampling, called=None) -> dict:
-    """A video item as arguments of `open_video`.
+    """A video item as the arguments `source`, `timestamps` and `sampling` of `open_video`.
 
     Args:
         item: As `read_item` gives it.
         sampling: The settings that neither item nor call name.
         called: The settings that the call names, as `named_sampling` gives them; the item's own win.
-
-    Returns:
-        `source`, `timestamps` and `sampling`.
-
-    Raises:
-        ValueError: On settings out of range, or an `EncodedVideo` whose frames are in no file.
     """
     source, seconds, own = readable_source(item), item.get("timestamps"), wanted_of(item)
     called, spacing = called or {}, sampling.sample_fps or 1
@@ -242,27 +197,18 @@ def video_request(item, sampling: Sampling, called=None) -> dict:
     return {"source": source, "timestamps": seconds, "sampling": sampling}
 
 
-# ---------------------------------------------------------------- messages
-
-
 def read_messages(messages, name="message", needs_source=True) -> list[dict]:
-    """Reads messages, their items into the one form.
+    """Reads messages into new ones, their items into the one form; what else they hold stays.
 
     Args:
         messages: A list of `{"role", "content"}`; content is text or a list of items, of which a string is text, too.
         name: What a message is called in errors.
         needs_source: See `read_item`.
-
-    Returns:
-        New messages; what else they hold stays.
-
-    Raises:
-        ValueError: On a malformed message.
     """
     read = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
-        role = role.removeprefix(PUBLISHED_ROLE_PREFIX) if isinstance(role, str) else role
+        role = role.removeprefix(PUBLISHED_ROLE_PREFIX) if isinstance(role, str) else None
         if role not in ROLES:
             raise ValueError(f"{name} {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
         content = message.get("content")
@@ -276,15 +222,7 @@ def read_messages(messages, name="message", needs_source=True) -> list[dict]:
 
 
 def without_sources(messages, markers) -> list[dict]:
-    """What the chat template sees of messages: videos and images by their type alone, and texts.
-
-    Args:
-        messages: As `read_messages` gives them.
-        markers: Those of videos and images in a rendered prompt.
-
-    Raises:
-        ValueError: If a text holds a marker.
-    """
+    """What the template sees of messages: texts, none with a marker or half a letter, and the types of the rest."""
     bare = []
     for number, message in enumerate(messages):
         content = message["content"]
@@ -293,6 +231,11 @@ def without_sources(messages, markers) -> list[dict]:
             raise ValueError(
                 f"message {number} has {found[0]} in its text, where only video and image items put it; "
                 "remove it and pass {'type': 'video', 'video': ...} in its place"
+            )
+        if halves := [half for text in texts for half in HALF_LETTER.findall(text)]:
+            raise ValueError(
+                f"message {number} has half of a letter in its text (\\u{ord(halves[0]):04x}, a lone surrogate): it "
+                "was cut within a letter, or decoded with surrogateescape; mend it"
             )
         if not isinstance(content, str):
             content = [item if item["type"] == "text" else {"type": item["type"]} for item in content]
@@ -306,9 +249,6 @@ def read_history(history, visual) -> list[dict]:
     Args:
         history: None, or messages, whose videos and images may have lost their source in JSON.
         visual: The item of the turn's video or image, which a published history means by its mark; or None.
-
-    Raises:
-        ValueError: On anything else.
     """
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"chat_history must be a list of messages, got {type(history).__name__}")
@@ -330,17 +270,9 @@ def visual_items(messages) -> list[dict]:
 
 
 def place_visual(messages, visual) -> bool:
-    """Finds a turn's video or image in the conversation, and fills it in where JSON has lost its frames.
+    """Whether a conversation holds a turn's video or image (an item, or None, which it always holds).
 
-    Args:
-        messages: The conversation.
-        visual: A visual item, or None.
-
-    Returns:
-        Whether the conversation has it; False for a new one. True for None.
-
-    Raises:
-        ValueError: If the conversation needs frames from memory that neither it nor the turn holds.
+    Frames from memory do not survive JSON: the one item that lost its source there takes the turn's, and so holds it.
     """
     items = visual_items(messages)
     lost = [item for item in items if isinstance(source_of(item), str) and not _path(item) and not is_encoded(item)]
@@ -383,25 +315,18 @@ def _path(item) -> str:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
 
 
-# ---------------------------------------------------------------- arguments of the processor
-
-
-def assign_visuals(visuals, counts, marker, kind="video") -> list[list[dict]]:
-    """Distributes the videos, or the images, of a call over its texts.
+def assign_visuals(visuals, texts, marker, kind="video", timestamps=None) -> list[list[dict]]:
+    """Distributes the videos, or the images, of a call over its texts: a list of items per text, one per marker.
 
     Args:
         visuals: None, one of them, a flat list, or a list (or None) per text. Each is a source, or an item whose
             `type` may be left out.
-        counts: The markers of each text.
-        marker: The marker, for the message.
+        texts: The rendered prompts.
+        marker: Stands for one of them in a text.
         kind: `"video"` or `"image"`.
-
-    Returns:
-        A list of items per text, as long as it has markers.
-
-    Raises:
-        ValueError: If visuals and markers do not fit, or on an item of another form.
+        timestamps: Seconds of the frames of one video, or a list with such a list (or None) per video.
     """
+    counts = [text.count(marker) for text in texts]
     visuals = [] if visuals is None else [visuals] if _is_one(visuals, kind) else visuals
     nested = [visual is None or not _is_one(visual, kind) for visual in visuals]
     if any(nested):
@@ -421,17 +346,13 @@ def assign_visuals(visuals, counts, marker, kind="video") -> list[list[dict]]:
                 f"text {number} has {count} {kind} markers ({marker}), but there are {len(group)} {kind}s "
                 f"for it; write the text with apply_chat_template from messages with one {kind} item per {kind}"
             )
-    return [[read_item({"type": kind, kind: visual}) for visual in group] for group in groups]
-
-
-def assign_timestamps(timestamps, count) -> list:
-    """One entry (a list of seconds or None) per video."""
-    timestamps = [None] * count if timestamps is None else list(timestamps)
-    if timestamps and all(time is not None and np.ndim(time) == 0 for time in timestamps):
-        timestamps = [timestamps]
-    if len(timestamps) != count:
-        raise ValueError(f"timestamps has entries for {len(timestamps)} videos, but {count} videos came")
-    return timestamps
+    items, total = [[read_item({"type": kind, kind: visual}) for visual in group] for group in groups], sum(counts)
+    times = [None] * total if timestamps is None else list(timestamps)
+    if times and all(time is not None and np.ndim(time) == 0 for time in times):
+        times = [times]
+    if len(times) != total:
+        raise ValueError(f"timestamps has entries for {len(times)} videos, but {total} videos came")
+    return [[{"timestamps": times.pop(0), **item} for item in group] for group in items]
 
 
 def _is_one(value, kind) -> bool:
@@ -440,9 +361,6 @@ def _is_one(value, kind) -> bool:
         frames = len(value) > 0 and (isinstance(value[0], Image.Image) or getattr(value[0], "ndim", None) == 3)
         return kind == "video" and frames
     return kind == "image" or getattr(value, "ndim", 4) != 5
-
-
-# ---------------------------------------------------------------- times in a question
 
 
 # All repetitions are bounded, so the work is linear in the text.
@@ -524,15 +442,14 @@ def _seconds(time: str) -> float:
 
 
 def chunks_at(times, chunk_starts, chunk_ends, duration) -> list[int]:
-    """The chunks of one video that overlap any of the times.
+    """The numbers of one video's chunks that overlap any of the times, ascending.
+
+    A moment chooses the chunk that contains it, in a gap the one before.
 
     Args:
         times: From `times_in_text`; a negative start counts from `duration`.
         chunk_starts, chunk_ends: Per chunk, in seconds, ascending; there may be gaps between chunks.
         duration: Seconds; a time that starts behind it chooses nothing.
-
-    Returns:
-        Chunk numbers, ascending. A moment chooses the chunk that contains it, in a gap the one before.
     """
     chosen = set()
     for start, end in times:

@@ -13,6 +13,7 @@ What is surprising:
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,10 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from .beacon_memory_videoxl import BeaconMemory
 from .bilevel_videoxl import BilevelDecoding
@@ -40,7 +44,6 @@ from .prefill_videoxl import (
     SEGMENT_TOKENS,
     Call,
     InForce,
-    PromptRow,
     continue_rows,
     extend_cache,
     positions_of,
@@ -49,10 +52,12 @@ from .prefill_videoxl import (
     run_without_cache,
     waits_for_question,
 )
-from .sparse_attention import VisualLayout, register_attention
+from .sparse_attention import prompt_rows, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import build_vision_tower, encode_videos
+
+logger = logging.get_logger(__name__)
 
 # What members do differently, in the order in which it is asked for: see `SequencePolicy.apply`.
 POLICIES += [BeaconMemory, TokenDropping, TokenSelection]
@@ -250,13 +255,13 @@ class VideoXLModel(VideoXLPreTrainedModel):
         features = self.get_video_features(pixels).pooler_output
         timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
         prompts, masks = input_ids[::repeats], attention_mask[::repeats]
-        rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+        rows = prompt_rows(self.config, prompts, masks, features, timed, call.prompt_length)
         if repeats > 1 and not use_cache:
             # Without a cache every step comes here, and the copies of a prompt have grown apart.
             order = [index for row in rows for _ in range(repeats) for index in row.videos]
             features, timed = [features[index] for index in order], [timed[index] for index in order]
             prompts, masks, call = input_ids, attention_mask, replace(call, num_expanded=1)
-            rows = self._rows(prompts, masks, features, timed, past, call.prompt_length)
+            rows = prompt_rows(self.config, prompts, masks, features, timed, call.prompt_length)
         return self._merge(prompts, masks[:, past:], features, call.prompt_length), rows, call
 
     def _prefill(self, embeds, rows, cache, options, call) -> BaseModelOutputWithPast | None:
@@ -272,7 +277,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 return output if use_cache else BaseModelOutputWithPast(last_hidden_state=output.last_hidden_state)
         if not in_force.text_only and (not use_cache or settings.prefill == "full"):
             return None
-        cause = f"sparse_attention with prefill={settings.prefill!r} and decode={settings.decode!r}"
+        cause = f"sparse_attention with prefill={settings.prefill!r:.200} and decode={settings.decode!r:.200}"
         remedy = "set both to 'full'"
         if in_force.policy.text_only:
             cause = "a model that compresses, selects or drops visual tokens"
@@ -288,32 +293,6 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 f"the prompt has {found} video placeholders (id {self.config.video_token_id}), but 0 visual tokens "
                 "came: pass pixel_values_videos, or keep the placeholder out of the text"
             )
-
-    def _rows(self, input_ids, attention_mask, features, timed, past_length, prompt_length):
-        """Per prompt: which columns are not padding, and the layout of its videos in its own positions."""
-        rows, used = [], 0
-        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
-            past, valid = int(mask[:past_length].sum()), mask[past_length:]
-            columns = valid.nonzero().flatten()
-            prompt = ids[columns] if prompt_length is None else ids[columns[columns < prompt_length]]
-            wanted = int((prompt == self.config.video_token_id).sum())
-            counts, first = [], used
-            while used < len(features) and sum(counts) * self.tokens_per_group < wanted:
-                counts.append(features[used].shape[0])
-                used += 1
-            config = self.config
-            tokens = (config.video_token_id, config.time_start_token_id, config.time_end_token_id)
-            size, of_these = self.tokens_per_group, timed[first:used]
-            layout = VisualLayout.from_ids(prompt, counts, size, *tokens, offset=past, timed=of_these)
-            layout = VisualLayout(layout.videos, past + len(columns))
-            rows.append(PromptRow(columns, layout, range(first, used)))
-        if used != len(features):
-            raise ValueError(
-                f"{len(features)} videos came, but the prompts have placeholders for {used} of them: "
-                f"{sum(f.shape[0] * f.shape[1] for f in features)} visual tokens against "
-                f"{int((input_ids == self.config.video_token_id).sum())} placeholders"
-            )
-        return rows
 
     def _merge(self, input_ids, mask, features, prompt_length):
         """Token embeddings [B, L, hidden] with the visual tokens in place of their placeholders."""
@@ -431,19 +410,13 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
         if labels is not None or pixel_values_videos is not None:
             _require_fitting_logits(call.in_force, labels is not None, whole)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            pixel_values_videos=pixel_values_videos,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            call=call,
-        )
+        checkpointed = _checkpointed_layers(self.model.language_model) if self.training else []
+        if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
+            use_cache = False
+        has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
+        with _without_checkpointing(checkpointed if has_cache else ()):
+            tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values_videos)
+            outputs = self.model(*tokens, use_cache, cache, output_attentions, output_hidden_states, call)
         kept = slice(-logits_to_keep, None) if whole else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -453,7 +426,12 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
                 if call.in_force.text_only:
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
-                labels = labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                given, labels = labels, labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
+                if num_items_in_batch is not None and _predicted(given) != _predicted(labels):
+                    logger.warning_once(
+                        "some labels stand where there is no loss (visual positions, or in front of what has logits), "
+                        "and the trainer counts them in what it divides the loss by: set them to -100"
+                    )
             sizes = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
         output = CausalLMOutputWithPast(
@@ -527,6 +505,10 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         return input_ids, model_kwargs
 
 
+# `Trainer` shifts the labels of its label smoothing only for models whose class stands in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(VideoXLConfig.model_type, VideoXLForConditionalGeneration.__name__)
+
+
 # What `generate` leaves among a model's arguments and no model needs: with stop strings, the tokenizer.
 WITHOUT_EFFECT = ("tokenizer",)
 
@@ -554,8 +536,8 @@ def refuse_unknown(where: str, arguments: dict) -> None:
         if value is not None and (name not in WITHOUT_EFFECT or _holds_cache(value)):
             held = " holds a cache: pass it as past_key_values or cache" if _holds_cache(value) else " is unknown"
             raise ValueError(
-                f"{where} got an argument {name!r}, which{held}. Nothing is ignored silently: leave it out, or, if "
-                "transformers itself passed it, use a release this code was tested with (see the README)"
+                f"{where} got an argument {name!r:.90}, which{held}. Nothing is ignored silently: leave it out, or, "
+                "if transformers itself passed it, use a release this code was tested with (see the README)"
             )
 
 
@@ -582,6 +564,11 @@ def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> Non
         raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
 
 
+def _predicted(labels) -> int:
+    """How many labels [B, L] are some position's next token."""
+    return int((labels[:, 1:] != -100).sum())
+
+
 def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
     """Raises ValueError if a call speaks of other tokens than its cache holds and it brings."""
     known = past_length + new_tokens
@@ -594,6 +581,29 @@ def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, p
             f"{new_tokens} came with this call: pass the cache of the earlier tokens as past_key_values or cache, and "
             "a mask of [batch, cached and new tokens]"
         )
+
+
+def _checkpointed_layers(language_model) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations would be computed again in the backward pass of what runs now."""
+    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.training and layer.gradient_checkpointing]
+
+
+@contextmanager
+def _without_checkpointing(layers: list[GradientCheckpointingLayer]):
+    """Meanwhile these layers fill a cache: checkpointed they would get none, or fill it twice."""
+    if layers and torch.is_grad_enabled():
+        logger.warning_once(
+            "gradient checkpointing does not reach the language model where its activations pass through a cache "
+            "(use_cache=True, beacon memory, a token selector): they stay in memory"
+        )
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]

@@ -16,6 +16,8 @@ G groups of frames; a row is one token on its way through the language model.
 
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from numbers import Integral
 
 import numpy as np
 
@@ -90,39 +92,30 @@ class VideoPlan:
         return sum(self.stages[stage].values()) - self.weight_bytes
 
     def max_frames(self, memory) -> int:
-        """The largest number of frames such that it and every smaller number fits.
+        """The largest number of frames, at this plan's interval, such that it and every smaller number fits; maybe 0.
 
         Args:
-            memory: Bytes, or a string such as `"24GB"` (10^9) or `"24GiB"` (2^30).
-
-        Returns:
-            Frames at the interval of this plan's; 0 if not even one fits.
-
-        Raises:
-            ValueError: On memory that cannot be read.
+            memory: Bytes, or a string such as `"24GB"` (10^9) or `"24GiB"` (2^30); ValueError on another.
         """
         return self._planner.max_frames(parse_memory(memory))
 
     def to_dict(self) -> dict:
         """All of it, ready for JSON, with `peak_bytes`."""
-        facts = asdict(replace(self, _planner=None))
+        facts = asdict(replace(self, _planner=None)) | {"peak_bytes": self.peak_bytes}
         del facts["_planner"]
-        return {**facts, "peak_bytes": self.peak_bytes}
+        return facts
 
     def __str__(self) -> str:
         rows = [("frames (groups)", f"{self.frames:,} ({self.groups:,})"), ("tokens", f"{self.total_tokens:,}")]
         parts = {"visual": self.visual_tokens, "timestamps": self.timestamp_tokens, "text": self.text_tokens}
-        rows += [(f"  {name}", f"{count:,}") for name, count in parts.items()]
-        if self.context_limit is not None:
-            rows += [("  at most, with the question", f"{self.context_limit:,}")]
-        rows += [("key-values", _readable(self.kv_bytes))]
-        if self.mixed_tokens is not None:
-            rows += [(f"  mixed, {self.mixed_tokens:,} tokens", _readable(self.mixed_kv_bytes))]
-        if self.pooled_kv_bytes is not None:
-            rows += [("  pooled", _readable(self.pooled_kv_bytes))]
+        parts |= {"at most, with the question": self.context_limit}
+        rows += [(f"  {name}", f"{count:,}") for name, count in parts.items() if count is not None]
+        mixed = None if self.mixed_tokens is None else f"  mixed, {self.mixed_tokens:,} tokens"
+        sizes = [("key-values", self.kv_bytes), (mixed, self.mixed_kv_bytes), ("  pooled", self.pooled_kv_bytes)]
         for stage, terms in self.stages.items():
-            rows += [(f"peak, {stage}", _readable(sum(terms.values())))]
-            rows += [(f"  {name}", _readable(size)) for name, size in terms.items() if size]
+            sizes += [(f"peak, {stage}", sum(terms.values()))]
+            sizes += [(f"  {name}", size or None) for name, size in terms.items()]
+        rows += [(name, _readable(size)) for name, size in sizes if size is not None]
         if self.memory_bytes is not None:
             rows += [(f"frames that fit {_readable(self.memory_bytes)}", f"{self.max_frames_in_memory:,}")]
         left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
@@ -164,29 +157,25 @@ def plan_video(
         raise ValueError(f"plan needs either num_frames or video_path, got {given}; give one of them")
     counts = {"num_frames": (num_frames, 1), "question_tokens": (question_tokens, 1)}
     for name, (value, least) in {**counts, "max_new_tokens": (max_new_tokens, 0)}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r:.200}")
     if sample_fps is not None and not sample_fps > 0:
-        raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r}")
+        raise ValueError(f"sample_fps must be frames per second above 0, or None, got {sample_fps!r:.200}")
     memory = None if memory is None else parse_memory(memory)
     step, times = 1 / (sample_fps or 1), None
     if video_path is not None:
         sampler = FrameSampler.of(model.config.frames_config)
-        times = _sampled_times(model.config, video_path, Sampling(max_num_frames, sample_fps, max_sample_fps, sampler))
+        if is_image(video_path):
+            raise ValueError("plan counts the frames of videos; this is an image, of tokens_per_group tokens a tile")
+        sampling = Sampling(max_num_frames, sample_fps, max_sample_fps, sampler)
+        with open_video(video_path, size=model.config.vision_config.image_size, sampling=sampling) as reader:
+            times = list(reader.timestamps)
         step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
     planner = _Planner(model, tokenizer, step, question_tokens, max_new_tokens)
     plan = planner.plan(num_frames or len(times), times)
     if memory is not None:
         plan = replace(plan, memory_bytes=memory, max_frames_in_memory=planner.max_frames(memory))
     return plan
-
-
-def _sampled_times(config, video_path, sampling) -> list[float]:
-    """Seconds of the frames that `encode_video` would take of a file."""
-    if is_image(video_path):
-        raise ValueError("plan counts the frames of videos, and this is an image: it takes tokens_per_group a tile")
-    with open_video(video_path, size=config.vision_config.image_size, sampling=sampling) as reader:
-        return list(reader.timestamps)
 
 
 class _Planner:
@@ -215,17 +204,14 @@ class _Planner:
             message = {"role": "user", "content": [{"type": "video", "video": ""}]}
             self.header = len(processor.prompt_pieces(processor.render([message]))[0])
             self._count = lambda seconds: len(processor.time_token_ids(seconds))
+        self._count = cache(self._count)  # a search asks for the same times again
         self.counted_by = "time_format" if tokenizer is None else "tokenizer"
-        self._stamps = []
 
     def _stamps_of(self, groups, times) -> np.ndarray:
         """[G] tokens of the groups' timestamps, at `times` of the frames or `step` seconds apart."""
         size = self.config.frames_per_group
-        if times is not None:
-            return np.array([self._count(seconds) for seconds in times[::size]], dtype=np.int64)
-        for group in range(len(self._stamps), groups):
-            self._stamps.append(self._count(group * size * self.step))
-        return np.array(self._stamps[:groups], dtype=np.int64)
+        starts = (group * size * self.step for group in range(groups)) if times is None else times[::size]
+        return np.fromiter(map(self._count, starts), dtype=np.int64)
 
     def plan(self, frames, times=None) -> VideoPlan:
         """The plan of `frames` frames, `step` seconds apart or at `times`."""
@@ -285,8 +271,8 @@ class _Planner:
         asked, answered = self.question_tokens, self.question_tokens + self.max_new_tokens
         # Ids, mask and positions in int64; one row of logits, and its float32 copy that `generate` picks from.
         vocabulary = self.config.text_config.vocab_size * (self.bytes + 4)
-        asking = always | {"pooled key-values": kept.pooled or 0, "ids and logits": 24 * (size.total + answered)}
-        asking["ids and logits"] += vocabulary
+        ids = 24 * (size.total + answered)
+        asking = always | {"pooled key-values": kept.pooled or 0, "ids and logits": ids + vocabulary}
         # The spare room behind a short video does not hold a long answer: its key-values are copied.
         short = min(most, int(answered / GROWTH) * size.token_bytes) if answered > MIN_SPARE_TOKENS else 0
         asking["question's key-values"] = own or short
@@ -350,11 +336,9 @@ def parse_memory(memory) -> int:
             return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
     elif isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < float("inf"):
         return int(memory)
-    raise ValueError(f'memory must be bytes above 0 or a string such as "24GB" or "24GiB", got {memory!r}')
+    raise ValueError(f'memory must be bytes above 0 or a string such as "24GB" or "24GiB", got {memory!r:.200}')
 
 
 def _readable(size) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size} B"
+    units = (f"{size / scale:,.2f} {unit}" for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= scale)
+    return next(units, f"{size} B")

@@ -12,6 +12,7 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
-from .sparse_attention import AttentionPlan, GroupSpan, VisualLayout, plan_prefill
+from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a prompt that run through the language model at once while a cache is filled. Bounds the activations (the
 # widest is the MLP's, [segment, intermediate_size]); large enough that matrix products stay efficient.
@@ -126,19 +130,11 @@ class Call:
         if len(layouts) > 1 and dense is not None:
             counts = [len(layout.videos) for layout in layouts]
             if len(dense) != sum(counts):
-                raise ValueError(f"dense_chunks must have one list for each of {sum(counts)} videos, got {dense!r}")
+                raise ValueError(f"dense_chunks must have a list for each of {sum(counts)} videos, got {dense!r:.90}")
             dense = dense[sum(counts[:row]) : sum(counts[: row + 1])]
         if required and isinstance(required[0], tuple):
             required = required[row]
         return replace(self, dense_chunks=dense, required_chunks=required)
-
-
-class PromptRow(NamedTuple):
-    """One prompt of a batch: its columns [.] that are not padding, its layout, and the numbers of its videos."""
-
-    columns: torch.Tensor
-    layout: VisualLayout
-    videos: range
 
 
 @dataclass(frozen=True)
@@ -230,11 +226,7 @@ class SequencePolicy:
         return cache
 
     def ask(self, model, cache, text, call: Call) -> torch.Tensor:
-        """Runs text [1, n, hidden] behind a cache of one row, in place.
-
-        Returns:
-            [1, n, hidden], after the final norm.
-        """
+        """Runs text [1, n, hidden] behind a cache of one row, in place; returns its hidden states."""
         return run_text(model, text, cache, before=call.before)
 
     def decode(self, model, inputs_embeds, attention_mask, position_ids, cache, options) -> BaseModelOutputWithPast:
@@ -528,6 +520,19 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
     return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
 
 
+@contextmanager
+def evaluating(model):
+    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def prefill_text(model, cache, ids, in_force: InForce):
     """Runs text behind a cached sequence, without outputs.
@@ -548,7 +553,8 @@ def prefill_text(model, cache, ids, in_force: InForce):
     if ids:
         embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))
         layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
-        extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
+        with evaluating(model):
+            extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
     return cache
 
 
@@ -566,7 +572,8 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     Returns:
         The token ids that were appended.
     """
-    tokens = model.get_video_features([pixels]).pooler_output[0]
+    with evaluating(model):
+        tokens = model.get_video_features([pixels]).pooler_output[0]
     ids, groups, position = [], [], cache.layout.length
     for group_ids in time_ids:
         visual_start = position + len(group_ids)
@@ -579,7 +586,8 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     is_visual = torch.tensor(ids, device=embeds.device) == model.config.video_token_id
     visual = tokens.to(embeds.device, embeds.dtype)
     embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
-    extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
+    with evaluating(model):
+        extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
     return ids
 
 

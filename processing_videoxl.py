@@ -1,8 +1,8 @@
 """`VideoXLProcessor`: prompts, timestamps, placeholders and pixels for Video-XL models.
 
-A rendered prompt holds one marker per video (`video_token`) and per image
-(`image_token`); `expand` replaces it by the groups, each the tokens of its time followed by its placeholders. An image
-is one group per tile, without times, and its placeholders are the same token:
+A rendered prompt holds one marker per video (`video_token`) and per image (`image_token`); `expand` replaces it by the
+groups, each the tokens of its time followed by its placeholders. An image is one group per tile, without times, and
+its placeholders are the same token:
 
     prefix | Time 0.0s: v v v v | Time 4.0s: v v v v | text | v v v v | v v v v | question
 
@@ -11,19 +11,18 @@ with a `video_message` are told behind the marker how long the video lasts. A ma
 image item: text that contains a literal marker is refused.
 
 What is surprising:
-* The library's video loading (torchcodec) and video processors (torchvision) are not used: the only sub-processor is
-  the tokenizer.
+* The only sub-processor is the tokenizer: the library's video loading and video processors are not used.
 * The processor holds a copy of the model's `frames_config`. Its settings can be read and set as the processor's own,
   as processor_config.json of earlier versions has them.
 * Nothing is ignored silently. Pipelines and evaluation clients pass many arguments that have no effect on this model;
-  these are listed below, and all others are refused.
+  these are listed below, and all others, as all input that does not fit, are a ValueError that says what to do.
 
 Shapes: V videos and images, F frames, T tiles, S image side, L sequence, B batch; G = ceil(F / frames_per_group).
 """
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from string import Formatter
@@ -40,7 +39,6 @@ from .configuration_videoxl import FRAME_SETTINGS, SharesFrameSettings, VideoXLF
 from .frame_sampling_videoxl import MAX_NUM_FRAMES, MAX_SAMPLE_FPS, SAMPLE_FPS, FrameSampler, Sampling
 from .image_processing_videoxl import count_tiles, load_image, tile_image
 from .messages_videoxl import (
-    assign_timestamps,
     assign_visuals,
     named_sampling,
     read_messages,
@@ -68,21 +66,15 @@ DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' 
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
 {%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
-{%- if item.type == 'video' -%}
-{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
-{%- elif item.type == 'image' -%}
-{{- image_token | default('<|image_pad|>', true) + '\n' -}}
-{%- elif item.type == 'text' -%}
-{{- item.text -}}
-{%- else -%}
-{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
+{%- if item.type == 'video' -%}{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
+{%- elif item.type == 'image' -%}{{- image_token | default('<|image_pad|>', true) + '\n' -}}
+{%- elif item.type == 'text' -%}{{- item.text -}}
+{%- else -%}{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
 {%- endif -%}
 {%- endfor -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
 
@@ -101,9 +93,6 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         max_num_frames, sample_fps, max_sample_fps: Default sampling, with the meanings they have in `chat`.
         chat_template: Jinja text (or a dict of named ones); None takes `DEFAULT_CHAT_TEMPLATE`.
         **frame_settings: Settings of `frames_config` by themselves.
-
-    Raises:
-        ValueError: If the tokenizer is missing or does not know `video_token`, or on an unknown setting.
     """
 
     # override: a processor that was built in code is saved with its code and `auto_map`, as a loaded one is.
@@ -127,31 +116,21 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if tokenizer is None or video_token not in tokenizer.get_added_vocab():
             raise ValueError(
                 "VideoXLProcessor needs this checkpoint's tokenizer, which has the placeholder of visual tokens "
-                f"({video_token!r}) as a special token; load it from the model's folder"
+                f"({video_token!r:.200}) as a special token; load it from the model's folder"
             )
         if unknown := sorted(frame_settings.keys() - {*FRAME_SETTINGS}):
-            raise ValueError(
-                f"the processor has no setting {', '.join(unknown)}; of frames: {', '.join(FRAME_SETTINGS)}"
-            )
+            known = ", ".join(FRAME_SETTINGS)
+            raise ValueError(f"the processor has no setting {', '.join(unknown)}; of frames: {known}")
         super().__init__(tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         self.frames_config = VideoXLFramesConfig(**{**_frame_settings(frames_config), **frame_settings})
-        self.image_size = image_size
-        self.frames_per_group = frames_per_group
-        self.tokens_per_group = tokens_per_group
-        self.video_token = video_token
+        self.image_size, self.frames_per_group, self.tokens_per_group = image_size, frames_per_group, tokens_per_group
+        self.video_token, self.image_token = video_token, image_token
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
-        self.image_token = image_token
-        self.max_num_frames = max_num_frames
-        self.sample_fps = sample_fps
-        self.max_sample_fps = max_sample_fps
+        self.max_num_frames, self.sample_fps, self.max_sample_fps = max_num_frames, sample_fps, max_sample_fps
 
     @staticmethod
     def settings_of(config: Any) -> dict[str, Any]:
-        """The arguments of this class that a model's config decides, ready for processor_config.json.
-
-        Args:
-            config: A `VideoXLConfig`.
-        """
+        """The arguments of this class that a `VideoXLConfig` decides, ready for processor_config.json."""
         return {
             "image_size": config.vision_config.image_size,
             "frames_per_group": config.compressor_config.frames_per_group,
@@ -161,15 +140,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: Any, tokenizer: PreTrainedTokenizerBase) -> "VideoXLProcessor":
-        """Builds the processor of a model.
-
-        Args:
-            config: A `VideoXLConfig`.
-            tokenizer: The checkpoint's tokenizer.
-
-        Raises:
-            ValueError: If the tokenizer disagrees with the config's token ids, so is another checkpoint's.
-        """
+        """Builds a model's processor from its `VideoXLConfig` and the checkpoint's tokenizer, whose ids must agree."""
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise ValueError(f"tokenizer must be the checkpoint's tokenizer (AutoTokenizer...), got {tokenizer!r:.90}")
         marker = tokenizer.convert_ids_to_tokens(config.video_token_id)
@@ -178,7 +149,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         expected = (config.time_start_token_id, config.time_end_token_id)
         if ids and (ids[0], ids[-1]) != expected:
             raise ValueError(
-                f"the tokenizer is not this checkpoint's: it writes {processor.time_format!r} as {ids}, but the "
+                f"the tokenizer is not this checkpoint's: it writes {processor.time_format!r:.200} as {ids}, but the "
                 f"config's time_start_token_id and time_end_token_id are {expected}; load the tokenizer from the "
                 "model's folder"
             )
@@ -199,18 +170,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return {**super().to_dict(), "frames_config": _frame_settings(self.frames_config)}
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """Writes a conversation as prompt text, with one marker per video and image.
-
-        Args:
-            messages: List of `{"role", "content"}`; content is a string or a list of text, video and image items.
-            add_generation_prompt: Whether the assistant's header is appended.
-
-        Returns:
-            The text.
-
-        Raises:
-            ValueError: On a message that is malformed or has the literal marker in its text.
-        """
+        """Writes a conversation as prompt text (see `apply_chat_template`), with one marker per video and image."""
         return self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt_pieces(self, text: str, shown: Sequence[tuple[float, int] | None] = ()) -> list[list[int]]:
@@ -228,55 +188,38 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         for number, facts in enumerate(shown, start=1):
             if facts is not None and self.video_message is not None:
                 pieces[number] = _with_video_message(pieces[number], self.video_message, *facts)
-        return [
-            list(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) if piece else [] for piece in pieces
-        ]
+        return [self._ids(piece) for piece in pieces]
 
     def time_token_ids(self, seconds: float) -> list[int]:
-        """Token ids of a group's timestamp; none for families without timestamps.
+        """Token ids of the timestamp of a group, from its first frame's time; none for families without timestamps."""
+        return self._ids("" if self.time_format is None else self.time_format.format(seconds=float(seconds)))
 
-        Args:
-            seconds: Time of the group's first frame.
-        """
-        if self.time_format is None:
-            return []
-        return list(
-            self.tokenizer(self.time_format.format(seconds=float(seconds)), add_special_tokens=False)["input_ids"]
-        )
+    def _ids(self, text):
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Placeholders of a video of `num_frames` frames; the last group may be partial, its tokens are not."""
         return -(-num_frames // self.frames_per_group) * self.tokens_per_group
 
     def expand(self, pieces: Sequence[list[int]], timestamps: Sequence[Sequence[float] | int]) -> list[int]:
-        """Puts the timestamps and placeholders of videos and images between the pieces of a prompt.
+        """Puts timestamps and placeholders between the pieces of a prompt, and returns the ids of the whole sequence.
 
         Args:
             pieces: Lists of token ids, one more than videos and images (see `prompt_pieces`).
             timestamps: For every video the times of all its frames, in seconds; for every image how many tiles it has.
-
-        Returns:
-            The token ids of the whole sequence.
-
-        Raises:
-            ValueError: If the counts do not fit or a video has no frames.
         """
-        if len(pieces) != len(timestamps) + 1:
-            raise ValueError(
-                f"{len(timestamps)} videos and images need {len(timestamps) + 1} pieces of text around them, got "
-                f"{len(pieces)}"
-            )
+        count, group = len(timestamps), [self.video_token_id] * self.tokens_per_group
+        if len(pieces) != count + 1:
+            raise ValueError(f"{count} videos and images need {count + 1} pieces of text around, got {len(pieces)}")
         ids = list(pieces[0])
         for number, (times, piece) in enumerate(zip(timestamps, pieces[1:], strict=True)):
             if isinstance(times, int):
-                stamp = self.time_token_ids(0.0) if self.image_timestamps else []
-                ids += [*stamp, *[self.video_token_id] * self.tokens_per_group] * times
-                times = ()
+                ids += [*(self.time_token_ids(0.0) if self.image_timestamps else []), *group] * times
             elif len(times) == 0:
                 raise ValueError(f"video {number} has no frames; pass the time of each of its frames")
-            for seconds in times[:: self.frames_per_group]:
-                ids += self.time_token_ids(seconds)
-                ids += [self.video_token_id] * self.tokens_per_group
+            else:
+                for seconds in times[:: self.frames_per_group]:
+                    ids += [*self.time_token_ids(seconds), *group]
             ids += piece
         return ids
 
@@ -305,18 +248,13 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             videos: One video, a list in order of appearance over all texts, or one list per text. A video is a path,
                 a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `video`, `video_path`,
                 `path`, `url` and, for this video alone, `timestamps` and sampling settings.
-            images: One image, a list in order of appearance over all texts, or one list per text. An image is a path,
-                a PIL image, uint8 [H, W, 3], or a dict with one of `image`, `path`, `url`.
-            audios: Nothing (None or empty).
+            images: Likewise; a path, a PIL image, uint8 [H, W, 3], or a dict with one of `image`, `path`, `url`.
+            audios, truncation: Nothing, and False: no sound is read, and nothing is truncated.
             timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
-            padding: Whether prompts are padded to the longest.
-            padding_side: `"left"` or `"right"`.
-            truncation: Only False: nothing is truncated.
+            padding, padding_side: Whether prompts are padded to the longest, on the `"left"` or `"right"`.
             return_tensors: `"pt"`, `"np"`, or None for lists of ids.
-            max_num_frames: At most so many frames are taken from a file; frames in memory are all used.
-            sample_fps: Frames per second of a file; None spreads `max_num_frames` frames uniformly. Frames in memory
-                without `timestamps` are `1 / sample_fps` seconds apart.
-            max_sample_fps: Upper rate for short files; None for no up-sampling.
+            max_num_frames, sample_fps, max_sample_fps: Which frames of a file are taken, see `Sampling`; the
+                processor's own by default. Frames in memory without `timestamps` are `1 / sample_fps` seconds apart.
             num_frames: transformers' name for `max_num_frames=..., sample_fps=None`; also for frames in memory.
             fps: transformers' name for `sample_fps=..., max_sample_fps=None`.
             **kwargs: What clients pass without effect; anything else is an error.
@@ -328,10 +266,9 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             [1 + rows, columns, 3, S, S], see `tile_image`).
 
         Raises:
-            ValueError: On input that does not fit, with what to do.
-            VideoDecodeError: If a video cannot be read.
+            VideoDecodeError: A ValueError, if a video cannot be read.
         """
-        refuse_unsupported({**kwargs, "audios": audios}, self._argument_names, truncation)
+        self._refuse_unsupported({**kwargs, "audios": audios}, truncation)
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
@@ -341,15 +278,10 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         given |= {name: rate for name, rate in rates.items() if not (isinstance(rate, str) and rate == DEFAULT)}
 
         # Everything is checked before the first video is opened.
-        films = assign_visuals(videos, [prompt.count(self.video_token) for prompt in texts], self.video_token)
-        pictures = assign_visuals(
-            images, [prompt.count(self.image_token) for prompt in texts], self.image_token, "image"
-        )
-        times = iter(assign_timestamps(timestamps, sum(map(len, films))))
-        called, sampling = named_sampling(given), self.sampling()
-        films = [
-            [video_request({"timestamps": next(times), **item}, sampling, called) for item in group] for group in films
-        ]
+        films = assign_visuals(videos, texts, self.video_token, timestamps=timestamps)
+        pictures = assign_visuals(images, texts, self.image_token, "image")
+        called, own = named_sampling(given), self.sampling()
+        films = [[video_request(item, own, called) for item in group] for group in films]
         pictures = [[readable_source(item) for item in group] for group in pictures]
         rows, pixels = [], []
         for prompt, of_videos, of_images in zip(texts, map(iter, films), map(iter, pictures), strict=True):
@@ -362,11 +294,10 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             pixels += frames
         data = self._pad(rows, padding, padding_side, return_tensors)
         if pixels:
-            ragged = any(map(len, pictures)) or len({len(frames) for frames in pixels}) > 1
-            # One video is the common and largest case: no copy.
-            data["pixel_values_videos"] = (
-                pixels if ragged else torch.stack(pixels) if len(pixels) > 1 else pixels[0].unsqueeze(0)
-            )
+            if not any(pictures) and len(set(map(len, pixels))) == 1:
+                # One video is the common and largest case: no copy.
+                pixels = torch.stack(pixels) if len(pixels) > 1 else pixels[0].unsqueeze(0)
+            data["pixel_values_videos"] = pixels
         # A list of videos must stay one: the library's conversion would stack unequal lengths.
         return BatchFeature(data, skip_tensor_conversion=["pixel_values_videos"])
 
@@ -385,7 +316,8 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         """Renders a conversation (or a list of them) and, on request, prepares it together with its videos.
 
         Args:
-            conversation: List of messages (see `render`), or a list of conversations.
+            conversation: List of `{"role", "content"}`, or a list of conversations; content is a string or a list of
+                text, video and image items.
             chat_template: Jinja text, or the name of one of the processor's templates; None takes the processor's.
             add_generation_prompt: Whether the assistant's header is appended.
             tokenize: False returns text.
@@ -397,23 +329,15 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
         Returns:
             Text, ids or `BatchFeature`; text is one string for one conversation, ids always have a batch dimension.
-
-        Raises:
-            ValueError: On malformed messages or unknown arguments.
         """
         template = self._select_template(chat_template)
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other; drop one of them")
         call_names = set(self._argument_names) - {"text", "videos", "images"}
-        variables = {
-            name: kwargs.pop(name)
-            for name in list(kwargs)
-            if name not in call_names and re.search(rf"\b{re.escape(name)}\b", template)
-        }
+        mentioned = (set(re.findall(r"\w+", template)) - call_names) & kwargs.keys()
+        variables = {name: kwargs.pop(name) for name in mentioned}
         kwargs = {**(processor_kwargs or {}), **kwargs}
-        refuse_unsupported(
-            {name: value for name, value in kwargs.items() if name not in call_names}, self._argument_names
-        )
+        self._refuse_unsupported({name: value for name, value in kwargs.items() if name not in call_names})
 
         is_list = isinstance(conversation, (list, tuple))
         if not (is_list or hasattr(conversation, "messages")) or not conversation:
@@ -428,13 +352,12 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
             chat_template=template,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **{f"{kind}_token": marker for kind, marker in markers.items()}},
+            **self.tokenizer.special_tokens_map | {f"{kind}_token": marker for kind, marker in markers.items()},
             **variables,
         )
-        visuals = {
-            kind: [[item for item in visual_items(chat) if item["type"] == kind] for chat in chats] for kind in markers
-        }
+        visuals = {}
         for kind, marker in markers.items():
+            visuals[kind] = [[item for item in visual_items(chat) if item["type"] == kind] for chat in chats]
             for text, items in zip(texts, visuals[kind], strict=True):
                 if text.count(marker) != len(items):
                     raise ValueError(
@@ -450,16 +373,9 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, strip: bool = False, **kwargs
     ) -> list[str]:
-        """Decodes generated ids.
+        """Decodes generated ids [B, L] into B texts, placeholders left out as special tokens, on request stripped.
 
-        Args:
-            generated_outputs: Token ids [B, L].
-            skip_special_tokens: Whether special tokens (placeholders too) are left out.
-            strip: Whether white space around the texts is removed.
-            **kwargs: For the tokenizer's `batch_decode`.
-
-        Returns:
-            List of B texts.
+        `**kwargs` go to the tokenizer's `batch_decode`.
         """
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.strip() for text in texts] if strip else texts
@@ -479,6 +395,16 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         """What `__call__` takes by name."""
         return [name for name in signature(self.__call__).parameters if name != "kwargs"]
 
+    def _refuse_unsupported(self, kwargs, truncation=False):
+        """Raises on what would otherwise be ignored silently; see `HARMLESS`."""
+        if truncation not in (None, False, "do_not_truncate"):
+            raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
+        if unknown := sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY):
+            known = ", ".join(self._argument_names)
+            raise ValueError(f"unknown arguments: {', '.join(unknown):.200}; the processor takes {known}")
+        if unsupported := [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]:
+            raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")
+
     def _select_template(self, name_or_text):
         """The template's text: the argument, the one it names, or the processor's."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -493,11 +419,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return {"size": self.image_size, "fit": self.frame_fit, "exact_resize": self.exact_resize}
 
     def sampling(self, **settings) -> Sampling:
-        """The processor's sampling, with these settings in the place of its own.
-
-        Raises:
-            ValueError: On a setting out of its range.
-        """
+        """The processor's sampling, with these settings in the place of its own."""
         rule = FrameSampler.of(self.frames_config)
         return replace(Sampling(self.max_num_frames, self.sample_fps, self.max_sample_fps, rule), **settings)
 
@@ -520,16 +442,10 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return normalize_frames(tiles.flatten(0, 1), self.image_mean, self.image_std).unflatten(0, tiles.shape[:2])
 
     def read_tiles(self, source: Any) -> torch.Tensor:
-        """Opens an image and cuts it.
-
-        Args:
-            source: A path, a PIL image or uint8 [H, W, 3].
+        """Opens an image (a path, a PIL image or uint8 [H, W, 3]) and cuts it.
 
         Returns:
             uint8 [T, 1, 3, S, S], or with an overview [1 + rows, columns, 3, S, S], see `tile_image`.
-
-        Raises:
-            FileNotFoundError, ValueError: If it is no image.
         """
         return tile_image(load_image(source), self.image_size, self.image_grid_pinpoints, self.image_tiling)
 
@@ -539,7 +455,7 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if padded is None or padding_side not in (None, "left", "right") or return_tensors not in (None, "pt", "np"):
             raise ValueError(
                 "padding must be True or False, padding_side 'left' or 'right', return_tensors 'pt', 'np' or None; "
-                f"got {padding!r}, {padding_side!r}, {return_tensors!r}"
+                f"got {padding!r:.200}, {padding_side!r:.200}, {return_tensors!r:.200}"
             )
         if return_tensors is not None and not padded and len(set(map(len, rows))) > 1:
             raise ValueError("the prompts have unequal lengths; pass padding=True to get one tensor")
@@ -563,18 +479,6 @@ def _frame_settings(frames_config) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(frames_config, name)) for name in FRAME_SETTINGS}
 
 
-def refuse_unsupported(kwargs: dict, known: Iterable[str], truncation=False) -> None:
-    """Raises on what would otherwise be ignored silently; see `HARMLESS`. `known` are the arguments that are taken."""
-    if truncation not in (None, False, "do_not_truncate"):
-        raise ValueError("a prompt is never truncated (frames or the question would go); lower max_num_frames")
-    unknown = sorted(set(kwargs) - HARMLESS - HARMLESS_IF_EMPTY)
-    if unknown:
-        raise ValueError(f"unknown arguments: {', '.join(unknown)}; the processor takes {', '.join(known)}")
-    unsupported = [name for name, value in kwargs.items() if name not in HARMLESS and not _is_empty(value)]
-    if unsupported:
-        raise ValueError(f"not supported: {', '.join(unsupported)}; leave them out")
-
-
 def _is_empty(value) -> bool:
     """Whether an argument asks for nothing: None, False, or nothing inside, however deep."""
     if isinstance(value, (list, tuple, dict)):
@@ -588,9 +492,8 @@ def _with_video_message(text: str, message: str, duration: float, num_frames: in
     A text that begins with such a message stays as it is: histories of the published VideoChat-Flash code have it in
     the text of their first turn.
     """
-    newline = "\n" if text.startswith("\n") else ""
-    rest = text.removeprefix("\n")
-    fields = Formatter().parse(message)
+    rest, fields = text.removeprefix("\n"), Formatter().parse(message)
     if re.match("".join(re.escape(literal) + (".+?" if name else "") for literal, name, _, _ in fields), rest):
         return text
+    newline = text[: len(text) - len(rest)]
     return f"{newline}{message.format(duration=float(duration), num_frames=num_frames)}{rest}"

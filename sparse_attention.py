@@ -6,8 +6,7 @@ What is surprising:
   are text see everything before them; in `mask` mode so do timestamp queries (rule e of the reference), in `streaming`
   mode they are treated like any token of their chunk. Everything is causal, also inside a chunk.
 * The plan is a list of `AttentionStep`s. A step's keys are some gathered positions, then a contiguous run that ends
-  with the queries themselves, so "causal, aligned at the lower right" is all the masking that is left and no L x L
-  tensor exists.
+  with the queries themselves: "causal, aligned at the lower right" is all masking that is left; no L x L tensor.
 * Visibility depends on positions alone. Any split of a sequence into calls, also inside a chunk, is the same model.
 
 The reference's rules (public Video-XL-2 code, `w_chunk`), for one prefix token P, four groups of one timestamp T and
@@ -32,7 +31,8 @@ B batch (1 on the sparse path), H query heads, K key-value heads, L sequence, n 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +44,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
-# Queries per attention call where a mask has to be built: bounds the mask to this many rows of keys.
-MAX_STEP_QUERIES = 1024
+MAX_STEP_QUERIES = 1024  # queries per attention call, and so rows of a mask where one has to be built
 # Of these, queries per kernel call on a CPU: its kernel computes masked pairs too, so smaller blocks waste fewer. The
 # kernel's own blocks have 256 rows. Measured at 612 queries: 256 and 320 are alike, 128 and 612 are 4 to 6 % slower.
 MASK_ROWS = 256
-# Bounds of the float32 buffers where attention weights are summed, in elements: 32 MB of weights (at least one row),
-# and 8 MB of keys (twice).
-MAX_WEIGHTS = 8 * 2**20
-MAX_KEY_ELEMENTS = 2 * 2**20
+# Elements of the float32 buffers where attention weights are summed: 32 MB (at least one row), and 8 MB (twice).
+MAX_WEIGHTS, MAX_KEY_ELEMENTS = 8 * 2**20, 2 * 2**20
 
 
 class GroupSpan(NamedTuple):
@@ -65,15 +62,10 @@ class GroupSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """Where the videos lie in one sequence.
+    """Where the videos lie in one sequence."""
 
-    Args:
-        videos: Per video, in order, its groups as `GroupSpan`s; the groups of a video are adjacent.
-        length: Tokens in the whole sequence.
-    """
-
-    videos: tuple[tuple[GroupSpan, ...], ...] = ()
-    length: int = 0
+    videos: tuple[tuple[GroupSpan, ...], ...] = ()  # in order; the groups of a video are adjacent
+    length: int = 0  # tokens in the whole sequence
 
     @classmethod
     def from_ids(
@@ -90,8 +82,8 @@ class VisualLayout:
         """Finds the groups of one unpadded sequence.
 
         Placeholders decide where visual tokens are; the timestamp of a group is the text from the last
-        `time_start_token_id` before it, if the token just before its placeholders is `time_end_token_id`. So these ids
-        may occur anywhere else, in a question for instance, without meaning.
+        `time_start_token_id` before it, if the token just before its placeholders is `time_end_token_id`. Anywhere
+        else, in a question for instance, these ids mean nothing.
 
         Args:
             input_ids: [L] ids, on any device.
@@ -103,38 +95,27 @@ class VisualLayout:
             ValueError: If the number of placeholders is not the number of visual tokens, or placeholders of a group
                 are torn apart.
         """
-        ids = input_ids.tolist()
-        is_placeholder = [token == video_token_id for token in ids]
-        found, expected = sum(is_placeholder), sum(groups_per_video) * tokens_per_group
-        if found != expected:
+        ids, count = input_ids.tolist(), sum(groups_per_video)
+        places = [place for place, token in enumerate(ids) if token == video_token_id]
+        if len(places) != count * tokens_per_group:
             raise ValueError(
-                f"the prompt has {found} video placeholders (id {video_token_id}), but its videos have {expected} "
-                f"visual tokens ({sum(groups_per_video)} groups of {tokens_per_group}). Build the prompt with the "
-                "processor, and keep the placeholder out of the text."
+                f"the prompt has {len(places)} video placeholders (id {video_token_id}), but its videos have "
+                f"{count * tokens_per_group} visual tokens ({count} groups of {tokens_per_group}). Build the prompt "
+                "with the processor, and keep the placeholder out of the text."
             )
-        videos, cursor = [], 0
+        videos, cursor, visual_starts = [], 0, iter(places[::tokens_per_group])
         for number, group_count in enumerate(groups_per_video):
+            has_times = time_start_token_id is not None and (timed is None or timed[number])
             groups = []
-            for index in range(group_count):
-                visual_start = is_placeholder.index(True, cursor)
-                end = visual_start + tokens_per_group
-                if not all(is_placeholder[visual_start:end]):
-                    raise ValueError(
-                        f"the {tokens_per_group} placeholders of a group must be adjacent (at {visual_start})"
-                    )
-                start = visual_start
-                if (
-                    time_start_token_id is not None
-                    and (timed is None or timed[number])
-                    and visual_start > cursor
-                    and ids[visual_start - 1] == time_end_token_id
-                ):
+            for start in islice(visual_starts, group_count):
+                visual_start, end = start, start + tokens_per_group
+                if ids[start:end] != [video_token_id] * tokens_per_group:
+                    raise ValueError(f"the {tokens_per_group} placeholders of a group must be adjacent (at {start})")
+                if has_times and visual_start > cursor and ids[visual_start - 1] == time_end_token_id:
                     before = range(visual_start - 1, cursor - 1, -1)
                     start = next((i for i in before if ids[i] == time_start_token_id), visual_start)
-                if index and start != cursor:
-                    raise ValueError(
-                        f"the groups of one video must be adjacent; there is text in front of position {start}"
-                    )
+                if groups and start != cursor:
+                    raise ValueError(f"the groups of one video must be adjacent; there is text in front of {start}")
                 groups.append(GroupSpan(start + offset, visual_start + offset, end + offset))
                 cursor = end
             videos.append(tuple(groups))
@@ -166,43 +147,71 @@ class VisualLayout:
         return (steps[:-1].cumsum(0) == 0).nonzero().flatten()
 
 
-@dataclass(frozen=True)
-class AttentionStep:
-    """Queries [start, stop) see `gathered`, and causally everything from `window_start` on.
+class PromptRow(NamedTuple):
+    """One prompt of a batch: its columns [.] that are not padding, its layout, and the numbers of its videos."""
+
+    columns: torch.Tensor
+    layout: VisualLayout
+    videos: range
+
+
+def prompt_rows(config, input_ids, attention_mask, features, timed, prompt_length=None) -> list[PromptRow]:
+    """Where the videos of several prompts lie.
 
     Args:
-        start, stop: Positions of the queries.
-        window_start: From here on all positions up to the query are visible.
-        gathered: Visible positions before `window_start`, ascending; None if there are none.
-        wide: Positions of queries in this step that see their whole past instead; None if there are none.
+        config: The model's, for the ids that mean something.
+        input_ids: [B, L] new tokens.
+        attention_mask: [B, cached and new tokens], 0 on padding.
+        features: Per video or image, in order of appearance, its visual tokens [G, N, hidden].
+        timed: Per video or image, whether its groups have timestamps.
+        prompt_length: Columns from here on are generated tokens; None if there are none.
+
+    Raises:
+        ValueError: If placeholders and visual tokens do not fit.
     """
+    rows, used, past_length = [], 0, attention_mask.shape[1] - input_ids.shape[1]
+    tokens = (config.video_token_id, config.time_start_token_id, config.time_end_token_id)
+    size = config.compressor_config.tokens_per_group
+    for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+        past, columns = int(mask[:past_length].sum()), mask[past_length:].nonzero().flatten()
+        prompt = ids[columns] if prompt_length is None else ids[columns[columns < prompt_length]]
+        wanted = int((prompt == config.video_token_id).sum())
+        counts, first = [], used
+        while used < len(features) and sum(counts) * size < wanted:
+            counts.append(features[used].shape[0])
+            used += 1
+        layout = VisualLayout.from_ids(prompt, counts, size, *tokens, offset=past, timed=timed[first:used])
+        rows.append(PromptRow(columns, VisualLayout(layout.videos, past + len(columns)), range(first, used)))
+    if used != len(features):
+        raise ValueError(
+            f"{len(features)} videos came, but the prompts have placeholders for {used} of them: "
+            f"{sum(f.shape[0] * f.shape[1] for f in features)} visual tokens against "
+            f"{int((input_ids == config.video_token_id).sum())} placeholders"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """Queries at [start, stop) see the positions `gathered`, and causally everything from `window_start` on."""
 
     start: int
     stop: int
     window_start: int = 0
-    gathered: torch.Tensor | None = None
-    wide: torch.Tensor | None = None
+    gathered: torch.Tensor | None = None  # before `window_start`, ascending; None if there are none
+    wide: torch.Tensor | None = None  # positions of queries that see their whole past instead; None if there are none
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What one run through layers of the language model follows. It travels as one argument to every layer.
+    """What one run through layers of the language model follows. It travels as one argument to every layer."""
 
-    Args:
-        steps: `AttentionStep`s that cover the run's rows without gaps.
-        probe: An object whose `record(layer_idx, query, key, scaling)` sees every layer's attention.
-        layers: The cache's layers, where keys and values are not all on the device: see `planned_attention`.
-        unread: Whether nobody reads what the model's last layer makes of these rows.
-        beacon_places: [b] rows that are beacons, see `beacon_memory_videoxl`.
-        followed: Numbers of the layers that followed it so far.
-    """
-
-    steps: list[AttentionStep]
-    probe: Any = None
-    layers: Any = None
-    unread: bool = False
-    beacon_places: torch.Tensor | None = None
-    followed: set = field(default_factory=set)
+    steps: list[AttentionStep]  # cover the run's rows without gaps
+    probe: Any = None  # an object whose `record(layer_idx, query, key, scaling)` sees every layer's attention
+    layers: Any = None  # the cache's, where keys and values are not all on the device: see `planned_attention`
+    unread: bool = False  # whether nobody reads what the model's last layer makes of these rows
+    beacon_places: torch.Tensor | None = None  # [b] rows that are beacons, see `beacon_memory_videoxl`
+    followed: set = field(default_factory=set)  # numbers of the layers that followed it so far
 
     def require_followed(self, layers: range) -> None:
         """Raises RuntimeError unless these layers have all followed the plan: an answer without it would be wrong."""
@@ -232,11 +241,12 @@ def plan_prefill(
     """
     steps: list[AttentionStep] = []
 
-    def add(begin, end, **visibility):
-        steps.extend(
-            AttentionStep(first, min(first + MAX_STEP_QUERIES, end), **visibility)
-            for first in range(max(begin, start), end, MAX_STEP_QUERIES)
-        )
+    def add(begin, end, window_start=0, gathered=None, wide=()):
+        for first in range(max(begin, start), end, MAX_STEP_QUERIES):
+            stop = min(first + MAX_STEP_QUERIES, end)
+            inside = [place for place in wide if first <= place < stop]
+            inside = torch.tensor(inside, device=device) if inside else None
+            steps.append(AttentionStep(first, stop, window_start, gathered, inside))
 
     if prefill == "full":
         add(0, layout.length)
@@ -254,23 +264,11 @@ def plan_prefill(
             if len(gathered) == window_start:
                 add(chunk[0].start, chunk[-1].end)
                 continue
-            wide = None
-            if prefill == "mask":
-                wide = torch.tensor([i for group in chunk for i in range(group.start, group.visual_start)])
-            before = len(steps)
-            add(chunk[0].start, chunk[-1].end, window_start=window_start, gathered=gathered)
-            if wide is not None:
-                steps[before:] = [_with_wide(step, wide, device) for step in steps[before:]]
+            stamps = [place for group in chunk for place in range(group.start, group.visual_start)]
+            add(chunk[0].start, chunk[-1].end, window_start, gathered, stamps if prefill == "mask" else ())
         cursor = video[-1].end
     add(cursor, layout.length)
     return steps
-
-
-def _with_wide(step: AttentionStep, wide: torch.Tensor, device) -> AttentionStep:
-    inside = wide[(wide >= step.start) & (wide < step.stop)]
-    return AttentionStep(
-        step.start, step.stop, step.window_start, step.gathered, inside.to(device) if len(inside) else None
-    )
 
 
 def dense_mask(layout: VisualLayout, prefill: str, chunk_groups: int, window_chunks: int) -> torch.Tensor:
@@ -391,17 +389,13 @@ def _visible(states: torch.Tensor, step: AttentionStep) -> torch.Tensor:
 
 def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
     """Attention of the last positions of `key`, causal and aligned at the lower right."""
-    queries, keys = query.shape[2], key.shape[2]
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if queries == 1:
-        return F.scaled_dot_product_attention(query, key, value, **options)
-    if queries == keys:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    queries, keys, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+    if queries in (1, keys):
+        return attend(query, key, value, is_causal=queries > 1)
     if query.is_cuda and query.dtype != torch.float32:
         # A bias object, not a tensor: the flash kernel aligns at the lower right itself.
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=causal_lower_right(queries, keys), **options
-        )
+        return attend(query, key, value, attn_mask=causal_lower_right(queries, keys))
     # Elsewhere `is_causal` means the upper left. Blocks of rows, each with the keys up to its last row, need one small
     # mask: that of the last full block; the others' are its lower rows and right columns.
     rows = min(MASK_ROWS, queries)
@@ -412,8 +406,7 @@ def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
         end = min(begin + rows, queries)
         seen = keys - queries + end
         block_mask = mask[rows - (end - begin) :, keys - seen :]
-        block = query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen]
-        outputs.append(F.scaled_dot_product_attention(*block, attn_mask=block_mask, **options))
+        outputs.append(attend(query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], attn_mask=block_mask))
     return torch.cat(outputs, dim=2)
 
 
@@ -421,28 +414,18 @@ def _masked_attention(query, key, value, hidden, dropout, scaling) -> torch.Tens
     """Attention under a mask [n, L], True where a query does not see a key, that all heads share."""
     # Additive: SDPA would turn a boolean mask into this, anew and in a slower way.
     mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-    options = {"dropout_p": dropout, "scale": scaling}
-    batch, heads, queries, size = query.shape
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     if not query.is_cuda:
-        grouped = heads != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped, **options)
+        return attend(query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
     # No CUDA kernel takes a mask and fewer key heads: the query heads of one key head become rows, no key is repeated.
-    per_key_head = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], per_key_head * queries, size)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(per_key_head, 1), **options)
-    return output.reshape(batch, heads, queries, size)
+    per_key_head = query.shape[1] // key.shape[1]
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    return attend(folded, key, value, attn_mask=mask.repeat(per_key_head, 1)).reshape(query.shape)
 
 
 @torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
-    """Attention weights of the last n positions, causal, summed over heads and queries.
-
-    Args:
-        query, key, scaling: See `attention_rows`.
-
-    Returns:
-        [L] float32, whose sum is H * n.
-    """
+    """The weights of `attention_rows`, summed over heads and queries: [L] float32, whose sum is H * n."""
     total = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
     for weights in attention_rows(query, key, scaling):
         total += weights.sum(dim=0)

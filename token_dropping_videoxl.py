@@ -23,6 +23,7 @@ n rows (tokens in a layer), V visual tokens of a video, H query heads, K key-val
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,16 +46,6 @@ class DropStage(NamedTuple):
     by_attention: bool
     before: float
     after: float
-
-
-def drop_stages(settings: dict) -> tuple[DropStage, ...]:
-    """The stages of `VideoXLConfig.resolve_llm_compression`'s settings."""
-    uniform = UNIFORM_STAGES[settings["type"]]
-    ratios = settings["ratios"]
-    return tuple(
-        DropStage(layers, uniform is not None and number >= uniform, ratios[number], ratios[number + 1])
-        for number, layers in enumerate(settings["layers"])
-    )
 
 
 def uniform_choice(tokens: int, keep: int) -> torch.Tensor:
@@ -104,37 +95,27 @@ class DropProgress:
             layout: Of the sequence whose rows from position `begin` on went through the stages.
         """
         videos = _waiting_videos(layout, begin)
-        if not self.kept:
-            return videos
-        alive = torch.ones(layout.length - begin, dtype=torch.bool)
-        for places, kept in zip(videos, self.kept[-1], strict=True):
-            alive[places] = False
-            alive[places[kept]] = True
-        order = alive.cumsum(0) - 1
-        return [order[places[kept]] for places, kept in zip(videos, self.kept[-1], strict=True)]
+        kept = [places[left] for places, left in zip(videos, self.kept[-1], strict=True)] if self.kept else videos
+        order = _alive(layout.length - begin, videos, kept).cumsum(0) - 1
+        return [order[places] for places in kept]
 
     def choose(self, layout: VisualLayout, begin: int, rows: int, scores=None) -> tuple["DropProgress", torch.Tensor]:
-        """What the next stage keeps.
+        """What the next stage keeps: the state behind it, and the places of the rows that stay, ascending.
 
         Args:
             layout, begin: See `places`.
             rows: Rows that wait.
             scores: [rows] of a stage by attention.
-
-        Returns:
-            The state behind it, and the places of the rows that stay, ascending.
         """
-        stage, left, alive = self.next_stage, [], torch.ones(rows, dtype=torch.bool)
-        videos = _waiting_videos(layout, begin)
-        earlier = self.kept[-1] if self.kept else [torch.arange(len(places)) for places in videos]
-        for places, original, kept in zip(self.places(layout, begin), videos, earlier, strict=True):
+        stage, places, choices = self.next_stage, self.places(layout, begin), []
+        for own, original in zip(places, _waiting_videos(layout, begin), strict=True):
             keep = int(len(original) * stage.after)
-            assert len(places) == int(len(original) * stage.before), "a stage begins with what the last one left"
-            choice = best_choice(scores[places], keep) if stage.by_attention else uniform_choice(len(places), keep)
-            alive[places] = False
-            alive[places[choice]] = True
-            left.append(kept[choice])
-        return replace(self, kept=(*self.kept, tuple(left))), alive.nonzero().flatten()
+            assert len(own) == int(len(original) * stage.before), "a stage begins with what the last one left"
+            choices.append(best_choice(scores[own], keep) if stage.by_attention else uniform_choice(len(own), keep))
+        alive = _alive(rows, places, [own[choice] for own, choice in zip(places, choices, strict=True)])
+        if self.kept:
+            choices = [kept[choice] for kept, choice in zip(self.kept[-1], choices, strict=True)]
+        return replace(self, kept=(*self.kept, tuple(choices))), alive.nonzero().flatten()
 
 
 def _waiting_videos(layout: VisualLayout, begin: int) -> list[torch.Tensor]:
@@ -144,6 +125,14 @@ def _waiting_videos(layout: VisualLayout, begin: int) -> list[torch.Tensor]:
         for video in layout.videos
         if video[0].start >= begin
     ]
+
+
+def _alive(rows: int, videos: list[torch.Tensor], kept: list[torch.Tensor]) -> torch.Tensor:
+    """[rows] whether each stays: all but those of videos, and of these the kept ones."""
+    alive = torch.ones(rows, dtype=torch.bool)
+    alive[torch.cat(videos)] = False
+    alive[torch.cat(kept)] = True
+    return alive
 
 
 @dataclass(frozen=True)
@@ -170,20 +159,23 @@ class TokenDropping(SequencePolicy):
     @classmethod
     def apply(cls, config, facts, policy):
         dropping = facts["dropping"]
-        stages = {"kind": dropping["type"], "layers": tuple(dropping["layers"]), "ratios": tuple(dropping["ratios"])}
-        return cls(**policy.facts(), **stages)
+        layers, ratios = (tuple(dropping[name]) for name in ("layers", "ratios"))
+        return cls(**policy.facts(), kind=dropping["type"], layers=layers, ratios=ratios)
 
-    @property
-    def _settings(self) -> dict:
-        return {"type": self.kind, "layers": list(self.layers), "ratios": list(self.ratios)}
+    @cached_property
+    def stages(self) -> tuple[DropStage, ...]:
+        """All stages, in order."""
+        uniform, ratios = UNIFORM_STAGES[self.kind], self.ratios
+        steps = enumerate(zip(self.layers, ratios, ratios[1:], strict=False))
+        return tuple(DropStage(n, uniform is not None and number >= uniform, *kept) for number, (n, *kept) in steps)
 
     def facts(self):
-        return {**super().facts(), "dropping": self._settings}
+        dropping = {"type": self.kind, "layers": list(self.layers), "ratios": list(self.ratios)}
+        return {**super().facts(), "dropping": dropping}
 
     def kept(self, size, config):
-        stages = drop_stages(self._settings)
-        layers = [len(span) for span in DropProgress(stages).spans(size.layers)]
-        left = [size.visual, *(int(size.visual * stage.after) for stage in stages)]  # in each span of layers
+        layers = [len(span) for span in DropProgress(self.stages).spans(size.layers)]
+        left = [size.visual, *(int(size.visual * stage.after) for stage in self.stages)]  # in each span of layers
         held = (layers[0] * size.visual + size.layers * size.text) * size.layer_bytes
         seen = sum(n * (size.text + tokens) for n, tokens in zip(layers, left, strict=True)) * size.layer_bytes
         own = seen + left[1] * size.row_bytes  # rows wait behind the first stage, too
@@ -191,7 +183,7 @@ class TokenDropping(SequencePolicy):
 
     def begin(self, cache):
         super().begin(cache)
-        cache.progress = DropProgress(drop_stages(self._settings))
+        cache.progress = DropProgress(self.stages)
 
     def extend(self, model, inputs_embeds, layout, cache, keep_hidden=0):
         """As the base's; rows from the first video on run up to the first stage, where they wait for the question.
@@ -199,7 +191,7 @@ class TokenDropping(SequencePolicy):
         Raises:
             ValueError: If the cache's sequence went through stages already, or waits in front of other ones.
         """
-        state, begin, stages = cache.progress, layout.length - inputs_embeds.shape[1], drop_stages(self._settings)
+        state, begin = cache.progress, layout.length - inputs_embeds.shape[1]
         if state is None and layout.end <= begin:
             return super().extend(model, inputs_embeds, layout, cache, keep_hidden)
         if state is None:
@@ -207,7 +199,7 @@ class TokenDropping(SequencePolicy):
             if first > begin:
                 run_text(model, inputs_embeds[:, : first - begin], cache, keep_hidden=None)
             inputs_embeds, begin = inputs_embeds[:, first - begin :], first
-            state = cache.progress = DropProgress(stages)
+            state = cache.progress = DropProgress(self.stages)
             cache.waiting = WaitingRows(begin=begin)
         elif cache.waiting is None or state.kept:
             raise ValueError(
@@ -251,10 +243,9 @@ class TokenDropping(SequencePolicy):
 
 
 def _run_stages(model, cache, text=None, asked=None):
-    """Takes a cache of one row through its stages, in place, and text behind it through all layers.
+    """Takes a cache of one row, whose rows wait or are through, to its end in place, and text through all layers.
 
     Args:
-        cache: Its rows wait in front of a stage, or have passed them all.
         text: [1, n, hidden] embeddings of what follows; None takes the rows as far as no question is needed.
         asked: How many of them are the prompt's, whose last one scores; by default all.
 
@@ -280,27 +271,21 @@ def _run_stages(model, cache, text=None, asked=None):
         # Behind the last layer nobody reads what waited.
         unread = len(places) if span.stop == len(cache.layers) else 0
         hidden = _run_layers(model, rows, cache, span, unread)
-        if unread:
-            text = text if text is None else hidden
-        else:
-            waiting = WaitingRows((hidden[0, : len(places)],), waiting.begin)
-            text = text if text is None else hidden[:, len(places) :]
+        read = len(places) - unread
+        waiting = WaitingRows((hidden[0, :read],), waiting.begin)
+        text = text if text is None else hidden[:, read:]
     cache.progress, cache.waiting = state, None if state.done else waiting
     return None if text is None else model.language_model.norm(text)
 
 
 def _decode_stages(model, embeds, attention_mask, cache) -> BaseModelOutputWithPast:
     """Further tokens [B, n, hidden] behind rows whose stages are done: each layer at its own positions."""
-    count, language_model = embeds.shape[1], model.language_model
+    hidden, count, language_model = embeds, embeds.shape[1], model.language_model
     if count > 1 and attention_mask is not None and not attention_mask[:, -count:].all():
         raise ValueError(
-            "several prompts behind a batch whose visual tokens were dropped must be of one length; ask them one by "
-            "one"
+            "several prompts behind a batch whose visual tokens were dropped must be of one length: ask one at a time"
         )
-    hidden = embeds
-    for span in cache.progress.spans(len(cache.layers)):
-        if not span:
-            continue
+    for span in filter(len, cache.progress.spans(len(cache.layers))):
         layer, mask, plan = cache.layers[span.start], None, None
         positions = torch.arange(layer.held, layer.held + count, device=embeds.device).expand(len(embeds), -1)
         if layer.row_padding is None:
@@ -323,14 +308,10 @@ def _decode_stages(model, embeds, attention_mask, cache) -> BaseModelOutputWithP
 
 
 def _run_layers(model, rows, cache, span: range, unread=0) -> torch.Tensor:
-    """Runs rows [1, n, hidden] behind a cache of one row through some layers, a bounded number at once.
-
-    Args:
-        span: The layers; they hold equally many keys.
-        unread: The first so many rows are not returned.
+    """Runs rows [1, n, hidden] behind a cache of one row through layers that hold equally many keys, some at once.
 
     Returns:
-        [1, n - unread, hidden], without the final norm.
+        [1, n - unread, hidden]: without the final norm, and without the first `unread` rows.
     """
     count, kept = rows.shape[1], []
     held = cache.layers[span.start].held if span else 0
@@ -344,9 +325,7 @@ def _run_layers(model, rows, cache, span: range, unread=0) -> torch.Tensor:
         hidden = _run_span(model.language_model, rows[:, begin:stop], positions, cache, span, plan)
         if begin >= unread:
             kept.append(hidden)
-    if not kept:
-        return rows[:, :0]
-    return torch.cat(kept, dim=1) if len(kept) > 1 else kept[0]
+    return torch.cat(kept, dim=1) if kept else rows[:, :0]
 
 
 def _scores(model, cache, index, waiting, text) -> torch.Tensor:
@@ -390,4 +369,4 @@ def _run_span(model, hidden, positions, cache, span, plan=None, attention_mask=N
     return hidden
 
 
-__all__ = ["DropProgress", "DropStage", "TokenDropping", "drop_stages", "uniform_choice"]
+__all__ = ["DropProgress", "DropStage", "TokenDropping", "best_choice", "uniform_choice"]

@@ -37,15 +37,11 @@ class VideoXLTimeAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj, self.k_proj, self.out_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(3))
 
     def forward(self, timestamps: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-        times, queries = (
-            rearrange(projected, "g n (h d) -> g h n d", h=self.num_heads)
-            for projected in (self.q_proj(timestamps), self.k_proj(visual))
-        )
+        projected = self.q_proj(timestamps), self.k_proj(visual)
+        times, queries = (rearrange(states, "g n (h d) -> g h n d", h=self.num_heads) for states in projected)
         attended = F.scaled_dot_product_attention(queries, times, times)
         return self.out_proj(rearrange(attended, "g h n d -> g n (h d)"))
 
@@ -98,8 +94,9 @@ class VideoXLTokenSelector(nn.Module):
         wanted = self.text_features(text).float().mean(dim=0)
         scores = []
         for part in _equal_parts(groups):
-            rows = block[part[0][0] : part[-1][2]].to(text.device)
-            scores.append(self.condition(rows, part).float() @ wanted)
+            conditioned = self.condition(block[part[0][0] : part[-1][2]].to(text.device), part).float()
+            with torch.autocast(text.device.type, enabled=False):  # a score decides, and is added to the row
+                scores.append(conditioned @ wanted)
         scores = torch.cat(scores)
         lowest, highest = scores.aminmax()
         return (scores - lowest) / (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
@@ -116,8 +113,9 @@ class VideoXLTokenSelector(nn.Module):
             `(kept, rows)`: the kept rows' numbers in the block [K], ascending, timestamps among them, and these rows
             [K, H] as the language model gets them.
         """
-        scores = self.scores(block, groups, text)
-        visual = _visual_rows(groups, scores.device)
+        scores, size = self.scores(block, groups, text), groups[0][2] - groups[0][1]
+        starts = torch.tensor([group[1] for group in groups], device=scores.device)
+        visual = (starts[:, None] + torch.arange(size, device=scores.device)).flatten()  # numbers of the visual rows
         count = kept_count(len(visual), keep_ratio, max_tokens)
         bonus = torch.full((groups[-1][2],), -1.0, device=scores.device)
         bonus[visual] = scores
@@ -142,14 +140,9 @@ def kept_count(tokens: int, keep_ratio: float, max_tokens: int | None) -> int:
 
 
 def rotate_rows(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring channels (2i, 2i + 1) of each row by its place * theta^(-2i / H), in float32.
+    """Rotates neighbouring channels (2i, 2i + 1) of rows [K, H] by their places [K] * theta^(-2i / H), in float32.
 
-    Args:
-        rows: [K, H].
-        places: [K] rows' numbers in the video.
-
-    Returns:
-        [K, H] in the dtype of `rows`.
+    Places are the rows' numbers in the video. Returns [K, H] in the dtype of `rows`.
     """
     width = rows.shape[1]
     # The exponential form: the power form differs from the reference by 1e-4 at a few thousand rows.
@@ -171,13 +164,6 @@ def _equal_parts(groups):
         if ends or groups[number][1] - groups[number][0] != visual_start - start:
             yield groups[first:number]
             first = number
-
-
-def _visual_rows(groups, device) -> torch.Tensor:
-    """[G * N] numbers of the visual rows."""
-    starts = torch.tensor([group[1] for group in groups], device=device)
-    size = groups[0][2] - groups[0][1]
-    return (starts[:, None] + torch.arange(size, device=device)).flatten()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ import atexit
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,7 +28,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count
-from .image_processing_videoxl import reading_image
+from .image_processing_videoxl import reading_image, to_rgb
 from .video_decoding_videoxl import BACKENDS, ChosenFrames, VideoDecodeError, open_path
 
 __all__ = ["FrameBatch", "VideoDecodeError", "VideoFrames", "normalize_frames", "open_video", "resize_frames"]
@@ -35,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 # Batches that wait for the consumer. One is enough to overlap, two hide uneven decoding times.
 _QUEUED_BATCHES = 2
+# Of a damaged file, in a warning.
+_NAMED_SPANS = 3
 # How a frame becomes a square, see `resize_frames`.
 FITS = ("stretch", "crop")
 
@@ -108,7 +112,7 @@ def _check_frames(frames: torch.Tensor) -> None:
 
 def _check_fit(fit: str) -> None:
     if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r:.200}.")
 
 
 def _check_memory_frames(source: Any) -> None:
@@ -137,7 +141,7 @@ def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.nda
         pixels = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame
         if isinstance(pixels, Image.Image):
             with reading_image(f"frame {number} {getattr(frame, 'filename', '')}".rstrip()):
-                pixels = pixels.convert("RGB")
+                pixels = to_rgb(pixels)
         yield np.array(pixels), second  # a copy: torch refuses negative strides and warns of read-only memory
 
 
@@ -152,7 +156,7 @@ def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fp
         seconds = [float(value) for value in timestamps]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"timestamps must be {count} numbers, the seconds of the frames; got {timestamps!r}."
+            f"timestamps must be {count} numbers, the seconds of the frames; got {timestamps!r:.200}."
         ) from error
     rising = all(later > earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
     if len(seconds) != count or not all(map(math.isfinite, seconds)) or not rising or seconds[0] < 0:
@@ -250,7 +254,7 @@ class VideoFrames:
 
     def _produce(self, queue: SimpleQueue) -> None:
         frames, seconds = [], []
-        delivered, until, damage = 0, 0.0, self._chosen.damage
+        delivered, missing, until, damage = 0, Counter(self._chosen.seconds), 0.0, self._chosen.damage
         cause: BaseException | None = None
 
         def flush() -> None:
@@ -268,6 +272,7 @@ class VideoFrames:
                     frames.append(self._resized(pixels))
                     seconds.append(second)
                     delivered, until = delivered + 1, second
+                    missing[second] -= 1
                     if len(frames) == self._batch_frames:
                         flush()
             except av.FFmpegError as error:
@@ -281,8 +286,15 @@ class VideoFrames:
         if damage is not None or delivered < self.num_frames:
             logger.warning(
                 f"{self.source} is damaged ({damage or 'pictures are missing'}): {delivered} of {self.num_frames} "
-                f"chosen frames could be read, until second {until:.2f}; only these are used."
+                f"chosen frames could be read, until second {until:.2f}; only these are used.{self._spans(missing)}"
             )
+
+    def _spans(self, missing: Counter) -> str:
+        """Between which planned seconds nothing was read, as a sentence."""
+        spans = [list(seconds) for absent, seconds in groupby(self.timestamps, lambda s: missing[s] > 0) if absent]
+        named = [f"{seconds[0]:.2f} to {seconds[-1]:.2f}" for seconds in spans[:_NAMED_SPANS]]
+        more = f" and {len(spans) - len(named)} more spans" if len(spans) > len(named) else ""
+        return f" Missing: second {', '.join(named)}{more}." if spans else ""
 
     def _resized(self, pixels: np.ndarray) -> torch.Tensor:
         size, exact, fit = (self.sampling[name] for name in ("size", "exact_resize", "fit"))
@@ -327,7 +339,7 @@ def open_video(
     check_count("batch_frames", batch_frames)
     _check_fit(fit)
     if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"Unknown backend {backend!r:.200}; expected one of {', '.join(BACKENDS)}.")
     used = {"size": int(size), "backend": backend, "exact_resize": bool(exact_resize), "fit": fit}
     settings = sampling.to_dict()
     if isinstance(source, (str, bytes, os.PathLike)):

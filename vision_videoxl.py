@@ -6,8 +6,7 @@ What is surprising about encoding:
 * Groups of frames never see each other, so videos may share a pass, and any split into whole groups gives the same
   tokens. Where the tower sees whole clips each runs by itself: token merging decides between near ties, and in another
   batch the last bits of a sum, so the choice, could differ.
-* A tile of an image is a group of equal frames, or (where the tower sees clips) of one frame; the tower runs on it
-  once.
+* A tile of an image, which the tower sees once, is a group of equal frames, or of one frame where it sees clips.
 * An image with an overview has the squashed picture as its first tile. The tokens of the others are laid out as one
   picture's, line by line through all tiles, so its pixels say how many rows and columns of tiles there are: they come
   as [1 + rows, columns, 3, S, S], the first row holding copies of the overview.
@@ -86,14 +85,17 @@ def encode_videos(
     videos = [_fill_groups(model.config, pixels) for pixels in pixel_values_videos]
     size = model.config.frames_per_group
     tokens, towers = [[] for _ in videos], [[] for _ in videos]
-    for owners, chunk in _share_chunks(model.config, videos):
-        copies = size if chunk.ndim == 5 else 1
-        visual, tower = _encode_frames(model, chunk.flatten(0, -4), copies)
-        groups = [-(-frames * copies // size) for _, frames in owners]
-        for (video, _), part in zip(owners, visual.split(groups), strict=True):
+    for chunk in _share_chunks(model.config, videos):
+        parts = [part for _, part in chunk]
+        pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
+        copies, frames = size if pixels.ndim == 5 else 1, [len(part) for part in parts]
+        visual, tower = _encode_frames(model, pixels.flatten(0, -4), copies)
+        for (video, _), part in zip(
+            chunk, visual.split([-(-count * copies // size) for count in frames]), strict=True
+        ):
             tokens[video].append(part)
         if output_tower_features:
-            for (video, _), part in zip(owners, tower.split([frames for _, frames in owners]), strict=True):
+            for (video, _), part in zip(chunk, tower.split(frames), strict=True):
                 towers[video].append(part)
         del tower  # else the next chunk's would live beside it
     tokens = [interleave_tiles(torch.cat(parts), count) for parts, count in zip(tokens, columns, strict=True)]
@@ -105,21 +107,20 @@ def encode_videos(
 def _require_pixels(config, pixel_values_videos) -> None:
     """Raises ValueError if pixels are not of the form that `encode_videos` takes."""
     side, channels = config.vision_config.image_size, config.vision_config.num_channels
+    frame, tiled = (channels, side, side), config.image_tiling == "overview"
     listed = isinstance(pixel_values_videos, (list, tuple)) and len(pixel_values_videos) > 0
     if not (torch.is_tensor(pixel_values_videos) or listed and all(map(torch.is_tensor, pixel_values_videos))):
         raise ValueError(
-            f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of "
-            f"tensors [frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the "
-            "processor builds it"
+            f"pixel_values_videos must be a tensor [videos, frames, {channels}, {side}, {side}] or a list of tensors "
+            f"[frames, {channels}, {side}, {side}], got {type(pixel_values_videos).__name__}; the processor builds it"
         )
-    frame, tiled = (channels, side, side), config.image_tiling == "overview"
     for pixels in pixel_values_videos:
         columns = pixels.shape[1] if tiled and pixels.ndim == 5 else 1
         if 0 in pixels.shape or tuple(pixels.shape[1:]) not in (frame, (columns, *frame)):
             raise ValueError(
-                f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least "
-                f"one frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the "
-                "processor builds it"
+                f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least one "
+                f"frame (an image [tiles, 1, {channels}, {side}, {side}]), got {tuple(pixels.shape)}; the processor "
+                "builds it"
             )
 
 
@@ -130,31 +131,25 @@ def _fill_groups(config, pixels: torch.Tensor) -> torch.Tensor:
     """
     if pixels.ndim == 5 and pixels.shape[1] > 1:
         return torch.cat([pixels[0, :1], pixels[1:].flatten(0, 1)])[:, None]
-    padding = config.frame_padding
-    if padding not in ("last", "random"):
-        raise ValueError(f"frame_padding must be 'last' or 'random', got {padding!r}")
-    if padding == "last" or pixels.ndim == 5:
+    if config.frame_padding not in ("last", "random"):
+        raise ValueError(f"frame_padding must be 'last' or 'random', got {config.frame_padding!r:.200}")
+    if config.frame_padding == "last" or pixels.ndim == 5:
         return pixels
     return pixels[duplicated_frames(len(pixels), config.frames_per_group, config.frame_padding_seed)]
 
 
 def _share_chunks(config, videos):
-    """Yields ([(video, frames)], pixels): images, and short videos in whole groups, share a chunk."""
-    limit, size = config.resolve_vision_chunk_frames(), config.frames_per_group
-    owners, parts, total = [], [], 0
+    """Yields lists of (video, some of its frames): images, and short videos in whole groups, share a chunk."""
+    limit, size, chunk, total = config.resolve_vision_chunk_frames(), config.frames_per_group, [], 0
     for video, pixels in enumerate(videos):
         for part in pixels.split(limit):
-            if parts and (
-                total + part.shape[0] > limit
-                or (part.device, part.ndim) != (parts[0].device, parts[0].ndim)
-                or (part.ndim == 4 and total % size)
-            ):
-                yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
-                owners, parts, total = [], [], 0
-            owners.append((video, part.shape[0]))
-            parts.append(part)
-            total += part.shape[0]
-    yield owners, torch.cat(parts) if len(parts) > 1 else parts[0]
+            alike = not chunk or (part.device, part.ndim) == (chunk[0][1].device, chunk[0][1].ndim)
+            if chunk and (not alike or total + len(part) > limit or part.ndim == 4 and total % size):
+                yield chunk
+                chunk, total = [], 0
+            chunk.append((video, part))
+            total += len(part)
+    yield chunk
 
 
 def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,24 +169,19 @@ def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tens
 
 def _encode_clips(model, pixels: torch.Tensor, clip_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_encode_frames`, clip by clip; the last clip is filled by repeating the last frame."""
-    tokens, towers = [], []
-    for clip in pad_to_whole_groups(pixels, clip_frames).split(clip_frames):
-        tower = model.vision_tower(clip[None])
-        tokens.append(model.multi_modal_projector(model.compressor(tower)))
-        towers.append(tower)
-    features = torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)
-    return torch.cat(tokens), features[: len(pixels)]
+    clips = pad_to_whole_groups(pixels, clip_frames).split(clip_frames)
+    towers = [model.vision_tower(clip[None]) for clip in clips]
+    tokens = torch.cat([model.multi_modal_projector(model.compressor(tower)) for tower in towers])
+    return tokens, torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)[: len(pixels)]
 
 
 def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
-    """Lays the tokens of an image's tiles out as one picture's, behind those of its overview.
+    """Lays the tokens of an image's tiles out as one picture's, line by line, behind those of its overview.
 
     Args:
-        tokens: [1 + rows * columns, N, hidden], N a square number: the overview, then the tiles row by row.
+        tokens: [1 + rows * columns, N, hidden], N a square number: the overview, then the tiles row by row. Returned
+            in the same shape.
         columns: Tiles side by side; with 1 the tokens are in that order already.
-
-    Returns:
-        The same shape; line by line through all tiles of a row of tiles.
     """
     if columns == 1:
         return tokens
@@ -200,16 +190,10 @@ def interleave_tiles(tokens: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.cat([tokens[:1], picture.view_as(tokens[1:])])
 
 
-def sinusoid_table(num_positions: int, channels: int) -> torch.Tensor:
-    """[num_positions, C] in float32: even channels sin, odd cos, of position / 10000^(2 * (channel div 2) / C)."""
-    channel = torch.arange(channels, dtype=torch.float64, device="cpu")
-    position = torch.arange(num_positions, dtype=torch.float64, device="cpu")
-    angle = position[:, None] / 10000.0 ** (2 * (channel // 2) / channels)
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
-
-
 def clip_position_table(num_frames: int, grid_size: int, channels: int) -> torch.Tensor:
     """UMT's position code of a clip: that of the pretrained grids, interpolated to these frames and this grid.
+
+    Even channels are sin, odd ones cos, of position / 10000^(2 * (channel div 2) / C).
 
     Args:
         num_frames: T; other numbers than the pretrained one are interpolated linearly over time, a single frame takes
@@ -219,8 +203,10 @@ def clip_position_table(num_frames: int, grid_size: int, channels: int) -> torch
     Returns:
         [T * P, C] in float32, on the CPU.
     """
-    frames = 1 if num_frames == 1 else PRETRAINED_FRAMES
-    table = sinusoid_table(frames * PRETRAINED_GRID**2, channels)
+    frames, channel = 1 if num_frames == 1 else PRETRAINED_FRAMES, torch.arange(channels, device="cpu")
+    positions = torch.arange(frames * PRETRAINED_GRID**2, dtype=torch.float64, device="cpu")
+    angle = positions[:, None] / 10000.0 ** (2 * (channel // 2).double() / channels)
+    table = torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
     if num_frames != frames:
         over_time = rearrange(table, "(t p) c -> p c t", t=frames)
         resized = F.interpolate(over_time, size=num_frames, mode="linear", align_corners=False)
@@ -244,11 +230,10 @@ def factorised_position_table(num_frames: int, grid_size: int, channels: int) ->
         angle = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    over_time, over_side = code(num_frames, channels // 4), code(grid_size, channels // 8 * 3)
-    shape = (num_frames, grid_size, grid_size, -1)
-    parts = [over_time[:, None, None], over_side[None, None], over_side[None, :, None]]  # time, x, y
-    table = torch.cat([part.expand(shape) for part in parts], dim=3).flatten(0, 2).float()
-    return torch.cat([torch.zeros(1, table.shape[1], device="cpu"), table])
+    time, side = code(num_frames, channels // 4), code(grid_size, channels // 8 * 3)
+    parts = (time[:, None, None], side[None, None], side[None, :, None])  # time, x, y
+    table = torch.cat([part.expand(num_frames, grid_size, grid_size, -1) for part in parts], dim=3).flatten(0, 2)
+    return F.pad(table.float(), (0, 0, 1, 0))
 
 
 class VideoXLClipEmbeddings(nn.Module):
@@ -264,11 +249,9 @@ class VideoXLClipEmbeddings(nn.Module):
 
     def position_tables(self) -> dict[str, torch.Tensor]:
         """The tables that this module holds outside of checkpoints."""
-        grid, channels = self.config.grid_size, self.config.hidden_size
-        return {
-            "clip_positions": clip_position_table(self.config.num_frames, grid, channels),
-            "image_positions": clip_position_table(1, grid, channels),
-        }
+        frames = {"clip_positions": self.config.num_frames, "image_positions": 1}
+        sizes = self.config.grid_size, self.config.hidden_size
+        return {name: clip_position_table(count, *sizes) for name, count in frames.items()}
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, T, 3, S, S] -> [B, T * P, C], without positions."""
@@ -312,11 +295,9 @@ class VideoXLClipAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.q_bias = self.v_bias = self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = Qwen2RMSNorm(channels, eps=config.norm_eps)
-            self.k_norm = Qwen2RMSNorm(channels, eps=config.norm_eps)
+            self.q_norm, self.k_norm = (Qwen2RMSNorm(channels, eps=config.norm_eps) for _ in range(2))
         else:
-            self.q_bias = nn.Parameter(torch.zeros(channels))
-            self.v_bias = nn.Parameter(torch.zeros(channels))
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -353,42 +334,22 @@ class VideoXLClipLayer(GradientCheckpointingLayer):
         self.self_attn = VideoXLClipAttention(config)
         self.layer_norm2 = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SiglipMLP(config)
-        self.scale1, self.scale2 = (
-            VideoXLLayerScale(config.hidden_size) if config.layer_scale else nn.Identity() for _ in range(2)
-        )
+        scale = VideoXLLayerScale if config.layer_scale else nn.Identity
+        self.scale1, self.scale2 = scale(config.hidden_size), scale(config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.scale1(self.self_attn(self.layer_norm1(hidden_states)))
         return hidden_states + self.scale2(self.mlp(self.layer_norm2(hidden_states)))
 
 
-class VideoXLClipEncoder(nn.Module):
-    """The blocks of a tower, one after the other. [B, n, C] -> the same."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList([VideoXLClipLayer(config) for _ in range(config.num_hidden_layers)])
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states
-
-
 class VideoXLFrameFormat(NamedTuple):
-    """What the published quick start takes for an image processor: `model.get_vision_tower().image_processor`.
-
-    Args:
-        size: (height, width) of the frames that the tower takes, in pixels.
-    """
+    """What the published quick start takes for an image processor: (height, width) of the tower's frames in pixels."""
 
     size: tuple[int, int]
 
     def preprocess(self, images=None, return_tensors=None):
         """Raises ValueError: frames are prepared elsewhere."""
-        raise ValueError(
-            "AutoProcessor.from_pretrained(...) of this model's folder prepares frames; chat does so itself"
-        )
+        raise ValueError("AutoProcessor.from_pretrained(...) of this model's folder prepares frames; chat does so too")
 
 
 class VideoXLVideoTower(PreTrainedModel):
@@ -397,18 +358,17 @@ class VideoXLVideoTower(PreTrainedModel):
     base_model_prefix = "vision_tower"
     main_input_name = "pixels"
     input_modalities = ("video",)
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _no_split_modules = ["VideoXLClipLayer", "VideoXLClipEmbeddings", "VideoXLClassClipEmbeddings"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     embeddings_class = VideoXLClipEmbeddings
 
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
-        self.encoder = VideoXLClipEncoder(config)
+        # As in transformers' towers, layers are under `encoder.layers`.
+        layers = [VideoXLClipLayer(config) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         eps = config.final_norm_eps
         self.final_norm = nn.Identity() if eps is None else nn.LayerNorm(config.hidden_size, eps=eps)
         self.post_init()
@@ -434,13 +394,14 @@ class VideoXLVideoTower(PreTrainedModel):
 
     @property
     def image_processor(self) -> VideoXLFrameFormat:
-        """For the published quick start, which takes it and does nothing with it."""
+        """For the published quick start, which takes it and does nothing with it: `model.get_vision_tower()`'s."""
         return VideoXLFrameFormat((self.config.image_size, self.config.image_size))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        embedded = self.embeddings(pixels)
-        patches = pixels.shape[1] * self.config.grid_size**2
-        return self.final_norm(self.encoder(embedded)[:, -patches:])
+        hidden_states = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            hidden_states = layer(hidden_states)
+        return self.final_norm(hidden_states[:, -pixels.shape[1] * self.config.grid_size**2 :])
 
 
 class VideoXLUMT(VideoXLVideoTower):
@@ -456,9 +417,6 @@ class VideoXLInternVideo2(VideoXLVideoTower):
     embeddings_class = VideoXLClassClipEmbeddings
 
 
-VIDEO_TOWER_MODELS = {model.config_class.model_type: model for model in (VideoXLUMT, VideoXLInternVideo2)}
-
-
 def _siglip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
     # Through the tower's parts: only the last built layer's output is wanted, without the norm that follows it.
     return tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
@@ -470,29 +428,17 @@ def _clip_features(tower, pixels: torch.Tensor) -> torch.Tensor:
     return tower.encoder(inputs_embeds=embedded).last_hidden_state[:, 1:]
 
 
-# Towers over frames by their config's model type: from the tower and pixels [F, 3, S, S] to features [F, P, C].
+# Towers over clips, and over frames (from the tower and pixels [F, 3, S, S] to features [F, P, C]), by model type.
+CLIP_TOWERS = {tower.config_class.model_type: tower for tower in (VideoXLUMT, VideoXLInternVideo2)}
 TOWERS = {"siglip_vision_model": _siglip_features, "clip_vision_model": _clip_features}
 
 
 def build_vision_tower(config) -> PreTrainedModel:
-    """The tower that `config.vision_config` names, without the layers above `config.vision_feature_layer`.
-
-    Raises:
-        ValueError: If the slot has no such value.
-    """
-    vision_config = config.vision_config
-    known = {**TOWERS, **VIDEO_TOWER_MODELS}
-    if vision_config.model_type not in known:
-        raise ValueError(
-            f"vision_config.model_type must be one of {', '.join(known)}, got {vision_config.model_type!r}"
-        )
-    build = VIDEO_TOWER_MODELS.get(vision_config.model_type, AutoModel.from_config)
-    tower = build(vision_config)
-    del tower.encoder.layers[tower_depth(config) :]
+    """The tower that `config.vision_config` names, else ValueError; up to the layer `config.vision_feature_layer`."""
+    vision_config, layer = config.vision_config, config.vision_feature_layer
+    kind, known = vision_config.model_type, {**TOWERS, **CLIP_TOWERS}
+    if kind not in known:
+        raise ValueError(f"vision_config.model_type must be one of {', '.join(known)}, got {kind!r:.200}")
+    tower = CLIP_TOWERS.get(kind, AutoModel.from_config)(vision_config)
+    del tower.encoder.layers[layer if layer >= 0 else vision_config.num_hidden_layers + 1 + layer :]
     return tower
-
-
-def tower_depth(config) -> int:
-    """Layers of the tower that are used."""
-    layer = config.vision_feature_layer
-    return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer

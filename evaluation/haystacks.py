@@ -11,7 +11,6 @@ What is surprising:
 S side of a frame in pixels, F frames.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from videoxl import Sampling, open_video, video_world
+from videoxl.shell.records import read_json
 
 KINDS = ("single", "multi_hop", "ordering", "counting")
 # Seeds go by place: new ones to the end. The last two are `published_needles`'.
@@ -280,7 +280,7 @@ def read_photos(folder: str, size: int) -> list[tuple[np.ndarray, str, str, tupl
     path = Path(folder) / "qa.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: needles from pictures need qa.json beside them")
-    lists = json.loads(path.read_text(encoding="utf-8"))
+    lists = read_json(path)
     names = ("needle", "retrieval_question", "answer")
     if missing := [name for name in names if not isinstance(lists.get(name), list)]:
         raise ValueError(f"{path} has no list {missing[0]!r}; it needs {', '.join(names)}")

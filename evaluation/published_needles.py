@@ -14,7 +14,6 @@ What is surprising:
 Source: `xtuner-eval_niah` of the public VideoChat-Flash code. Its pictures are in the data set OpenGVLab/NIAH-Video.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from videoxl.evaluation.haystacks import OPTION, Asked, Haystack, Needle, Settings
+from videoxl.shell.records import read_json
 
 KINDS = ("published_single", "published_caption", "published_qa")
 RECIPES = {"published_single": ("published_single",), "published_multi_hop": ("published_caption", "published_qa")}
@@ -59,7 +59,7 @@ def read_samples(path: str, recipe: str) -> tuple[dict, ...]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: --needles names the JSON file of the published needles")
-    samples = json.loads(Path(path).read_text(encoding="utf-8"))
+    samples = read_json(path)
     needed = ("image", "question", "answer")
     if recipe == "published_multi_hop":
         needed = ("images", "question1", "answer1", "question2", "answer2")

@@ -29,6 +29,7 @@ if str(ROOT) not in sys.path:
 
 from videoxl.evaluation import harness  # noqa: E402
 from videoxl.evaluation.scoring import accuracy, is_correct, mean, seconds_off  # noqa: E402
+from videoxl.shell.records import read_json  # noqa: E402
 from videoxl.video_world import make_clip  # noqa: E402
 
 FORMAT = "videoxl-report-1"
@@ -131,7 +132,7 @@ def file_videos(args: argparse.Namespace) -> Iterator[Video]:
     Raises:
         FileNotFoundError, ValueError: If a file is missing or an entry is incomplete, with its number.
     """
-    entries = json.loads(args.data.read_text(encoding="utf-8"))
+    entries = read_json(args.data)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{args.data} must hold a list of questions: objects with {', '.join(REQUIRED)}")
     by_video: dict[str, list[Asked]] = {}

@@ -8,7 +8,6 @@ What is surprising:
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from .options import (
     load_model,
     sampling_of,
 )
+from .records import json_line
 
 PROMPT = "\nyou> "
 EPILOG = """\
@@ -275,11 +275,11 @@ def run(options: argparse.Namespace, sampling: dict) -> None:
         session = Session(options, sampling)
     if options.plan:
         facts = {**session.facts, "video": options.video, "plan": session.plan.to_dict()}
-        print(json.dumps(facts, ensure_ascii=False) if options.json else session.plan)
+        print(json_line(facts).strip() if options.json else session.plan)
     elif options.json:
         answers = [session.ask(question)[0] for question in options.questions]
         facts = {**session.facts, "answers": answers, "peak_memory_bytes": session.peak_memory()}
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_line(facts), end="")
     else:
         from .output import describe_memory, describe_video
 

@@ -37,7 +37,7 @@ from .options import (
     load_model,
     sampling_of,
 )
-from .records import Question, answers_in, json_line, read_questions, replace_file
+from .records import Question, answers_in, json_line, read_json, read_questions, replace_file
 
 SOME_FAILED = 3
 # How long a process waits for the slowest one. The default of torch.distributed, minutes, would end the run.
@@ -155,7 +155,7 @@ class Journal:
         exists = self.out.exists() or bool(self.parts())
         if exists and self.settings_file.is_file():
             try:
-                before = json.loads(self.settings_file.read_text(encoding="utf-8"))
+                before = read_json(self.settings_file)
             except ValueError as error:
                 raise ValueError(f"{self.settings_file} is damaged; choose another --out") from error
             if changed := sorted(key for key in settings.keys() | before if settings.get(key) != before.get(key)):

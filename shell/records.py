@@ -2,10 +2,17 @@
 
 A line of questions is `{"video": ..., "question": ..., "id": ...}`, where `id` is optional; a line of answers is the
 same with `"answer"` or `"error"` and whatever else is known of it.
+
+What is surprising:
+* Python ends lines at letters that JSON does not (U+2028, U+0085), so `str.splitlines` has no place here. These are
+  read wherever they stand, and written escaped, for the sake of other programs.
+* JSON can escape half of a pair of surrogates, which is no letter. Paths may have such halves (that is how Python
+  names files that are not UTF-8), texts may not.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,27 +38,68 @@ class Question:
         return {"id": self.id, "video": self.video, "question": self.text}
 
 
+# Letters that end lines for some programs, and halves of letters, which UTF-8 does not have.
+_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
+_MARK = "\ufeff".encode()  # a byte order mark, also of a file that was appended to another
+
+
 def json_line(entry: dict) -> str:
     """An object as a line of a file."""
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    text = json.dumps(entry, ensure_ascii=False)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+def json_lines(path: Path, cut_off: bool = False) -> Iterator[tuple[int, dict]]:
     """The objects of a file with one a line, each with the number of its line; empty lines are left out.
 
+    Args:
+        path: The file.
+        cut_off: Whether a last line without its end is left out where it is no object: a process was killed there.
+
     Raises:
-        ValueError: With the line, if one holds something else.
+        ValueError: With the line, if one holds something else, or is not in UTF-8.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); expected one object a line") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {type(entry).__name__}")
-        yield number, entry
+    number = 0
+    with open(path, "rb") as file:
+        for piece in file:
+            for line in piece.splitlines():  # of bytes: at line feeds and carriage returns alone
+                number += 1
+                line = line.removeprefix(_MARK)
+                if not line.strip():
+                    continue
+                try:
+                    entry = _decoded(line, f"{path}, line {number}", "damaged" if cut_off else "not JSON")
+                    if not isinstance(entry, dict):
+                        kind = type(entry).__name__
+                        raise ValueError(f"{path}, line {number}: expected an object, got {kind}")
+                except ValueError:
+                    if cut_off and not piece.endswith((b"\n", b"\r")):
+                        return
+                    raise
+                yield number, entry
+
+
+def read_json(path: Path):
+    """What a file of JSON holds, with a byte order mark or without.
+
+    Raises:
+        ValueError: With the line, if it is no JSON or not in UTF-8.
+    """
+    return _decoded(Path(path).read_bytes().removeprefix(_MARK), f"{path}")
+
+
+def _decoded(data: bytes, where: str, fault: str = "not JSON"):
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = "" if ", line " in where else f", line {data.count(10, 0, error.start) + 1}"
+        raise ValueError(
+            f"{where}{line} is not in UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        other = "; its zero bytes look like UTF-16: save the file as UTF-8" if b"\0" in data else ""
+        raise ValueError(f"{where} is {fault} ({error}){other}") from error
 
 
 def read_questions(path: Path, videos: Path) -> list[Question]:
@@ -80,12 +128,14 @@ def _questions(path, videos) -> Iterable[Question]:
         where = f"{path}, line {number}"
         for name in ("video", "question"):
             if not isinstance(entry.get(name), str) or not entry[name].strip():
-                raise ValueError(f'{where}: "{name}" must be a text that is not empty, got {entry.get(name)!r}')
+                raise ValueError(f'{where}: "{name}" must be a text that is not empty, got {entry.get(name)!r:.200}')
+        if half := _HALF.search(entry["question"]):
+            raise ValueError(f'{where}: "question" has half of a letter (\\u{ord(half[0]):04x}): mend its escapes')
         given = entry.get("id", number)
         if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise ValueError(f'{where}: "id" must be a text or a whole number, got {given!r}')
+            raise ValueError(f'{where}: "id" must be a text or a whole number, got {given!r:.200}')
         if given in seen:
-            raise ValueError(f'{where}: "id" {given!r} is that of line {seen[given]}, too')
+            raise ValueError(f'{where}: "id" {given!r:.200} is that of line {seen[given]}, too')
         seen[given] = number
         yield Question(given, entry["video"], entry["question"], str(videos / entry["video"]))
 
@@ -96,16 +146,7 @@ def answers_in(file: Path) -> Iterator[dict]:
     Raises:
         ValueError: With the line, if another one is damaged.
     """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise ValueError(f"{file}, line {number} is damaged ({error}): mend or remove it") from error
+    for _, entry in json_lines(file, cut_off=True):
         yield entry
 
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from margins import beam_scores
 from test_modeling import logits_of, pixels, prompt
-from videoxl.bilevel_videoxl import KeptSpan, chunks_of, explicit_chunks, kept_spans, mix_cache
+from videoxl.bilevel_videoxl import KeptSpan, Levels, chunks_of, explicit_chunks, kept_spans, mix_cache
 from videoxl.kv_cache import VideoXLCache, rotate
-from videoxl.selection_videoxl import Levels
 from videoxl.sparse_attention import GroupSpan, VisualLayout
 
 SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}

@@ -5,6 +5,8 @@ through `chat` (`test_chat.py`), gradient checkpointing and LoRA in training (`t
 """
 
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -325,10 +327,15 @@ def test_lora_on_language_model_and_compressor(folder, processor, tokenizer, cli
 
 
 def test_transformers_serve_knows_no_remote_classes(folder):
-    """The README says that `transformers serve` cannot load it, and why. Should this fail, say so there."""
-    manager = pytest.importorskip("transformers.cli.serving.model_manager")
-    with pytest.raises(AttributeError, match="VideoXLForConditionalGeneration"):
-        manager.ModelManager(trust_remote_code=True).load_model_and_processor(f"{folder}@main")
+    """The docs say that `transformers serve` cannot load it, and why. Should this fail, say so there."""
+    pytest.importorskip("transformers.cli.serving.model_manager")
+    load = (
+        "import sys; from transformers.cli.serving.model_manager import ModelManager; "
+        "ModelManager(trust_remote_code=True).load_model_and_processor(sys.argv[1])"
+    )
+    # In a process that has not loaded our code, as a server is one.
+    done = subprocess.run([sys.executable, "-c", load, f"{folder}@main"], capture_output=True, text=True)
+    assert "AttributeError" in done.stderr and "VideoXLForConditionalGeneration" in done.stderr
 
 
 def test_the_image_text_class_is_ours_too(folder):

@@ -14,7 +14,7 @@ from sampled import open_video
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
 from videoxl.hub.cards import check_card, converted_card
 from videoxl.hub.convert import convert
-from videoxl.messages_videoxl import read_history
+from videoxl.messages_videoxl import read_history, turn_items
 from videoxl.processing_videoxl import VideoXLProcessor
 
 GREEDY = {"generation_config": {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}}
@@ -255,6 +255,8 @@ def test_folders_and_gifs(flash, flash_processor, tokenizer, folder, tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=40)
     gif = flash.encode_video(tmp_path / "a.gif", tokenizer, media_dict={"video_read_type": "gif"})
     assert (gif.num_frames, gif.duration) == (8, 10.0)
+    # What JSON keeps beside the path says that it is read as a GIF again.
+    assert turn_items(gif)[0]["media_dict"] == {"video_read_type": "gif"}
     own = flash.encode_video(tmp_path / "a.gif", tokenizer)
     assert (own.num_frames, own.duration) == (8, pytest.approx(0.4))
     message = {"type": "video", "video": str(folder), "media_dict": {"video_read_type": "img", "start": 5, "end": 20}}

@@ -132,7 +132,8 @@ def test_what_is_no_image(tmp_path):
         (tmp_path / "none.png", FileNotFoundError, "no such image"),
         ("https://example.org/a.png", ValueError, "only local files"),
         ("data:image/png;base64,AAAA", ValueError, "only local files"),
-        (np.zeros((4, 4, 3), np.float32), ValueError, "uint8"),
+        (np.zeros((4, 4, 2), np.float32), ValueError, "uint8"),
+        (np.zeros((4, 4, 3), np.complex64), ValueError, "uint8"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "pixels"),
         (7, ValueError, "an image must be"),
     ):
@@ -396,7 +397,7 @@ def test_an_encoded_image_is_saved_and_asked_like_a_video(model, tokenizer, phot
     answers = model.chat_batch(loaded, tokenizer, questions, generation_config=SHORT)
     settings = {"return_history": False, "generation_config": SHORT}
     assert answers == [model.chat(image, tokenizer, question, **settings) for question in questions]
-    with pytest.raises(ValueError, match="takes in no frames"):
+    with pytest.raises(ValueError, match="cannot be extended"):
         loaded.append([picture()], [1.0])
     picture(50, 50).save(photo)
     with pytest.raises(ValueError, match="does not fit"):

@@ -28,6 +28,7 @@ PROMPT = (
 FOLDER = (
     *("processing_videoxl.py", "messages_videoxl.py", "video_processing_videoxl.py", "configuration_videoxl.py"),
     *("frame_sampling_videoxl.py", "video_decoding_videoxl.py", "image_processing_videoxl.py"),
+    "video_index_videoxl.py",
     *("processor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json"),
 )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from videoxl import sparse_attention
-from videoxl.selection_videoxl import (
+from videoxl.bilevel_videoxl import (
     AUTO_SHARE,
     DENSE,
     DROPPED,

@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from videoxl import video_file_videoxl as video_file
-from videoxl.video_file_videoxl import load_video_file, model_fingerprint, require_match, save_video_file
+from videoxl import encoded_video_videoxl as video_file
+from videoxl.encoded_video_videoxl import load_video_file, require_match, save_video_file
+from videoxl.witness_videoxl import SAMPLED_VALUES, model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
@@ -25,7 +26,9 @@ FACTS = {
     "ü": "ß",
 }
 # Runs in a process of its own, with the file's module as `video_file`.
-PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, video_file_videoxl as video_file\n"
+PRELUDE = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch; from videoxl import encoded_video_videoxl as video_file
+"""
 
 
 def start(code, *arguments):
@@ -435,7 +438,7 @@ def test_settings_do_not_enter_the_model_fingerprint(model):
 def test_weights_and_architecture_enter_the_model_fingerprint(model):
     first = model_fingerprint(model)
     name, weight = next((n, w) for n, w in model.named_parameters() if n.endswith("layers.1.mlp.up_proj.weight"))
-    step = weight.numel() // video_file.SAMPLED_VALUES | 1
+    step = weight.numel() // SAMPLED_VALUES | 1
     with torch.no_grad():
         for place in (0, step, 63 * step):
             row, column = divmod(place, weight.shape[1])
@@ -472,7 +475,8 @@ def test_dtype_enters_the_model_fingerprint(root):
 def test_model_fingerprint_is_the_same_in_every_process(bundled_model, root):
     code = """
 from transformers import AutoModel
-print(video_file.model_fingerprint(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))
+from videoxl.witness_videoxl import model_fingerprint
+print(model_fingerprint(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))
 """
     assert output_of(start(code, root)).strip() == model_fingerprint(bundled_model)
 

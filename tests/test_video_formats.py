@@ -11,6 +11,7 @@ from PIL import Image
 from sampled import open_video
 from test_video_processing import EVERY_FRAME, THIRTIETHS, numbered_picture, read, write_clip
 from videoxl import video_decoding_videoxl as vd
+from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 
 TARGET = "target.ts"
@@ -74,7 +75,7 @@ def test_the_list_of_formats_holds_where_a_text_says_nothing_of_itself(folder):
 
 
 def test_ffmpeg_itself_refuses_formats_that_are_not_on_the_list(folder, monkeypatch):
-    monkeypatch.setattr(vd, "PLAYLISTS", {})  # as if a text had got past the look at its beginning
+    monkeypatch.setattr(vi, "PLAYLISTS", {})  # as if a text had got past the look at its beginning
     for name, text in (("a.m3u8", HLS), ("a.mp4", PLAYLISTS["ffconcat"]), ("a.sdp", SDP)):
         (folder / "lists" / name).write_text(text.format(address=f"{folder}/{TARGET}"))
         with pytest.raises(vp.VideoDecodeError, match="not read here.*Give the video file itself"):

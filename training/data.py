@@ -1,10 +1,11 @@
-"""Training data: mixtures in the published format, clips generated on the fly, label masking.
+"""Training data: mixtures in the published format or of messages, clips generated on the fly, label masking.
 
 What is surprising:
 * Nothing is replaced and nothing is cut. A sample that cannot be used (missing file, malformed conversation, longer
   than `max_length`) comes out of the dataset as a `BrokenSample`; see `batches.py` for what becomes of it.
 * Prompts come from the processor alone, so training sees exactly the ids that `generate` sees. The published code
   differs: it writes the newline behind the video twice in training.
+* A folder of frames is read in the order of the numbers at the ends of their names, as `chat` reads it.
 * An image is cut in tiles and has no timestamp, as in the published code; see the processor.
 * Everything random is drawn from (seed, entry, index), never from a worker's state, so a resumed run sees the same
   samples.
@@ -12,8 +13,9 @@ What is surprising:
 L sequence, F frames, T tiles, S image side.
 """
 
-import json
+import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 from videoxl import open_video
-from videoxl.shell.records import json_lines
+from videoxl.shell.records import json_lines, read_json
 
 # What the loss leaves out (PyTorch's and transformers' convention).
 IGNORE = -100
@@ -31,6 +33,8 @@ IGNORE = -100
 MEDIA_MARKER = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+# Where an item of a message names its source.
+_SOURCES = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url")}
 
 _ENTRY_KEYS = {"json_path", "sampling_strategy", "source", "root", "sample_fps"}
 _WORLD_ENTRY_KEYS = {"world", "source"}
@@ -150,12 +154,45 @@ def read_conversation(record: dict, num_media: int) -> tuple[list[dict], list[st
         text = turn["value"].replace(MEDIA_MARKER, "").strip()
         if not text:
             raise ValueError(f"turn {number} of the conversation is empty")
-        media = [{"type": "image" if "image" in record else "video"}] * num_media
+        media = [{"type": "image" if "image" in record else "video"} for _ in range(num_media)]
         content = [*media, {"type": "text", "text": text}] if number == 0 else text
         messages.append({"role": ROLES[turn["from"]], "content": content})
         if number % 2 == 0:
-            types.append(turn.get("type", ""))
+            types.append(turn.get("type") or "")
     return messages, types
+
+
+def read_training_messages(messages, read_item, answers=True) -> tuple[list[dict], list[str]]:
+    """Checks a conversation of `{"role", "content"}` messages, whose videos and images stand where they belong.
+
+    Args:
+        messages: Content is text or a list of items; a user's message may carry a `type` (of the question).
+        read_item: What becomes of a video or image item.
+        answers: False where only the items count.
+
+    Returns:
+        Messages, and per assistant message the type of the question before it ("" if there is none).
+
+    Raises:
+        ValueError: If there is no answer, the last message is none, or an answer is empty or holds a video.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages must be a list of {'role': ..., 'content': text or items}")
+    read, types, kind = [], [], ""
+    for number, message in enumerate(messages):
+        content, visuals = message.get("content"), visual_items({"content": message.get("content")})
+        if isinstance(content, (list, tuple)):
+            content = [read_item(item) if any(item is visual for visual in visuals) else item for item in content]
+        read.append({"role": message.get("role"), "content": content})
+        if message.get("role") == "assistant":
+            texts = [content] if isinstance(content, str) else [item.get("text") for item in content or ()]
+            if visuals or not any(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(f"message {number} of the assistant must be text that is not empty")
+            types.append(kind)
+        kind = message.get("type") or "" if message.get("role") == "user" else kind
+    if answers and (not types or read[-1]["role"] != "assistant"):
+        raise ValueError("messages must end with the assistant's answer")
+    return read, types
 
 
 def answer_spans(ids: list[int], tokenizer, messages: list[dict]) -> list[tuple[int, int]]:
@@ -296,23 +333,19 @@ class MixtureDataset(Dataset):
         source, name = self.entries[number].get("source") or samples.name, samples.sample_name(inner)
         if isinstance(samples, _WorldSamples):
             # An error here is a bug of the world, not a broken file.
-            messages, types, videos = samples.load(inner)
-            if not self.answers:
-                messages, types = _without_text(len(videos), "video")
-            return self._prepare(messages, types, {"videos": videos}, source, name, index)
+            return self._prepare(*samples.load(inner), source, name, index)
         try:
-            kind, media = samples.media(inner, self._open_scaled)
-            if self.answers:
-                messages, types = samples.conversation(inner, len(media))
-            else:
-                messages, types = _without_text(len(media), kind)
-            return self._prepare(messages, types, {f"{kind}s": media}, source, name, index)
+            return self._prepare(*samples.load(inner, self._open_scaled, self.answers), source, name, index)
         except Exception as error:  # decoders raise what they like; the reason is reported by name
             return BrokenSample(source, name, f"{type(error).__name__}: {error}")
 
-    def _prepare(self, messages, types, media, source, name, index):
-        text = self.processor.render(messages, add_generation_prompt=False)
-        inputs = self.processor([text], **{kind: [items] for kind, items in media.items()}, **self.video)
+    def _prepare(self, messages, types, source, name, index):
+        if not self.answers:
+            items = [item for message in messages for item in visual_items(message)]
+            if not items:
+                raise ValueError("the sample has neither a video nor an image")
+            messages, types = [{"role": "user", "content": items}], []
+        inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **self.video)
         ids = inputs["input_ids"][0]
         if self.max_length is not None and len(ids) > self.max_length:
             return BrokenSample(source, name, f"{len(ids)} tokens, max_length is {self.max_length}")
@@ -338,21 +371,22 @@ class MixtureDataset(Dataset):
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
 
 
-def _without_text(count, kind):
-    if not count:
-        raise ValueError("the sample has neither a video nor an image")
-    return [{"role": "user", "content": [{"type": kind}] * count}], []
+def visual_items(message: dict) -> list[dict]:
+    """The videos and images of a message."""
+    content = message["content"]
+    listed = content if isinstance(content, (list, tuple)) else []
+    return [item for item in listed if isinstance(item, dict) and item.get("type") in _SOURCES]
 
 
 class _JsonSamples:
-    """Samples of one JSON file in the published schema."""
+    """Samples of one JSON file, each in the published schema or with `messages`."""
 
     def __init__(self, entry, folder, seed):
         path = folder / entry["json_path"]
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; json_path is relative to the mixture's folder")
         lines = path.suffix == ".jsonl"
-        records = [record for _, record in json_lines(path)] if lines else json.loads(path.read_text())
+        records = [record for _, record in json_lines(path)] if lines else read_json(path)
         if not isinstance(records, list):
             raise ValueError(f"{path}: expected a list of samples, got {type(records).__name__}")
         chosen = choose_samples(len(records), entry.get("sampling_strategy", "all"), seed)
@@ -368,34 +402,89 @@ class _JsonSamples:
         record = self.records[index]
         known = record if isinstance(record, dict) else {}
         media = known.get("video") or known.get("image") or ""
-        return f"{known.get('id', index)} {media if isinstance(media, str) else ', '.join(map(str, media))}".strip()
+        shown = ", ".join(map(str, media)) if isinstance(media, list) else str(media)
+        return f"{known.get('id', index)} {shown:.200}".strip()
 
-    def media(self, index, open_scaled):
-        """What the sample shows: `"video"` or `"image"`, and a list of items."""
+    def load(self, index, open_scaled, answers):
+        """Messages with their media, and per answer the type of its question.
+
+        Args:
+            index: Of the sample.
+            open_scaled: (path, factor) -> a video item of a file with its times multiplied.
+            answers: False for the media alone.
+        """
         record = self.records[index]
-        if not isinstance(record, dict) or ("image" in record and "video" in record):
-            raise ValueError("a sample is a dict with conversations and at most one of image and video")
-        scale = float(record.get("scale", 1.0))
-        if "image" in record:
-            images = record["image"] if isinstance(record["image"], list) else [record["image"]]
-            return "image", [str(self.root / image) for image in images]
-        videos = []
-        if "video" in record:
-            path = self.root / record["video"]
-            if path.is_dir():
-                frames = [Image.open(file) for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
-                if not frames:
-                    raise ValueError(f"{path}: the folder has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-                times = [scale * number / self.sample_fps for number in range(len(frames))]
-                videos = [{"video": frames, "timestamps": times}]
-            elif scale != 1.0:
-                videos = [open_scaled(str(path), scale)]
-            else:
-                videos = [{"video": str(path)}]
-        return "video", videos
+        if isinstance(record, dict):
+            record = {key: value for key, value in record.items() if value is not None}
+        if not isinstance(record, dict) or ("messages" in record) == bool({"conversations", *_SOURCES} & set(record)):
+            raise ValueError("a sample is a dict with messages, or with conversations and its image or video")
+        if "messages" in record:
+            return read_training_messages(record["messages"], self._read_item, answers)
+        media = self._published_media(record, open_scaled)
+        if not answers:
+            return [{"role": "user", "content": media}], []
+        messages, types = read_conversation(record, len(media))
+        for item, found in zip([item for message in messages for item in visual_items(message)], media, strict=True):
+            item.update(found)
+        return messages, types
 
-    def conversation(self, index, num_media):
-        return read_conversation(self.records[index], num_media)
+    def _published_media(self, record, open_scaled) -> list[dict]:
+        given = {kind: record[kind] for kind in _SOURCES if kind in record}
+        if len(given) > 1:
+            raise ValueError("a sample with conversations has at most one of image and video; use messages for both")
+        scale, media = float(record.get("scale", 1.0)), []
+        for kind, sources in given.items():
+            frames = kind == "video" and isinstance(sources, list) and _are_pictures(sources)
+            for source in [sources] if frames or not isinstance(sources, list) else sources:
+                item = self._read_item({"type": kind, kind: source})
+                if "timestamps" in item:
+                    item["timestamps"] = [scale * time for time in item["timestamps"]]
+                elif kind == "video" and scale != 1.0:
+                    item = {"type": kind, **open_scaled(item[kind], scale)}
+                media.append(item)
+        return media
+
+    def _read_item(self, item: dict) -> dict:
+        """An item with its paths counted from the root, and the frames of a folder or list with their times."""
+        kind = item["type"]
+        given = {key: value for key, value in item.items() if value is not None}
+        for key in _SOURCES[kind]:
+            source = given.get(key)
+            if isinstance(source, str) and "://" not in source and not source.startswith("data:"):
+                source = given[key] = str(self.root / source)
+                if kind == "video" and os.path.isdir(source):
+                    source = _numbered_pictures(source)
+            if kind == "video" and isinstance(source, list):
+                if not _are_pictures(source):
+                    raise ValueError(
+                        f"a list as one video holds frame files ({', '.join(sorted(IMAGE_SUFFIXES))}), got "
+                        f"{source!r:.200}; several videos are items of their own"
+                    )
+                given[key] = [Image.open(self.root / file) for file in source]
+                if "timestamps" not in given and "fps" not in given:
+                    given["timestamps"] = [number / self.sample_fps for number in range(len(source))]
+        return given
+
+
+def _are_pictures(sources) -> bool:
+    """Whether a list holds frame files; a list of videos holds none."""
+    return bool(sources) and all(
+        isinstance(source, str) and Path(source).suffix.lower() in IMAGE_SUFFIXES for source in sources
+    )
+
+
+def _numbered_pictures(folder: str) -> list[str]:
+    """The paths of a folder's pictures, in the order of the numbers at the ends of their names."""
+    files = [file for file in Path(folder).iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."]
+    if not files:
+        raise ValueError(f"{folder}: the folder has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    numbers = {file: re.search(r"(\d+)$", file.stem) for file in files}
+    if without := sorted(file.name for file in files if numbers[file] is None):
+        raise ValueError(
+            f"{folder}: the names of frames end in their number, such as frame_1.jpg; {without[0]} has none. Rename "
+            "them, or give the frames as a list of files in their order"
+        )
+    return [str(file) for file in sorted(files, key=lambda file: (int(numbers[file][1]), file.name))]
 
 
 class _WorldSamples:
@@ -432,10 +521,9 @@ class _WorldSamples:
         clip = make_clip(self.first_seed + index, split=self.split, **self.clip, **start)
         first = start.get("start", float(self.clip.get("start", 0)))
         times = [first + number / rate for number in range(max(int(clip.seconds * rate), 1))]
-        messages = []
+        video, messages = {"type": "video", "video": clip.frames(times), "timestamps": times}, []
         for number, question in enumerate(clip.questions):
             text = {"type": "text", "text": question.text}
-            messages.append({"role": "user", "content": [{"type": "video"}, text] if number == 0 else question.text})
+            messages.append({"role": "user", "content": [video, text] if number == 0 else question.text})
             messages.append({"role": "assistant", "content": question.answer})
-        types = [question.type for question in clip.questions]
-        return messages, types, [{"video": clip.frames(times), "timestamps": times}]
+        return messages, [question.type for question in clip.questions]

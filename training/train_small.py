@@ -9,7 +9,6 @@ curves.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,11 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `videoxl`, in a clone
+
+from videoxl.shell.records import json_lines  # noqa: E402
+
 RECIPES = ROOT / "training" / "recipes" / "small"
 LOGS = ROOT / "training" / "logs" / "small"
 HEADS = LOGS / "heads.safetensors"  # of the last reading stage; they go along from stage to stage
@@ -85,7 +89,7 @@ def train(output: Path, first: str | None) -> Path:
 def read_logs(folder: Path) -> list[tuple[str, list[dict]]]:
     """Per stage its name and the lines of its log."""
     return [
-        (path.stem, [json.loads(line) for line in path.read_text().splitlines()])
+        (path.stem, [line for _, line in json_lines(path)])
         for path in sorted(folder.glob("*.jsonl"), key=lambda path: number_of(path.stem))
     ]
 

@@ -9,7 +9,6 @@ What is surprising:
 * Everything drawn in a step is drawn from (seed, step). A resumed run repeats it.
 """
 
-import json
 import math
 import random
 import time
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from videoxl.shell.records import json_line, json_lines
 from videoxl.training.batches import EpochSampler, videos_of
 from videoxl.training.data import IGNORE
 from videoxl.training.muon import is_matrix, make_optimizer
@@ -124,7 +124,8 @@ class VideoXLTrainer(Trainer):
         logits, targets = logits[labelled].float(), targets[labelled]
         right = torch.zeros_like(labels, dtype=torch.bool)
         right[:, 1:][labels[:, 1:] != IGNORE] = logits.detach().argmax(dim=-1) == targets
-        return F.cross_entropy(logits, targets, reduction="sum"), right
+        smoothing = self.args.label_smoothing_factor
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), right
 
     # override: teacher-forced accuracy of whole answers
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -214,10 +215,10 @@ class BrokenReport:
         if not broken:
             return
         self.count += len(broken)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for source, name, reason in broken:
                 line = {"step": step, "process": self.process, "source": source, "name": name, "reason": reason}
-                file.write(json.dumps(line) + "\n")
+                file.write(json_line(line))
         if self.count > self.max_broken * max(self.seen, MIN_SEEN):
             raise ValueError(
                 f"{self.count} of {self.seen} samples are broken, more than max_broken = {self.max_broken:g} allows; "
@@ -236,25 +237,19 @@ class Journal:
         _keep_lines(self.path, step, rewrite=True)
 
     def write(self, step: int, logs: dict) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             line = {"step": step, **logs, "wall_seconds": round(time.perf_counter() - self.begin, 1)}
-            file.write(json.dumps(line) + "\n")
+            file.write(json_line(line))
 
 
 def _keep_lines(path, last_step, rewrite):
     """The lines up to a step; with `rewrite` the others leave the file."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # the line that was being written when the process was killed
-            continue
-        if line["step"] <= last_step:
-            lines.append(line)
+    # The line that was being written when the process was killed is no line.
+    lines = [line for _, line in json_lines(path, cut_off=True) if line["step"] <= last_step]
     if rewrite:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path.write_text("".join(map(json_line, lines)), encoding="utf-8")
     return lines
 
 
