@@ -11,7 +11,6 @@ What is surprising:
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer
+from videoxl.hub import tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,12 +190,7 @@ def weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file: convert the checkpoint with convert_weights.py")
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    return tensors.weights_hash(files)
 
 
 def frame_size(model, wanted: int | None = None) -> int:

@@ -19,7 +19,6 @@ Exit status: 0; 2 if the folder or the usage is refused; 1 if the Hub is, or the
 
 import argparse
 import contextlib
-import hashlib
 import os
 import posixpath
 import re
@@ -37,7 +36,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .cards import check_card, with_results
 from .checks import PICKLES, check_files, check_loading, link_or_copy, looks_secret
-from .tensors import read_json, read_source, write_weights
+from .tensors import read_json, read_source, weights_hash, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evaluation" / "results"
@@ -250,16 +249,6 @@ def _refuse_others(folder, known):
             reasons.append(f"{name} is not part of a model repository")
     shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
     raise ValueError(f"{folder}: {shown}. Nothing is left out silently: move them elsewhere")
-
-
-def weights_hash(files) -> str:
-    """SHA-256 over files of weights in the given order, as evaluation/ writes it into results."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check(assembly: Assembly, load: bool = True) -> dict | None:

@@ -217,3 +217,15 @@ def clips(tmp_path_factory):
             container.mux(stream.encode(None))
         paths.append(str(folder / name))
     return tuple(paths)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What reading videos warns of while the test runs, in order."""
+    from videoxl import video_decoding_videoxl, video_index_videoxl, video_processing_videoxl
+
+    said = []
+    for module in (video_processing_videoxl, video_decoding_videoxl, video_index_videoxl):
+        monkeypatch.setattr(module.logger, "warning", lambda text, *_: said.append(text))
+        monkeypatch.setattr(module.logger, "warning_once", lambda text, *_: said.append(text))
+    return said

@@ -18,8 +18,6 @@ from h264_fields import DELIMITER, fields
 from PIL import Image, ImageOps
 from sampled import choose_frames, open_video
 from videoxl import image_processing_videoxl as ip
-from videoxl import video_decoding_videoxl as vd
-from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 from videoxl.image_processing_videoxl import load_image
 from videoxl.messages_videoxl import is_image
@@ -30,18 +28,12 @@ EVERY_FRAME = {"max_num_frames": 10_000, "sample_fps": 1000, "max_sample_fps": N
 PIXELS = {"qtrle": "rgb24", "rpza": "rgb555le", "svq1": "yuv410p", "mjpeg": "yuvj420p"}
 
 
+pytestmark = pytest.mark.usefixtures("warnings")
+
+
 @pytest.fixture
 def field(test_data):
     return test_data / "data" / "field"
-
-
-@pytest.fixture(autouse=True)
-def warnings(monkeypatch):
-    said = []
-    for logger in (vp.logger, vd.logger, vi.logger):
-        monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
-        monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
-    return said
 
 
 def bars(number):

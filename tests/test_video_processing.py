@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from sampled import open_video, sample_frame_indices, sample_frame_times
 from videoxl import video_decoding_videoxl as vd
-from videoxl import video_index_videoxl as vi
 from videoxl import video_processing_videoxl as vp
 
 # Opens a program in a process of its own; its arguments are the repository root and a video.
@@ -83,15 +82,6 @@ def read(source, size=96, **settings_):
         batches = list(video)
     numbers = [number_in(frame) for batch in batches for frame in batch.frames]
     return video, numbers, [second for batch in batches for second in batch.timestamps]
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    for logger in (vp.logger, vd.logger, vi.logger):
-        monkeypatch.setattr(logger, "warning", lambda text, *_: said.append(text))
-        monkeypatch.setattr(logger, "warning_once", lambda text, *_: said.append(text))
-    return said
 
 
 @pytest.fixture
