@@ -25,7 +25,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer
-from videoxl.hub import tensors
+from videoxl.shell.records import files_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,7 +190,7 @@ def weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no *.safetensors file: convert the checkpoint with convert_weights.py")
-    return tensors.weights_hash(files)
+    return files_hash(files)
 
 
 def frame_size(model, wanted: int | None = None) -> int:

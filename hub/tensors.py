@@ -5,7 +5,6 @@ What is surprising:
 * Headers are read first; values only while they are written, one shard at a time.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -24,16 +23,6 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 EMBEDDING, HEAD, TOWER = "model.language_model.embed_tokens.weight", "lm_head.weight", "model.vision_tower."
 # What a model weight may be stored as; anything else is a quantised or damaged checkpoint.
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def weights_hash(files) -> str:
-    """SHA-256 over files of weights in the given order, as evaluation/ writes it into results."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

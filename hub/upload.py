@@ -33,10 +33,11 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
+from videoxl.shell.records import files_hash
 
 from .cards import check_card, with_results
 from .checks import PICKLES, check_files, check_loading, link_or_copy, looks_secret
-from .tensors import read_json, read_source, weights_hash, write_weights
+from .tensors import read_json, read_source, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evaluation" / "results"
@@ -138,7 +139,7 @@ def assemble(
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, output / name)
     _place_weights(tensors, output, shard_size, log)
-    weights = weights_hash(folder / name for name in shards)
+    weights = files_hash(folder / name for name in shards)
     card, results = with_results(pages["README.md"], RESULTS.glob("*.json"), weights)
     (output / "README.md").write_text(card, encoding="utf-8")
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))

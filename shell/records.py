@@ -10,6 +10,7 @@ What is surprising:
   names files that are not UTF-8), texts may not.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -36,6 +37,16 @@ class Question:
     def entry(self) -> dict:
         """What a line of answers says about its question."""
         return {"id": self.id, "video": self.video, "question": self.text}
+
+
+def files_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 over files in the given order: how results say which weights they are about."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 # Letters that end lines for some programs, and halves of letters, which UTF-8 does not have.
