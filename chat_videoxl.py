@@ -34,6 +34,7 @@ from .messages_videoxl import (
     VISUAL_KINDS,
     chunks_at,
     is_encoded,
+    origin_of,
     part_of,
     place_visual,
     read_history,
@@ -107,8 +108,7 @@ class VideoEncoder:
         if item.get("timestamps") is not None:
             raise ValueError("timestamps belong to frames of a video; an image has none. Leave them out")
         tiles = self.processor.read_tiles(source)
-        path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
-        encoded = self._start(path, base, prefix, kind="image", sampling={"size": self.processor.image_size})
+        encoded = self._start(source, base, prefix, kind="image", sampling={"size": self.processor.image_size})
         encoded.extend_image(tiles)
         return encoded
 
@@ -125,7 +125,7 @@ class VideoEncoder:
         with open_video(**options, backend=self.backend, batch_frames=batch_frames) as reader:
             tokens = -(-reader.num_frames // config.frames_per_group) * model.tokens_per_group
             require_context(model, len(prefix) + tokens + (0 if base is None else len(base.input_ids)))
-            encoded = self._start(reader.source, base, prefix, sampling=reader.sampling)
+            encoded = self._start(options["source"], base, prefix, sampling=reader.sampling)
             encoded.start, shown = reader.start, self.progress
             if shown is None:
                 shown = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
@@ -136,12 +136,14 @@ class VideoEncoder:
         encoded.duration = reader.duration
         return encoded
 
-    def _start(self, path, base, prefix, **facts) -> EncodedVideo:
+    def _start(self, source, base, prefix, **facts) -> EncodedVideo:
+        path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
         ids, cache = torch.tensor(prefix), None
         if base is not None:
             ids, cache = torch.cat([base.input_ids, ids]), base.cache.fork()
         return EncodedVideo(
             path,
+            origin=None if path else origin_of(source),
             processor=self.processor,
             model=self.model,
             cache=prefill_text(self.model.model, cache, prefix, self.in_force),
@@ -216,7 +218,7 @@ class VideoXLChatMixin:
         Raises:
             FileNotFoundError, ValueError, VideoDecodeError: On a video that cannot be read or settings out of range.
         """
-        items = turn_items(video_path)
+        items = turn_items(video_path, self.config.max_source_bytes)
         if [item["type"] in VISUAL_KINDS for item in items] != [True]:
             raise ValueError("encode_video needs one video (a path, or frames with timestamps) or one image")
         processor = VideoXLProcessor.from_config(self.config, tokenizer)
@@ -317,14 +319,14 @@ class VideoXLChatMixin:
 
     def _read_turn(self, video_path, user_prompt, chat_history, timestamps, media_dict) -> list[dict]:
         """The conversation up to this turn's question, as messages of our own."""
-        items = turn_items(video_path)
+        items = turn_items(video_path, self.config.max_source_bytes)
         visuals = [item for item in items if item["type"] in VISUAL_KINDS]
         if timestamps is not None:
             if len(visuals) != 1 or visuals[0]["type"] != "video" or is_encoded(source_of(visuals[0])):
                 raise ValueError("timestamps belong to frames from memory; this turn brings no new frames")
             visuals[0].setdefault("timestamps", timestamps)
         self._set_media(visuals, media_dict, chat_history)
-        messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None)
+        messages = read_history(chat_history, visuals[0] if len(visuals) == 1 else None, self.config.max_source_bytes)
         first = source_of(visuals[0]) if visuals else None
         if not messages and is_encoded(first) and first.system_prompt is not None:
             messages.append({"role": "system", "content": first.system_prompt})

@@ -149,6 +149,7 @@ class VideoXLFramesConfig(PreTrainedConfig):
     frame_sampler: str = "fps"  # how frames are chosen from a file: like the next two for `FrameSampler`
     min_num_frames: int = 64
     frame_multiple: int = 8
+    max_source_bytes: int = 2**30  # of a file in memory: bytes, an open file, a `data:` address
 
     def __setattr__(self, name, value):
         # override: a config's and a processor's own attributes end here, at construction and later

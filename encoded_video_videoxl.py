@@ -74,6 +74,7 @@ class EncodedVideo(str):
         appended: Whether frames were added that its file does not hold.
         input_ids: [L] token ids of everything up to the end of the video: prompt header, timestamps, placeholders.
         cache: Their key-values (`VideoXLCache`). Never extend it; fork it, or take `question_cache`.
+        origin: What tells contents that came without a path from others; None for frames.
         mark: Stands for the content; it is another object once that has changed.
     """
 
@@ -83,13 +84,28 @@ class EncodedVideo(str):
         return super().__new__(cls, source or "")
 
     def __init__(
-        self, source, *, model, processor, cache, input_ids, sampling, behind=None, system_prompt=None, kind="video"
+        self,
+        source,
+        *,
+        model,
+        processor,
+        cache,
+        input_ids,
+        sampling,
+        behind=None,
+        system_prompt=None,
+        kind="video",
+        origin=None,
     ):
         super().__init__()
         self._processor, self._model, self._witness = processor, model, Witness(model)
         self.cache, self.input_ids = cache, input_ids
         self.kind, self.sampling, self.system_prompt, self.appended = kind, sampling, system_prompt, False
-        self.mark, self._behind = object(), behind  # `_behind` is the mark of the video in front of it
+        self.origin, self.mark, self._behind = (
+            origin,
+            object(),
+            behind,
+        )  # `_behind` is the mark of the video in front of it
         self.timestamps: list[float] = []
         self.start, self.duration = 0.0, 0.0
         # Frames of a last, partial group or beacon window: they are encoded again when more frames come. And how many

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, features
 
-from .video_index_videoxl import file_head, is_heif
+from .video_index_videoxl import AnyFile, MemoryFile, open_bytes
 
 try:
     import pillow_heif
@@ -40,6 +40,43 @@ _FLOAT_WHITES = (2.0, 255.0, 65535.0)
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1
 # Largest number of rows and of columns, where no grids are given (36 grids; Video-XL-2's own list).
 MAX_GRID_SIDE = 6
+
+
+# Files with these endings are images, unless they begin otherwise; everything else is a video (animated GIFs, too).
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"),
+)
+# Files that begin so are images, whatever they are called, or videos. JPEG pictures in a row are a video.
+_IMAGE_HEADS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|II\*\0|MM\0\*|RIFF....WEBP|BM....\0\0\0\0", re.DOTALL)
+_VIDEO_HEADS = re.compile(rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI |GIF8|FLV\x01|OggS|\0\0\x01\xba", re.DOTALL)
+_JPEG_ROWS = (".mjpeg", ".mjpg")
+# Photos of phones, and AVIF: by the brand of the file; sequences have others (hevc, avis, msf1).
+_HEIF_HEADS = re.compile(rb"....ftyp(?:hei[cxms]|mif1|avif)", re.DOTALL)
+
+
+def file_head(path: AnyFile) -> bytes:
+    """How a file begins; nothing of what cannot be read."""
+    try:
+        with open_bytes(path) as file:
+            return file.read(16)
+    except (OSError, ValueError):
+        return b""
+
+
+def is_heif(path: AnyFile) -> bool:
+    """Whether a file is a photo as HEIC, HEIF or AVIF, of which video readers see tiles only."""
+    return _HEIF_HEADS.match(file_head(path)) is not None
+
+
+def is_image_file(path: AnyFile) -> bool:
+    """Whether a file is one image, not a video.
+
+    How it begins decides, and its ending where that says nothing or there is no such file.
+    """
+    head, name = file_head(path), str(path).lower()
+    if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
+        return True
+    return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
 
 
 @contextmanager
@@ -86,7 +123,7 @@ def _to_bytes(levels: np.ndarray) -> np.ndarray:
     return np.clip(scaled, 0, 255).round().astype(np.uint8)
 
 
-def _open_heif(path: str) -> Image.Image | None:
+def _open_heif(path: AnyFile) -> Image.Image | None:
     """A HEIF photo in whole and upright; None for an AVIF, which PIL reads."""
     if b"avif" in file_head(path) and features.check("avif"):
         return None
@@ -95,21 +132,31 @@ def _open_heif(path: str) -> Image.Image | None:
             f"{path}: a photo as HEIC, HEIF or AVIF needs the package pillow-heif, which is not here. Install it, "
             "or save the photo as JPEG."
         )
-    with reading_image(path):
-        return pillow_heif.open_heif(path).to_pillow()
+    with reading_image(str(path)), open_bytes(path) as file:
+        return pillow_heif.open_heif(file).to_pillow()
+
+
+def existing_image(path: str) -> str:
+    """Returns the path of an image file; FileNotFoundError if there is none, ValueError if it is an address."""
+    if not os.path.exists(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", path):
+            raise ValueError(f"{path:.100} is an address; only local files are opened. Download it, pass the path.")
+        raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
+    return path
 
 
 def load_image(source: Any) -> Image.Image:
     """Opens an image, turned as its EXIF data say, in RGB.
 
     Args:
-        source: Path of a local file, a PIL image, or an array [H, W, 3] or [H, W]: uint8, or other numbers, whose
-            largest is taken to be white as `_WHITES` says.
+        source: Path of a local file, the content of one, a PIL image, or an array [H, W, 3] or [H, W]: uint8, or other
+            numbers, whose largest is taken to be white as `_WHITES` says.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: Anything that is no image, is broken, or too large.
     """
+    name = getattr(source, "filename", None) or "the image"
     if isinstance(source, (np.ndarray, torch.Tensor)):
         pixels = source
         if isinstance(source, torch.Tensor):
@@ -120,17 +167,12 @@ def load_image(source: Any) -> Image.Image:
             )
         pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
         source = Image.fromarray(np.ascontiguousarray(_to_bytes(pixels))) if pixels.size else Image.new("L", (0, 0))
-    elif isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        if not os.path.exists(path):
-            if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", path):
-                raise ValueError(
-                    f"{path:.100} is an address; only local files are opened. Download it, pass the path."
-                )
-            raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
+    elif isinstance(source, (str, os.PathLike, MemoryFile)):
+        path = source if isinstance(source, MemoryFile) else existing_image(os.fspath(source))
+        name = str(path)
         source = _open_heif(path) if is_heif(path) else None
         if source is None:
-            with reading_image(path), Image.open(path) as source:
+            with reading_image(name), open_bytes(path) as file, Image.open(file) as source:
                 if source.format in PROGRAM_FORMATS:
                     raise ValueError(f"{source.format}, which another program would have to draw")
                 source.load()
@@ -138,7 +180,7 @@ def load_image(source: Any) -> Image.Image:
         raise ValueError(f"an image must be a path, a PIL image or uint8 [H, W, 3], got {type(source).__name__}.")
     if 0 in source.size:
         raise ValueError(f"an image needs pixels, got one of size {source.size}.")
-    with reading_image(getattr(source, "filename", None) or "the image"):
+    with reading_image(name):
         return ImageOps.exif_transpose(to_rgb(source))
 
 

@@ -13,28 +13,38 @@ What is surprising:
 * A time in a question is a guess about words. A false one costs one dense chunk, so doubtful phrases count as times.
 """
 
+import base64
+import hashlib
 import math
 import os
 import re
 from dataclasses import replace
 from itertools import islice
+from urllib.parse import unquote
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .frame_sampling_videoxl import SAMPLING_FIELDS, Sampling
-from .video_index_videoxl import is_image_file
+from .image_processing_videoxl import is_image_file
+from .video_index_videoxl import MemoryFile
 
 ROLES, VISUAL_KINDS = ("system", "user", "assistant"), ("video", "image")
 # Where an item names its source; the first is the one that it has here.
-SOURCE_KEYS = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url"), "text": ("text",)}
+SOURCE_KEYS = {
+    "video": ("video", "video_path", "path", "url", "video_url"),
+    "image": ("image", "path", "url", "image_url"),
+}
+SOURCE_KEYS["text"] = ("text",)
+# Types of items as clients of OpenAI's interface write them.
+TYPE_NAMES = {"video_url": "video", "image_url": "image"}
 # What a video item may say of its sampling: names of `Sampling`, and transformers' and other libraries' names.
 SAMPLING_KEYS = {name: name for name in ("max_num_frames", "sample_fps", "max_sample_fps", "start", "end")}
 SAMPLING_KEYS |= {"num_frames": "num_frames", "fps": "fps", "max_frames": "max_num_frames", "nframes": "num_frames"}
 OWN_KEYS = {"video": (*SAMPLING_KEYS, "timestamps", "media_dict"), "image": (), "text": ()}
-# Pixel budgets are other models' settings: here every frame has the tower's size.
-IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width"}
+# Pixel budgets and levels of detail are other models' settings: here every frame has the tower's size.
+IGNORED_KEYS = {"type", "max_pixels", "min_pixels", "total_pixels", "resized_height", "resized_width", "detail"}
 # The names of the published VideoChat-Flash code for what a path leads to, and those of `Sampling.read_as`. It names a
 # video file by its decoder, which is another setting here.
 READ_TYPES = {"decord": "file", "av": "file", "gif": "gif", "img": "folder", "frame": "folder"}
@@ -44,20 +54,103 @@ RIVALS = {"num_frames": ("max_num_frames", "fps", "sample_fps"), "fps": ("sample
 PUBLISHED_VIDEO_MARK = "<image>\n"
 PUBLISHED_ROLE_PREFIX = "<|im_start|>"
 HALF_LETTER = re.compile("[\ud800-\udfff]")
+# Bytes of a file in memory where no `frames_config` says how many may come.
+MAX_SOURCE_BYTES = 2**30
+_DATA, _FILE = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE), re.compile(r"file:(?://([^/]*))?(/.*)", re.I | re.S)
 
 
-def read_item(item, needs_source=True) -> dict:
+def read_source(source, max_bytes=MAX_SOURCE_BYTES):
+    """A video or image as callers give it, in the form that is opened.
+
+    A `file://` address becomes a path; a `data:` address, bytes, and a binary file, from its start, become a
+    `MemoryFile`. A list is read item by item, everything else stays.
+
+    Raises:
+        ValueError: On an address of another form, a file of text, or more than `max_bytes`.
+    """
+    if isinstance(source, (list, tuple)) and any(map(_is_reference, source)):
+        return [read_source(part, max_bytes) for part in source]
+    if isinstance(source, str) and not is_encoded(source):
+        if source[:5].lower() == "data:":
+            return MemoryFile(_read_data(source, max_bytes))
+        return _read_file_address(source) if source[:6].lower() == "file:/" else source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        _require_bytes(memoryview(source).nbytes, max_bytes)
+        return MemoryFile(bytes(source))
+    return MemoryFile(_read_file(source, max_bytes)) if hasattr(source, "read") else source
+
+
+def _is_reference(source) -> bool:
+    """Whether this stands for a file, or is a list, which may hold such."""
+    return isinstance(source, (str, bytes, bytearray, memoryview, list, tuple)) or hasattr(source, "read")
+
+
+def _require_bytes(found, allowed) -> None:
+    if found > allowed:
+        raise ValueError(
+            f"a file of {found:,} bytes came, at most {allowed:,} are taken into memory; write it to a file and pass "
+            "its path, or raise frames_config.max_source_bytes"
+        )
+
+
+def _read_data(address, max_bytes) -> bytes:
+    head = _DATA.match(address)
+    if head is None or not head[1].lower().replace(" ", "").endswith(";base64"):
+        raise ValueError("a data: address must be data:video/mp4;base64,… (or another type of video or image)")
+    text = "".join(address[head.end() :].split()).rstrip("=")
+    _require_bytes(len(text) * 3 // 4, max_bytes)
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        # Not chained: the cause would show what came.
+        raise ValueError("a data: address holds no valid base64; was it cut off, or encoded for a URL?") from None
+
+
+def _read_file_address(address) -> str:
+    found = _FILE.match(address)
+    if found is None or (found[1] or "localhost").lower() != "localhost":
+        raise ValueError(f"{address:.200} is no address of a file on this machine; expected file:///folder/video.mp4")
+    path = found[2][1:] if re.match("/[A-Za-z]:", found[2]) else found[2]  # a drive of Windows
+    return path if os.path.exists(path) else unquote(path)
+
+
+def _read_file(file, max_bytes) -> bytes:
+    if seekable := getattr(file, "seekable", lambda: False)():
+        place = file.tell()
+        _require_bytes(file.seek(0, os.SEEK_END), max_bytes)
+        file.seek(0)
+    content = file.read(max_bytes + 1)
+    if seekable:
+        file.seek(place)
+    if not isinstance(content, bytes):
+        raise ValueError("a file was opened as text; open it in binary mode: open(path, 'rb')")
+    _require_bytes(len(content), max_bytes)
+    return content
+
+
+def _told(value) -> str:
+    """What callers gave, for a message: short, and without the content of files."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r:.40}: {_told(each)}" for key, each in list(value.items())[:6]) + "}"
+    if isinstance(value, (bytes, bytearray, memoryview, MemoryFile)) or str(value)[:5].lower() == "data:":
+        return "the content of a file"
+    return f"{value!r:.200}"
+
+
+def read_item(item, needs_source=True, max_bytes=MAX_SOURCE_BYTES) -> dict:
     """Reads a content item into a new one of the one form.
 
     Args:
         item: A dict with a `type`. Its source may be another dict, whose keys win.
         needs_source: False accepts a video or image without a source, which becomes `""`.
+        max_bytes: See `read_source`.
     """
     kind = item.get("type") if isinstance(item, dict) else None
-    if not isinstance(kind, str) or kind not in SOURCE_KEYS:
+    kind = TYPE_NAMES.get(kind, kind) if isinstance(kind, str) else None
+    if kind not in SOURCE_KEYS:
         raise ValueError(
             "an item must be {'type': 'text', 'text': ...}, {'type': 'video', 'video': ...} or {'type': 'image', "
-            f"'image': ...}}, got {item!r:.200}"
+            f"'image': ...}}, got {_told(item)}"
         )
     given = {key: value for key, value in item.items() if value is not None and key not in IGNORED_KEYS}
     sources = [key for key in SOURCE_KEYS[kind] if key in given]
@@ -68,10 +161,10 @@ def read_item(item, needs_source=True) -> dict:
         raise ValueError(f"{a_kind} item takes one of {takes}; got {', '.join(map(str, given)) or 'nothing'}")
     source = given.pop(sources[0]) if sources else ""
     if isinstance(source, dict):
-        return {**given, **read_item({**source, "type": kind})}
+        return {**given, **read_item({**source, "type": kind}, needs_source, max_bytes)}
     if kind == "text" and not isinstance(source, str):
         raise ValueError(f"a text item needs its text as a string, got {source!r:.200}")
-    return {"type": kind, kind: source, **given}
+    return {"type": kind, kind: source if kind == "text" else read_source(source, max_bytes), **given}
 
 
 def source_of(item):
@@ -92,17 +185,21 @@ def readable_source(item):
     return str(source)
 
 
-def turn_items(visual) -> list[dict]:
-    """The items that a turn of `chat` brings: of None, a video or image (also a list of one path), or its items."""
+def turn_items(visual, max_bytes=MAX_SOURCE_BYTES) -> list[dict]:
+    """The items that a turn of `chat` brings.
+
+    Args:
+        visual: None, a video (frame files, too), an image, a list of one path, or items.
+        max_bytes: See `read_source`.
+    """
     if visual is None:
         return []
     parts = visual if isinstance(visual, (list, tuple)) else [visual]
     if parts and isinstance(parts[0], dict):
-        return [read_item(item) for item in parts]
-    if parts is visual and parts and all(isinstance(part, (str, os.PathLike)) for part in parts):
-        if len(parts) > 1:
-            raise ValueError("several videos are a list of items {'type': 'video', 'video': path}, not of paths")
-        visual = parts[0]
+        return [read_item(item, True, max_bytes) for item in parts]
+    visual = read_source(visual, max_bytes)
+    if isinstance(visual, list) and len(visual) == 1 and not isinstance(visual[0], list) and _is_reference(visual[0]):
+        visual = visual[0]
     kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
     item = {"type": kind, kind: visual}
     if is_encoded(visual) and (part := part_of(item)):
@@ -113,9 +210,9 @@ def turn_items(visual) -> list[dict]:
 
 
 def is_image(source) -> bool:
-    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or the path of an image."""
-    if isinstance(source, (str, os.PathLike)):
-        return is_image_file(os.fspath(source))
+    """Whether this is one image, not a video: a PIL image, an array [H, W, 3], or an image file."""
+    if isinstance(source, (str, os.PathLike, MemoryFile)):
+        return is_image_file(source if isinstance(source, MemoryFile) else os.fspath(source))
     return isinstance(source, Image.Image) or (isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 3)
 
 
@@ -188,6 +285,8 @@ def video_request(item, sampling: Sampling, called=None) -> dict:
     settings = {**({} if "num_frames" in called and "max_num_frames" in own else called), **own}
     count, sampling = settings.pop("num_frames", None), replace(sampling, **settings)
     in_memory = isinstance(source, (list, tuple, np.ndarray, torch.Tensor))
+    if in_memory and seconds is None and own.get("sample_fps"):
+        seconds = [index / own["sample_fps"] for index in range(len(source))]  # the item knows how far they are apart
     if in_memory and count is not None and len(source) > count > 0:
         if seconds is None:
             seconds = [index / spacing for index in range(len(source))]
@@ -197,26 +296,26 @@ def video_request(item, sampling: Sampling, called=None) -> dict:
     return {"source": source, "timestamps": seconds, "sampling": sampling}
 
 
-def read_messages(messages, name="message", needs_source=True) -> list[dict]:
+def read_messages(messages, name="message", needs_source=True, max_bytes=MAX_SOURCE_BYTES) -> list[dict]:
     """Reads messages into new ones, their items into the one form; what else they hold stays.
 
     Args:
         messages: A list of `{"role", "content"}`; content is text or a list of items, of which a string is text, too.
         name: What a message is called in errors.
-        needs_source: See `read_item`.
+        needs_source, max_bytes: See `read_item`.
     """
     read = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         role = role.removeprefix(PUBLISHED_ROLE_PREFIX) if isinstance(role, str) else None
         if role not in ROLES:
-            raise ValueError(f"{name} {number} must be a dict with a role of {', '.join(ROLES)}: {message!r:.200}")
+            raise ValueError(f"{name} {number} must be a dict with a role of {', '.join(ROLES)}: {_told(message)}")
         content = message.get("content")
         if not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"{name} {number}: content must be a string or a list of items, got {content!r:.200}")
+            raise ValueError(f"{name} {number}: content must be a string or a list of items, got {_told(content)}")
         if not isinstance(content, str):
             items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
-            content = [read_item(item, needs_source) for item in items]
+            content = [read_item(item, needs_source, max_bytes) for item in items]
         read.append({**message, "role": role, "content": content})
     return read
 
@@ -243,16 +342,17 @@ def without_sources(messages, markers) -> list[dict]:
     return bare
 
 
-def read_history(history, visual) -> list[dict]:
+def read_history(history, visual, max_bytes=MAX_SOURCE_BYTES) -> list[dict]:
     """A copy of a history, its items in the one form.
 
     Args:
         history: None, or messages, whose videos and images may have lost their source in JSON.
         visual: The item of the turn's video or image, which a published history means by its mark; or None.
+        max_bytes: See `read_source`.
     """
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"chat_history must be a list of messages, got {type(history).__name__}")
-    messages = read_messages(history or [], "chat_history: message", needs_source=False)
+    messages = read_messages(history or [], "chat_history: message", False, max_bytes)
     for message in messages:
         text = message["content"]
         if isinstance(text, str) and text.startswith(PUBLISHED_VIDEO_MARK) and not visual_items(messages):
@@ -295,8 +395,12 @@ def _is_same(visual, item) -> bool:
         item["timestamps"] = visual["timestamps"]
     if video is known or is_encoded(visual) and is_encoded(item) and video.mark is known.mark:
         return True
-    if not _path(visual) or not _path(item) or os.path.realpath(_path(visual)) != os.path.realpath(_path(item)):
+    if (origin := origin_of(video)) is None or origin != origin_of(known):
         return False
+    if "timestamps" in visual and is_encoded(item):  # frame files, of which only the order is in the origin
+        if list(map(float, visual["timestamps"])) != known.timestamps:
+            return False
+        item["timestamps"] = visual["timestamps"]
     # A turn that names no part and no sampling takes what is there.
     names_part = is_encoded(visual) or not {"media_dict", "start", "end"}.isdisjoint(visual)
     wanted, shown = {} if is_encoded(visual) else wanted_of(visual), wanted_of(item)
@@ -310,12 +414,26 @@ def _is_same(visual, item) -> bool:
     return True
 
 
+def origin_of(source) -> str | None:
+    """What tells a video or image from others by its files: a path, or a digest; None for frames from memory."""
+    if is_encoded(source) and not str(source):
+        return source.origin
+    if isinstance(source, MemoryFile):
+        return hashlib.sha256(source.data).hexdigest()
+    if isinstance(source, list):
+        parts = [origin_of(part) for part in source]
+        return None if None in parts else hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
+    return os.path.realpath(source) if isinstance(source, (str, os.PathLike)) else None
+
+
 def _path(item) -> str:
     source = source_of(item)
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
 
 
-def assign_visuals(visuals, texts, marker, kind="video", timestamps=None) -> list[list[dict]]:
+def assign_visuals(
+    visuals, texts, marker, kind="video", timestamps=None, max_bytes=MAX_SOURCE_BYTES
+) -> list[list[dict]]:
     """Distributes the videos, or the images, of a call over its texts: a list of items per text, one per marker.
 
     Args:
@@ -325,8 +443,10 @@ def assign_visuals(visuals, texts, marker, kind="video", timestamps=None) -> lis
         marker: Stands for one of them in a text.
         kind: `"video"` or `"image"`.
         timestamps: Seconds of the frames of one video, or a list with such a list (or None) per video.
+        max_bytes: See `read_source`.
     """
     counts = [text.count(marker) for text in texts]
+    visuals = read_source(visuals, max_bytes)
     visuals = [] if visuals is None else [visuals] if _is_one(visuals, kind) else visuals
     nested = [visual is None or not _is_one(visual, kind) for visual in visuals]
     if any(nested):
@@ -346,7 +466,10 @@ def assign_visuals(visuals, texts, marker, kind="video", timestamps=None) -> lis
                 f"text {number} has {count} {kind} markers ({marker}), but there are {len(group)} {kind}s "
                 f"for it; write the text with apply_chat_template from messages with one {kind} item per {kind}"
             )
-    items, total = [[read_item({"type": kind, kind: visual}) for visual in group] for group in groups], sum(counts)
+    items, total = (
+        [[read_item({"type": kind, kind: visual}, True, max_bytes) for visual in group] for group in groups],
+        sum(counts),
+    )
     times = [None] * total if timestamps is None else list(timestamps)
     if times and all(time is not None and np.ndim(time) == 0 for time in times):
         times = [times]
@@ -358,8 +481,7 @@ def assign_visuals(visuals, texts, marker, kind="video", timestamps=None) -> lis
 def _is_one(value, kind) -> bool:
     """Whether this is a single video (frames, a path, a dict, anything but a list of videos) or a single image."""
     if isinstance(value, (list, tuple)):
-        frames = len(value) > 0 and (isinstance(value[0], Image.Image) or getattr(value[0], "ndim", None) == 3)
-        return kind == "video" and frames
+        return kind == "video" and len(value) > 0 and all(map(is_image, value))
     return kind == "image" or getattr(value, "ndim", 4) != 5
 
 

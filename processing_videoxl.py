@@ -278,8 +278,9 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         given |= {name: rate for name, rate in rates.items() if not (isinstance(rate, str) and rate == DEFAULT)}
 
         # Everything is checked before the first video is opened.
-        films = assign_visuals(videos, texts, self.video_token, timestamps=timestamps)
-        pictures = assign_visuals(images, texts, self.image_token, "image")
+        most = self.max_source_bytes
+        films = assign_visuals(videos, texts, self.video_token, timestamps=timestamps, max_bytes=most)
+        pictures = assign_visuals(images, texts, self.image_token, "image", max_bytes=most)
         called, own = named_sampling(given), self.sampling()
         films = [[video_request(item, own, called) for item in group] for group in films]
         pictures = [[readable_source(item) for item in group] for group in pictures]
@@ -346,7 +347,8 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         markers = {"video": self.video_token, "image": self.image_token}
         chats = conversation if batched else [conversation]
         # A prompt may be written without its videos, which the caller then passes with it.
-        chats = [read_messages(getattr(chat, "messages", chat), needs_source=tokenize) for chat in chats]
+        most = {"needs_source": tokenize, "max_bytes": self.max_source_bytes}
+        chats = [read_messages(getattr(chat, "messages", chat), **most) for chat in chats]
         texts, _ = render_jinja_template(
             [without_sources(messages, markers.values()) for messages in chats],
             chat_template=template,

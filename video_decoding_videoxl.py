@@ -35,16 +35,18 @@ from av.video.frame import PictureType
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
-from .image_processing_videoxl import load_image
+from .image_processing_videoxl import is_heif, load_image
 from .video_index_videoxl import (
     SERIES_FORMAT,
+    AnyFile,
+    MemoryFile,
     SecondFields,
     VideoDecodeError,
     VideoIndex,
-    is_heif,
     open_file,
     read_index,
     read_packets,
+    size_of,
     video_stream,
 )
 
@@ -221,7 +223,9 @@ def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> It
             passed = place, frame
 
 
-def _read_runs(path: str, index: VideoIndex, wanted: Sequence[int], careful: bool) -> Iterator[tuple[int, np.ndarray]]:
+def _read_runs(
+    path: AnyFile, index: VideoIndex, wanted: Sequence[int], careful: bool
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yields positions and uint8 [H, W, 3]; ends early where the file does.
 
     Raises:
@@ -241,7 +245,7 @@ def _read_runs(path: str, index: VideoIndex, wanted: Sequence[int], careful: boo
                 yield place, upright_rgb(frame, matrix)
 
 
-def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
+def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
     """Yields uint8 [H, W, 3] and seconds of the wanted positions that the file has.
 
     Raises:
@@ -270,12 +274,12 @@ def _read_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> Iterator[
         raise problem
 
 
-def open_pyav(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
+def open_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
     """The reader of the frames at increasing positions `wanted`; the file is opened when reading starts."""
     return partial(_read_pyav, path, index, wanted)
 
 
-def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
+def open_decord(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
     """As `open_pyav`, but opened at once and only for files whose frames decord provably finds.
 
     decord ignores display matrices and edit lists, and hangs on MPEG-TS.
@@ -286,6 +290,8 @@ def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameRea
     """
     if decord is None:
         raise ValueError('backend="decord" needs the package decord, which is not installed; use backend="pyav".')
+    if isinstance(path, MemoryFile):
+        raise ValueError('backend="decord" reads local files only, not what is in memory; use backend="pyav".')
     with open_file(path) as container:
         misread = any(name in container.format.name for name in ("mpegts", SERIES_FORMAT))
         _, frame = next(_decode(container, video_stream(container, path), index), (0, None))
@@ -313,19 +319,21 @@ def open_decord(path: str, index: VideoIndex, wanted: Sequence[int]) -> FrameRea
     return read
 
 
-BACKENDS: dict[str, Callable[[str, VideoIndex, Sequence[int]], FrameReader]] = {
+BACKENDS: dict[str, Callable[[AnyFile, VideoIndex, Sequence[int]], FrameReader]] = {
     "pyav": open_pyav,
     "decord": open_decord,
 }
 
 
-def list_pictures(folder: str) -> list[str]:
+def list_pictures(folder: AnyFile) -> list[str]:
     """The paths of a folder's pictures, in the order of their numbers.
 
     Raises:
         FileNotFoundError: No such folder.
         VideoDecodeError: A file, or a folder without numbered pictures.
     """
+    if isinstance(folder, MemoryFile):
+        raise VideoDecodeError(f"{folder} is no folder of pictures; its video_read_type is 'decord' or 'gif'.")
     if not os.path.exists(folder):
         raise FileNotFoundError(f"{folder}: no such folder (looked from {os.getcwd()}).")
     if not os.path.isdir(folder):
@@ -374,11 +382,11 @@ class ChosenFrames:
     damage: str | None = None
 
 
-def open_path(path: str, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
+def open_path(path: AnyFile, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
     """Chooses frames of what a path leads to.
 
     Args:
-        path: Of a local file or folder.
+        path: Of a local file or folder, or a file's content.
         sampling: What is wanted of it.
         backend: Of a file, a name in `BACKENDS`.
 
@@ -420,10 +428,20 @@ def _read_again(read: FrameReader, counts: dict[float, int]) -> Iterator[tuple[n
                 yield pixels, second
 
 
-def _local_file(path: str) -> str:
+def _local_file(path: AnyFile) -> AnyFile:
+    if not isinstance(path, MemoryFile):
+        _require_file(path)
+    if size_of(path) == 0:
+        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
+    return path
+
+
+def _require_file(path: str) -> None:
     if not os.path.exists(path):
         if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
-            raise ValueError(f"{path} is an address; only local files are opened. Download it and pass the path.")
+            raise ValueError(
+                f"{path} is an address; only local files are opened. Download it and pass the path, or its bytes."
+            )
         raise FileNotFoundError(f"{path}: no such video file (looked from {os.getcwd()}).")
     if os.path.isdir(path):
         raise VideoDecodeError(
@@ -432,6 +450,3 @@ def _local_file(path: str) -> str:
         )
     if not os.path.isfile(path):
         raise VideoDecodeError(f"{path} is not a regular file; expected a video file.")
-    if os.path.getsize(path) == 0:
-        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
-    return path

@@ -16,8 +16,9 @@ import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from typing import Any, BinaryIO
 
 import av
 from transformers.utils import logging
@@ -76,53 +77,34 @@ spdif tak truehd mlp tta voc vqf w64 wav wv xwma
 # A file of a series by its name. "none" (see `_open`) keeps it from being a pattern; planes alone lie in three files.
 SERIES_FORMAT, _PLANE_SUFFIX = "image2", ".y"
 # How texts begin that name other files or streams, in small letters; FFmpeg may see others in them under other names.
-PLAYLISTS = {
-    b"#extm3u": "an HLS or M3U playlist",
-    b"ffconcat": "a list of files (ffconcat)",
-    b"v=0": "a description of streams (SDP)",
-    b"[playlist]": "a playlist",
-    b"[reference]": "a playlist",
-    b"<mpd": "a DASH manifest",
-    b"<smoothstreamingmedia": "a manifest of streams",
-    b"<asx": "a playlist",
-    b"<smil": "a playlist",
-}
+PLAYLISTS = dict.fromkeys((b"#extm3u", b"[playlist]", b"[reference]", b"<asx", b"<smil"), "a playlist")
+PLAYLISTS |= {b"ffconcat": "a list of files (ffconcat)", b"v=0": "a description of streams (SDP)"}
+PLAYLISTS |= {b"<mpd": "a DASH manifest", b"<smoothstreamingmedia": "a manifest of streams"}
 _HEAD_BYTES = 4096  # read of a file to tell a playlist
-# Files with these endings are images, unless they begin otherwise; everything else is a video (animated GIFs, too).
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif"),
-)
-# Files that begin so are images, whatever they are called, or videos. JPEG pictures in a row are a video.
-_IMAGE_HEADS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
-_VIDEO_HEADS = re.compile(rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI |GIF8|FLV\x01|OggS|\0\0\x01\xba", re.DOTALL)
-_JPEG_ROWS = (".mjpeg", ".mjpg")
-# Photos of phones, and AVIF: by the brand of the file; sequences have others (hevc, avis, msf1).
-_HEIF_HEADS = re.compile(rb"....ftyp(?:hei[cxms]|mif1|avif)", re.DOTALL)
 
 
-def file_head(path: str) -> bytes:
-    """How a file begins; nothing of what cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(16)
-    except (OSError, ValueError):
-        return b""
+@dataclass(frozen=True, eq=False)
+class MemoryFile:
+    """The content of a file, taken wherever the path of one is; as a string, what messages call it."""
+
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return "the file from memory"
 
 
-def is_heif(path: str) -> bool:
-    """Whether a file is a photo as HEIC, HEIF or AVIF, of which video readers see tiles only."""
-    return _HEIF_HEADS.match(file_head(path)) is not None
+# A path, or the content of a file.
+AnyFile = str | MemoryFile
 
 
-def is_image_file(path: str) -> bool:
-    """Whether a path leads to one image, not to a video.
+def open_bytes(path: AnyFile) -> BinaryIO:
+    """Opens a file for reading."""
+    return BytesIO(path.data) if isinstance(path, MemoryFile) else open(path, "rb")  # noqa: SIM115 (callers close it)
 
-    How a file begins decides, and its ending where that says nothing or there is no such file.
-    """
-    head, name = file_head(path), path.lower()
-    if _HEIF_HEADS.match(head) or (_IMAGE_HEADS.match(head) and not name.endswith(_JPEG_ROWS)):
-        return True
-    return name.endswith(IMAGE_SUFFIXES) and not _VIDEO_HEADS.match(head)
+
+def size_of(path: AnyFile) -> int:
+    """Bytes of a file."""
+    return len(path.data) if isinstance(path, MemoryFile) else os.path.getsize(path)
 
 
 class VideoDecodeError(ValueError):
@@ -183,18 +165,19 @@ class VideoIndex:
         return runs
 
 
-def open_file(path: str, *, whole: bool = False) -> Any:
-    """Opens a local file as a container.
+def open_file(path: AnyFile, *, whole: bool = False) -> Any:
+    """Opens a file as a container.
 
     Args:
-        path: Of the file.
+        path: Of a local file, or its content.
         whole: Give all pictures of an MP4, as if it had no edit list.
     """
     # `file:` keeps FFmpeg from reading "a:b.mp4" as a protocol, and the list of formats, which holds before a format
     # reads anything, from opening other files. References of MOV to other files are off by default and stay so.
     # Metadata of old phones is not always UTF-8.
     formats = _FORMATS.split()
-    if not path.lower().endswith(_PLANE_SUFFIX):
+    source = open_bytes(path) if isinstance(path, MemoryFile) else f"file:{os.path.abspath(path)}"
+    if not str(path).lower().endswith(_PLANE_SUFFIX):
         formats.append(SERIES_FORMAT)
     options = {
         "format_whitelist": ",".join(formats),
@@ -204,24 +187,22 @@ def open_file(path: str, *, whole: bool = False) -> Any:
         "use_absolute_path": "0",
         "ignore_editlist": "1" if whole else "0",
     }
-    return av.open(f"file:{os.path.abspath(path)}", metadata_errors="ignore", options=options)
+    return av.open(source, metadata_errors="ignore", options=options)
 
 
-def _refuse_playlist(path: str) -> None:
-    with open(path, "rb") as file:
+def _refuse_playlist(path: AnyFile) -> None:
+    with open_bytes(path) as file:
         head = file.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if head.startswith(b"<"):  # XML may begin with comments and the like
-        found = next((kind for mark, kind in PLAYLISTS.items() if mark.startswith(b"<") and mark in head), None)
-    else:
-        found = next((kind for mark, kind in PLAYLISTS.items() if head.startswith(mark)), None)
-    if found is not None:
+    xml = head if head.startswith(b"<") else b""  # may begin with comments and the like
+    found = (kind for mark, kind in PLAYLISTS.items() if head.startswith(mark) or (mark[0:1] == b"<" and mark in xml))
+    if (found := next(found, None)) is not None:
         raise VideoDecodeError(
             f"{path}: expected a video file, found {found}. It names other files, and those are not opened for it. "
             "Give the video file itself, or make one: ffmpeg -i FILE -c copy video.mp4"
         )
 
 
-def open_container(path: str) -> Any:
+def open_container(path: AnyFile) -> Any:
     """Opens a video file; for another file the error says what it is."""
     try:
         _refuse_playlist(path)
@@ -238,7 +219,7 @@ def open_container(path: str) -> Any:
         ) from error
 
 
-def video_stream(container: Any, path: str) -> Any:
+def video_stream(container: Any, path: AnyFile) -> Any:
     # FFmpeg prefers a cover to a film for the visually or hearing impaired.
     films = [film for film in container.streams.video if not film.disposition & av.stream.Disposition.attached_pic]
     stream = container.streams.best("video")
@@ -265,7 +246,7 @@ class _Packets:
     damage: str | None = None
 
 
-def read_index(path: str) -> VideoIndex:
+def read_index(path: AnyFile) -> VideoIndex:
     """Reads the packets of the video stream, decoding none.
 
     Raises:
@@ -282,7 +263,7 @@ def read_index(path: str) -> VideoIndex:
         return _apply_edits(path, _index_of(path, container, video_stream(container, path)), edits)
 
 
-def _index_of(path: str, container: Any, stream: Any) -> VideoIndex:
+def _index_of(path: AnyFile, container: Any, stream: Any) -> VideoIndex:
     formats, packets = container.format.name, _list_packets(container, stream)
     listed = len(getattr(stream, "index_entries", ()))  # PyAV before 17, which lmms-eval pins, has none
     if "mp4" in formats and packets.intact < listed:
@@ -343,16 +324,23 @@ def _fields(file: Any, place: tuple[int, int], old: str, new: str) -> tuple[int,
     return struct.unpack_from(layout, data)
 
 
-def _read_edits(path: str, track: int) -> list[_Edit]:
+def _tracks(file: Any, size: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where the contents of the movie box of an MP4 lie, and of each track in it."""
+    movie = _box(file, (0, size), b"moov") or (0, 0)
+    for kind, *track in _boxes(file, *movie):
+        if kind == b"trak":
+            yield movie, tuple(track)
+
+
+def _read_edits(path: AnyFile, number: int) -> list[_Edit]:
     """The edit list of a track of an MP4, if it has more than one part; what FFmpeg does with one part is right."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         try:
-            movie = _box(file, (0, os.path.getsize(path)), b"moov")
-            for kind, *place in _boxes(file, *movie):
-                if kind == b"trak" and _fields(file, _box(file, place, b"tkhd"), "8xI", "16xI") == (track,):
-                    scales = (_box(file, movie, b"mvhd"), _box(file, place, b"mdia", b"mdhd"))
+            for movie, track in _tracks(file, size_of(path)):
+                if _fields(file, _box(file, track, b"tkhd"), "8xI", "16xI") == (number,):
+                    scales = (_box(file, movie, b"mvhd"), _box(file, track, b"mdia", b"mdhd"))
                     clock, scale = (_fields(file, box, "8xI", "16xI")[0] for box in scales)
-                    entries = _edit_entries(file, *_box(file, place, b"edts", b"elst"))
+                    entries = _edit_entries(file, *_box(file, track, b"edts", b"elst"))
                     edits = [_Edit(None if at < 0 else at / scale, long / clock, speed) for long, at, speed in entries]
                     return edits if sum(edit.media is not None for edit in edits) > 1 else []
         except (TypeError, IndexError, struct.error, ZeroDivisionError):  # boxes are missing or cut off
@@ -360,15 +348,14 @@ def _read_edits(path: str, track: int) -> list[_Edit]:
     return []
 
 
-def _is_encrypted(path: str, container: Any) -> bool:
+def _is_encrypted(path: AnyFile, container: Any) -> bool:
     """Whether the pictures lie in the file encrypted. FFmpeg would decode what is no picture."""
     formats = container.format.name
     if any("enc_key_id" in stream.metadata for stream in container.streams.video):  # Matroska
         return True
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         if "mp4" in formats:
-            movie = _box(file, (0, os.path.getsize(path)), b"moov") or (0, 0)
-            for _, *track in (box for box in _boxes(file, *movie) if box[0] == b"trak"):
+            for _, track in _tracks(file, size_of(path)):
                 described = _box(file, track, b"mdia", b"minf", b"stbl", b"stsd")
                 file.seek(described[0] if described else 0)
                 if described and file.read(16)[12:] in (b"encv", b"drmi"):
@@ -390,7 +377,7 @@ def _edit_entries(file: Any, start: int, end: int) -> list[tuple[int, int, float
     return [(long, at, speed / 65536) for long, at, speed in entries]
 
 
-def _apply_edits(path: str, index: VideoIndex, edits: list[_Edit]) -> VideoIndex:
+def _apply_edits(path: AnyFile, index: VideoIndex, edits: list[_Edit]) -> VideoIndex:
     """The index of the pictures that an edit list of several parts shows, from that of all pictures of its track."""
     media = [index.start + second for second in index.times]
     times, parts, clock, end = [], [], 0.0, 0.0
@@ -552,9 +539,9 @@ def _announced_seconds(container: Any, stream: Any) -> float:
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0
 
 
-def _is_cut_matroska(path: str) -> bool:
+def _is_cut_matroska(path: AnyFile) -> bool:
     """Whether a file ends before its segment does, or does not say where that ends."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         head = file.read(_HEAD_BYTES)
     place, size = 0, len(head)
     for mark in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
@@ -564,7 +551,7 @@ def _is_cut_matroska(path: str) -> bool:
         length = 9 - head[place].bit_length()  # leading zeros of the first byte tell how many bytes the size has
         size = int.from_bytes(head[place : place + length], "big") ^ (1 << 7 * length)
         place += length + (size if mark[0] == 0x1A else 0)
-    return size == (1 << 7 * length) - 1 or place + size > os.path.getsize(path)
+    return size == (1 << 7 * length) - 1 or place + size > size_of(path)
 
 
 def _without_leaps(ticks: list[int], leap: int, damage: str | None) -> tuple[list[int], str | None]:
@@ -576,7 +563,7 @@ def _without_leaps(ticks: list[int], leap: int, damage: str | None) -> tuple[lis
     return max(pieces, key=len), damage or "its clock leaps by days"
 
 
-def _build_index(path: str, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
+def _build_index(path: AnyFile, stream: Any, formats: str, packets: _Packets) -> VideoIndex:
     tick, rate, shown = stream.time_base, float(stream.average_rate or 0) or None, packets.shown
     # AVI stores no presentation times (FFmpeg guesses, wrongly for reordered frames), raw streams no times at all.
     numbered, guessed = formats == "avi" or all(pts is None for pts, _, _ in shown), frozenset()

@@ -28,8 +28,9 @@ from PIL import Image
 from transformers.utils import logging
 
 from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count
-from .image_processing_videoxl import reading_image, to_rgb
+from .image_processing_videoxl import existing_image, is_image_file, load_image, reading_image, to_rgb
 from .video_decoding_videoxl import BACKENDS, ChosenFrames, VideoDecodeError, open_path
+from .video_index_videoxl import AnyFile, MemoryFile
 
 __all__ = ["FrameBatch", "VideoDecodeError", "VideoFrames", "normalize_frames", "open_video", "resize_frames"]
 
@@ -121,15 +122,18 @@ def _check_memory_frames(source: Any) -> None:
     for number, frame in enumerate([source] if whole else source):
         if isinstance(frame, Image.Image):
             kind, fits = f"a PIL image of size {frame.size}", 0 not in frame.size
+        elif isinstance(frame, (str, os.PathLike)):
+            kind, fits = f"the path {frame}", is_image_file(existing_image(os.fspath(frame)))
         elif isinstance(frame, (np.ndarray, torch.Tensor)):
             shape = tuple(frame.shape)
             kind = f"{frame.dtype} {shape}"
             fits = frame.dtype in (np.uint8, torch.uint8) and len(shape) == 3 + whole and shape[-1] == 3
             fits = fits and 0 not in shape[-3:]
         else:
-            kind, fits = type(frame).__name__, False
+            kind, fits = type(frame).__name__, isinstance(frame, MemoryFile)
         if not fits:
-            expected = "uint8 frames [F, H, W, 3]" if whole else f"frame {number} as a PIL image or uint8 [H, W, 3]"
+            frame_kinds = "a PIL image, uint8 [H, W, 3] or an image file"
+            expected = "uint8 frames [F, H, W, 3]" if whole else f"frame {number} as {frame_kinds}"
             several = "; several videos are a list of {'type': 'video', 'video': path}" * isinstance(frame, str)
             raise ValueError(f"Expected {expected}, got {kind}{several}. Channels are RGB and come last.")
     if len(source) == 0:
@@ -142,6 +146,8 @@ def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.nda
         if isinstance(pixels, Image.Image):
             with reading_image(f"frame {number} {getattr(frame, 'filename', '')}".rstrip()):
                 pixels = to_rgb(pixels)
+        elif isinstance(pixels, (str, os.PathLike, MemoryFile)):
+            pixels = load_image(pixels)
         yield np.array(pixels), second  # a copy: torch refuses negative strides and warns of read-only memory
 
 
@@ -184,7 +190,7 @@ class VideoFrames:
 
     Args:
         chosen: The frames and who reads them.
-        source: The path as given; None for frames in memory.
+        source: The path as given, or the file's content; None for frames in memory.
         sampling: The settings, ready for JSON; `size`, `exact_resize` and `fit` among them.
         batch_frames: n, the most frames of a batch.
 
@@ -196,7 +202,7 @@ class VideoFrames:
         source, sampling: As given.
     """
 
-    def __init__(self, chosen: ChosenFrames, source: str | None, sampling: dict[str, Any], batch_frames: int):
+    def __init__(self, chosen: ChosenFrames, source: AnyFile | None, sampling: dict[str, Any], batch_frames: int):
         self.num_frames, self.timestamps = len(chosen.seconds), chosen.seconds
         self.start, self.duration = chosen.start, chosen.duration
         self.source, self.sampling = source, sampling
@@ -315,12 +321,12 @@ def open_video(
     """Opens a video, chooses its frames and gives them batch by batch, resized.
 
     Args:
-        source: Path of a local file; or frames in memory: a list of PIL images or of uint8 arrays [H, W, 3], or one
-            uint8 numpy array or torch tensor [F, H, W, 3]. Frames in memory were chosen by the caller: all of them
-            are used, also more than `max_num_frames`.
+        source: Path of a local file, or its content (bytes); or frames: a list of PIL images, of uint8 arrays
+            [H, W, 3] or of paths of image files, or one uint8 numpy array or torch tensor [F, H, W, 3]. Frames were
+            chosen by the caller: all of them are used, also more than `max_num_frames`.
         size: S, the edge of the square that frames become, in pixels.
         sampling: Which frames of a path are wanted; None for the default.
-        timestamps: Seconds of frames in memory, strictly increasing. Without them they are `1 / sample_fps` apart.
+        timestamps: Seconds of these frames, strictly increasing. Without them they are `1 / sample_fps` apart.
         backend: "pyav", or "decord" where installed: it refuses the files whose frames decord misplaces, gives up on
             damaged ones, and its colours differ by some levels on 10-bit video.
         batch_frames: n, the most frames of a batch; never changes a frame.
@@ -342,15 +348,16 @@ def open_video(
         raise ValueError(f"Unknown backend {backend!r:.200}; expected one of {', '.join(BACKENDS)}.")
     used = {"size": int(size), "backend": backend, "exact_resize": bool(exact_resize), "fit": fit}
     settings = sampling.to_dict()
-    if isinstance(source, (str, bytes, os.PathLike)):
+    source = MemoryFile(source) if isinstance(source, bytes) else source
+    if isinstance(source, (str, os.PathLike, MemoryFile)):
         if timestamps is not None:
             raise ValueError("timestamps belong to frames in memory; a file has its own. Leave them out.")
-        path = os.fsdecode(source)
+        path = source if isinstance(source, MemoryFile) else os.fsdecode(source)
         return VideoFrames(open_path(path, sampling, backend), path, {**used, **settings}, batch_frames)
     if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
         raise ValueError(
-            "Expected a path, a list of PIL images or uint8 arrays [H, W, 3], or one uint8 array or tensor "
-            f"[F, H, W, 3], got {type(source).__name__}."
+            "Expected a path, bytes, a list of PIL images, uint8 arrays [H, W, 3] or image files, or one uint8 array "
+            f"or tensor [F, H, W, 3], got {type(source).__name__}."
         )
     if sampling.has_part or sampling.read_as != "file":
         raise ValueError("start, end and read_as are for paths; of frames in memory pass those that are wanted.")

@@ -57,7 +57,10 @@ def test_items_are_read_into_one_form(item, read):
         ({"type": "video", "video": None}, "a video item takes one of"),
         ({"type": "video", "video": "a", "url": "b"}, "a video item takes one of .* got video, url"),
         ({"type": "video", "video": "a", "frames": 8}, "a video item takes one of .*num_frames.*got video, frames"),
-        ({"type": "image", "image": "a.png", "fps": 1}, "an image item takes one of image, path, url; got image, fps"),
+        (
+            {"type": "image", "image": "a.png", "fps": 1},
+            "an image item takes one of image, path, url, image_url; got image, fps",
+        ),
         ({"type": "text", "text": "a", "video": "b"}, "a text item takes one of text; got text, video"),
         ({"type": "text", "text": 3}, "needs its text as a string"),
     ],

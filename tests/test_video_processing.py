@@ -531,7 +531,6 @@ def test_timestamps_that_cannot_be(stamps):
         torch.zeros(2, 8, 8, 3),
         [np.zeros((8, 8), np.uint8)],
         [np.zeros((8, 8, 4), np.uint8)],
-        ["frame.png"],
         [None],
         7,
         None,
