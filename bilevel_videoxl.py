@@ -318,16 +318,8 @@ class Chunk(NamedTuple):
     video: int
     index: int
     groups: range
-
-
-class ChunkChoice(NamedTuple):
-    """What became of a chunk: its level, and its score where the question chose."""
-
-    video: int
-    index: int
-    groups: range
-    level: str
-    score: float | None
+    level: str | None = None  # what became of it for a question
+    score: float | None = None  # where the question chose
 
 
 class KeptSpan(NamedTuple):
@@ -408,8 +400,7 @@ class BilevelDecoding(Decoding):
     text_only = True
 
     def waits(self, cache):
-        layout = cache.layout
-        return cache.choices is None and layout is not None and bool(layout.videos)
+        return cache.choices is None and cache.layout is not None and bool(cache.layout.videos)
 
     def kept(self, kept, size, settings):
         # Which chunks are chosen does not change how much that is: only the last one, always dense, may be shorter.
@@ -458,7 +449,7 @@ class BilevelDecoding(Decoding):
         mixed = video.mix(levels, video.policy.positions == "true")
         cache.layers[:] = mixed.layers
         cache.choices = [
-            ChunkChoice(*chunk, level, None if scores is None else scores[number])
+            chunk._replace(level=level, score=None if scores is None else scores[number])
             for number, (chunk, level) in enumerate(zip(video.chunks, levels.levels, strict=True))
         ]
 
@@ -606,4 +597,4 @@ def _runs(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
-__all__ = ["BilevelDecoding", "Chunk", "ChunkChoice", "chunks_of", "explicit_chunks"]
+__all__ = ["BilevelDecoding", "Chunk", "chunks_of", "explicit_chunks"]

@@ -197,8 +197,9 @@ class VideoXLChatMixin:
         """Decodes, encodes and prefills a video once; `chat` then answers any number of questions about it.
 
         Args:
-            video_path: A path, or frames: a list of PIL images or uint8 [F, H, W, 3]. Or one image: the path of an
-                image file, a PIL image or uint8 [H, W, 3].
+            video_path: A path, a `file://` or `data:` address, bytes or an open binary file; or frames: a list of PIL
+                images or of image files, or uint8 [F, H, W, 3]. Or one image: such a file, a PIL image or uint8
+                [H, W, 3].
             tokenizer: The checkpoint's tokenizer.
             max_num_frames: At most so many frames.
             sample_fps: Frames per second of video; None spreads `max_num_frames` frames uniformly.
@@ -260,10 +261,10 @@ class VideoXLChatMixin:
         """Answers a question about videos and images, or continues a conversation.
 
         Args:
-            video_path: A path, an `EncodedVideo`, frames (PIL images or uint8 [F, H, W, 3]), or None: text only, or
-                the video of the history. For an image the path of an image file, a PIL image or uint8 [H, W, 3]. For
-                several a list of items in order of appearance: `{"type": "image", "image": ...}`, `{"type": "video",
-                "video": ...}` (frames with `"timestamps"`), `{"type": "text", "text": ...}`.
+            video_path: A video or image as `encode_video` takes them, an `EncodedVideo`, or None: text only, or the
+                video of the history. For several a list of items in order of appearance: `{"type": "image",
+                "image": ...}`, `{"type": "video", "video": ...}` (frames with `"timestamps"`), `{"type": "text",
+                "text": ...}`.
             tokenizer: The checkpoint's tokenizer.
             user_prompt: The question.
             chat_history: What an earlier call returned: `{"role", "content"}` messages. Never changed in place. Its

@@ -487,11 +487,8 @@ def continue_rows(model, embeds, attention_mask, cache, call: Call) -> BaseModel
     for row in range(len(embeds)):
         row_cache = cache if len(embeds) == 1 else cache.fork()
         columns = valid[row].nonzero().flatten()
-        required = call.required_chunks
-        required = required[row] if required and isinstance(required[0], tuple) else required
         own = replace(
-            call,
-            required_chunks=required,
+            call.of_row(row, [cache.layout]),
             asked=None if asked is None else int((columns < asked).sum()),
             before=None if attention_mask is None else int(attention_mask[row * repeats, :-count].sum()),
         )

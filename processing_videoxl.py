@@ -245,10 +245,10 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
 
         Args:
             text: A prompt or a list of prompts, with a marker per video or image (`apply_chat_template` writes them).
-            videos: One video, a list in order of appearance over all texts, or one list per text. A video is a path,
-                a list of PIL images or an array [F, H, W, 3] of uint8, or a dict with one of `video`, `video_path`,
-                `path`, `url` and, for this video alone, `timestamps` and sampling settings.
-            images: Likewise; a path, a PIL image, uint8 [H, W, 3], or a dict with one of `image`, `path`, `url`.
+            videos: One video, a list in order of appearance over all texts, or one list per text. A video is what
+                `encode_video` takes, or a dict with one of `video`, `video_path`, `path`, `url` and, for this video
+                alone, `timestamps` and sampling settings.
+            images: Likewise; or a dict with one of `image`, `path`, `url`.
             audios, truncation: Nothing, and False: no sound is read, and nothing is truncated.
             timestamps: Seconds of the frames of one in-memory video, or a list with such a list (or None) per video.
             padding, padding_side: Whether prompts are padded to the longest, on the `"left"` or `"right"`.

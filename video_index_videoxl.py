@@ -31,10 +31,8 @@ _SEEK_SAVES_FRAMES = 16
 _TIME_JUMP = 1.0
 # Packets. So many in a row may have a wrong time; more are a second recording.
 _WRONG_TIMES = 4
-# Seconds. No picture is shown for a day: the time of the next is wrong.
-_CLOCK_LEAP = 86_400.0
-# Pictures. How many are commonly decoded behind one that is shown later.
-_REORDERED = 4
+_CLOCK_LEAP = 86_400.0  # seconds: no picture is shown for a day, so the time of the next is wrong
+_REORDERED = 4  # pictures that are commonly decoded behind one that is shown later
 # Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
 _TIME_SLACK = 0.5
 # Seconds. Edit lists count in other ticks than the pictures; what is closer than this is meant to be equal.
@@ -93,8 +91,7 @@ class MemoryFile:
         return "the file from memory"
 
 
-# A path, or the content of a file.
-AnyFile = str | MemoryFile
+AnyFile = str | MemoryFile  # a path, or the content of a file
 
 
 def open_bytes(path: AnyFile) -> BinaryIO:

@@ -123,7 +123,7 @@ def _check_memory_frames(source: Any) -> None:
         if isinstance(frame, Image.Image):
             kind, fits = f"a PIL image of size {frame.size}", 0 not in frame.size
         elif isinstance(frame, (str, os.PathLike)):
-            kind, fits = f"the path {frame}", is_image_file(existing_image(os.fspath(frame)))
+            kind, fits = f"the path {frame}", is_image_file(os.fspath(frame)) and existing_image(os.fspath(frame))
         elif isinstance(frame, (np.ndarray, torch.Tensor)):
             shape = tuple(frame.shape)
             kind = f"{frame.dtype} {shape}"

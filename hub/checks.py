@@ -28,8 +28,8 @@ SECRETS = re.compile(
 )
 # In running text only folders that hold somebody's files: "/" is also division, and part of an address.
 LOCAL_PATHS = re.compile(
-    r"(?<![\w.:/~)\]}-])/(?:home|root|Users|tmp|var|mnt|media|opt|srv|scratch|workspace|work|data|gpfs|nfs)/[\w.-]+"
-    r"|\b[A-Za-z]:\\{1,2}Users\\|\bfile://"
+    r"(?:(?<![\w.:/~)\]}-])/|\bfile:/+)(?:home|root|Users|tmp|var|mnt|media|opt|srv|scratch|workspace|work|data|gpfs|nfs)/[\w.-]+"
+    r"|\b[A-Za-z]:\\{1,2}Users\\"
 )
 # The whole of a value in a config.
 LOCAL_VALUE = re.compile(r"(/|~/|[A-Za-z]:[\\/]|file://|\\\\).+", re.DOTALL)

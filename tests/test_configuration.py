@@ -11,7 +11,7 @@ OTHER = {
     **{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "frame_fit": "crop", "exact_resize": True},
     **{"image_grid_pinpoints": [[384, 384]], "image_tiling": "overview", "image_timestamps": True},
     **{"time_format": None, "video_message": "{duration}", "frame_sampler": "middle"},
-    **{"min_num_frames": 1, "frame_multiple": 2},
+    **{"min_num_frames": 1, "frame_multiple": 2, "max_source_bytes": 9},
 }
 
 
