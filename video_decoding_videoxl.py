@@ -75,6 +75,10 @@ class _Misled(Exception):
     """A seek led elsewhere than the index says."""
 
 
+class _LeftOut(Exception):
+    """A frame that was left out is needed."""
+
+
 def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d): the stored point (p, q) is shown at (a p + c q, b p + d q).
 
@@ -128,10 +132,39 @@ def _drain(context: Any) -> list[av.VideoFrame]:
         context.flush_buffers()
 
 
-def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> Iterator[tuple[int, av.VideoFrame]]:
+class _Skips:
+    """Has a decoder leave out what nobody needs: frames to which no other one refers.
+
+    Args:
+        stream, index: Of the file.
+        needed: See `_decode`.
+    """
+
+    def __init__(self, stream: Any, index: VideoIndex, needed: set[int] | None):
+        self._context, self._index, self._needed = stream.codec_context, index, needed
+        self._skipping = False
+
+    def leaves_out(self, packet: av.Packet) -> bool:
+        """Whether not to decode a packet at all; tells the decoder what to do with it otherwise."""
+        if self._needed is None:
+            return False
+        place = None if packet.pts is None else self._index.place_of(packet.pts, -1)
+        idle = place is not None and place not in self._needed
+        if idle and self._context.codec.intra_only:
+            return True
+        if (skip := idle and not packet.is_keyframe) != self._skipping:
+            self._context.skip_frame, self._skipping = "NONREF" if skip else "DEFAULT", skip
+        return False
+
+
+def _decode(
+    container: Any, stream: Any, index: VideoIndex, careful=False, needed: set[int] | None = None
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields the displayed frames with their positions, from wherever the container stands.
 
     Args:
+        needed: Positions of frames that have to come; of the others those may be missing that no frame refers to.
+            None for all.
         careful: Go on at the next keyframe behind a packet that cannot be decoded. Right only without threads: with
             them an error comes packets late.
 
@@ -139,19 +172,17 @@ def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> It
         av.FFmpegError: A packet cannot be decoded, unless `careful`.
     """
     fields = SecondFields(container, stream) if careful else None
+    skips = _Skips(stream, index, needed)
     count, seen, last = 0, 0, -1  # packets with pictures, frames, the last position
-    waiting, start, entered = (
-        False,
-        0,
-        True,
-    )  # for a keyframe behind an error; its position; a frame that needs no other
+    # For a keyframe behind an error; its position; a frame that needs no other.
+    waiting, start, entered = False, 0, True
     for packet in read_packets(container, stream, []):
         if waiting and packet.is_keyframe:
             place = index.place_of(count if index.numbered else packet.pts, last)
             seen, waiting, start, entered = count, False, last + 1 if place is None else place, False
         if careful:
             count += not fields.completes(packet)
-        if waiting:
+        if waiting or skips.leaves_out(packet):
             continue
         try:
             frames = packet.decode()
@@ -173,22 +204,22 @@ def _decode(container: Any, stream: Any, index: VideoIndex, careful=False) -> It
                 yield place, frame
 
 
-def _seek(container: Any, stream: Any, index: VideoIndex, run: tuple[int, bool]) -> Iterator:
+def _seek(container: Any, stream: Any, index: VideoIndex, start: int, *how) -> Iterator:
     """Returns an iterator of frames and positions from the keyframe of a run on.
 
     Args:
-        run: The position of the keyframe; whether to be `careful`, see `_decode`.
+        start: The position of the keyframe.
+        how: `careful` and `needed` of `_decode`.
 
     Raises:
         av.FFmpegError: A packet cannot be decoded, unless `careful`.
         _Misled: The seek led elsewhere, or to what is no keyframe.
     """
-    start, careful = run
     try:
         container.seek(index.keys[start], stream=stream)
     except av.FFmpegError as error:
         raise _Misled from error
-    decoded = _decode(container, stream, index, careful)
+    decoded = _decode(container, stream, index, *how)
     # Earlier ones: the seek landed earlier, or they refer to pictures before the keyframe and are broken.
     place, frame = next((found for found in decoded if found[0] >= start), (None, None))
     if place != start or not _enters(stream, index, frame):
@@ -196,25 +227,32 @@ def _seek(container: Any, stream: Any, index: VideoIndex, run: tuple[int, bool])
     return chain([(place, frame)], decoded)
 
 
-def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int], lean=False) -> Iterator[tuple[int, Any]]:
     """Takes the frames at increasing `places`, and reads no further than the last.
 
     Args:
         decoded: Positions, increasing, and frames.
         places: Positions that are wanted.
+        lean: Some other frames are left out, but none at these positions or right before them.
+
+    Raises:
+        _LeftOut: A frame is needed in whose place another one has to be shown, which was left out.
     """
     targets = deque(places)
     passed: tuple[int, av.VideoFrame] | None = None
+    last = -1
     while targets:
         place, frame = next(decoded, (None, None))
         if place is None:
             return
         while targets and targets[0] < place:
             # A packet without a picture (second field, invisible reference): the picture before is on display then.
-            targets.popleft()
+            if targets.popleft() - 1 != last and lean:
+                raise _LeftOut
             if passed is not None:
                 yield passed
                 passed = None
+        last = place
         if targets and targets[0] == place:
             targets.popleft()
             yield place, frame
@@ -224,11 +262,16 @@ def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int]) -> It
 
 
 def _read_runs(
-    path: AnyFile, index: VideoIndex, wanted: Sequence[int], careful: bool
+    path: AnyFile, index: VideoIndex, wanted: Sequence[int], careful: bool, lean: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields positions and uint8 [H, W, 3]; ends early where the file does.
 
+    Args:
+        careful: See `_decode`.
+        lean: Leave out frames that are not needed, where that can be told.
+
     Raises:
+        _LeftOut: A frame that was left out is needed.
         av.FFmpegError: A packet cannot be decoded, unless `careful`.
         _Misled: A seek led elsewhere, so the index of the container is not to be trusted.
     """
@@ -236,11 +279,13 @@ def _read_runs(
     with open_file(path, whole=bool(index.parts)) as container:
         stream = video_stream(container, path)
         stream.thread_type = "NONE" if careful else "AUTO"
-        decoded = _decode(container, stream, index, careful)
+        # Where a packet has no picture of its own, the one before is shown.
+        needed = {place - before for place in wanted for before in (0, 1)} if lean else None
+        decoded = _decode(container, stream, index, careful, needed)
         for start, places in index.runs(wanted):
             if start is not None:
-                decoded = _seek(container, stream, index, (start, careful))
-            for place, frame in pick_frames(decoded, places):
+                decoded = _seek(container, stream, index, start, careful, needed)
+            for place, frame in pick_frames(decoded, places, lean):
                 matrix = matrix or display_matrix(frame)
                 yield place, upright_rgb(frame, matrix)
 
@@ -252,11 +297,13 @@ def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Itera
         av.FFmpegError: Behind the last frame, if some packet could not be decoded.
     """
     problem = None
+    # The times of packets tell which frame is in them, but not in all files, and damage may hide in what is left out.
+    lean = not index.numbered and not index.guessed and index.damage is None
     for ahead, first, places in index.stretches(wanted):
         left, last, careful = deque(places), first - 1, False
         while left:
             try:
-                for place, pixels in _read_runs(path, index, list(left), careful):
+                for place, pixels in _read_runs(path, index, list(left), careful, lean and not careful):
                     while left and left[0] <= place:
                         left.popleft()
                     if place > last:
@@ -265,6 +312,8 @@ def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Itera
                 break
             except _Misled:  # they are read in order, from the start
                 index = replace(index, keyframes=[])
+            except _LeftOut:
+                lean = False
             except av.FFmpegError as error:
                 problem = problem or error
                 if careful:
