@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -194,6 +195,22 @@ def test_token_budget_holds(model, tokenizer, video, budget):
     assert out.past_key_values.get_seq_length() == ids.shape[1]
 
 
+@contextmanager
+def scores_of_beams(model):
+    """The log-likelihoods of the best beams of every call of `generate` meanwhile, see `beam_scores`."""
+    scores = []
+
+    def scored(*args, generation_config, **kwargs):
+        generation_config.return_dict_in_generate = generation_config.output_scores = True
+        output = type(model).generate(model, *args, generation_config=generation_config, **kwargs)
+        scores.append(output.sequences_scores)
+        return output.sequences
+
+    model.generate = scored
+    yield scores
+    del model.generate
+
+
 @pytest.mark.parametrize("sparse", [{}, {**BILEVEL, "reload": {"count": 2}}])
 def test_several_questions_in_one_call(model, tokenizer, video, sparse):
     model.config.sparse_attention = sparse
@@ -203,12 +220,15 @@ def test_several_questions_in_one_call(model, tokenizer, video, sparse):
         "Please say: Why?",
     ]
     alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=SHORT) for q in questions]
-    assert model.chat_batch(video, tokenizer, questions, generation_config=SHORT) == alone
-    beams = {**SHORT, "num_beams": 2}
-    alone = [model.chat(video, tokenizer, q, return_history=False, generation_config=beams) for q in questions]
-    assert model.chat_batch(video, tokenizer, questions, generation_config=beams) == alone
-    assert model.chat_batch(video, tokenizer, iter(questions), generation_config=beams) == alone
-    assert model.chat_batch(video, tokenizer, dict.fromkeys(questions), generation_config=beams) == alone
+    for listed in (questions, iter(questions), dict.fromkeys(questions)):
+        assert model.chat_batch(video, tokenizer, listed, generation_config=SHORT) == alone
+    with scores_of_beams(model) as scores:
+        beams = {"generation_config": {**SHORT, "num_beams": 2}}
+        for question in questions:
+            model.chat(video, tokenizer, question, **beams)
+        model.chat_batch(video, tokenizer, questions, **beams)
+    *singly, together = scores
+    torch.testing.assert_close(together, torch.cat(singly))
     for wrong in ("What?", None, 7, [], iter(())):
         with pytest.raises(ValueError, match="list of questions"):
             model.chat_batch(video, tokenizer, wrong)
