@@ -92,9 +92,8 @@ def reading_image(name: str):
             "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except Exception as error:
-        raise ValueError(
-            f"{name} is no image that can be read ({error or type(error).__name__}); save or copy it again."
-        ) from error
+        reason = re.sub(r" <_io\.[^>]*>", "", str(error)) or type(error).__name__
+        raise ValueError(f"{name} is no image that can be read ({reason}); save or copy it again.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -141,7 +140,7 @@ def existing_image(path: str) -> str:
     if not os.path.exists(path):
         if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*:", path):
             raise ValueError(f"{path:.100} is an address; only local files are opened. Download it, pass the path.")
-        raise FileNotFoundError(f"{path}: no such image file (looked from {os.getcwd()}).")
+        raise FileNotFoundError(f"{path:.300}: no such image file (looked from {os.getcwd()}).")
     return path
 
 

@@ -56,7 +56,8 @@ PUBLISHED_ROLE_PREFIX = "<|im_start|>"
 HALF_LETTER = re.compile("[\ud800-\udfff]")
 # Bytes of a file in memory where no `frames_config` says how many may come.
 MAX_SOURCE_BYTES = 2**30
-_DATA, _FILE = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE), re.compile(r"file:(?://([^/]*))?(/.*)", re.I | re.S)
+_DATA, _FILE = re.compile(r"\s*data:([^,]{0,200}),", re.I), re.compile(r"file:(?://([^/]*))?(/.*)", re.I | re.S)
+_LONGEST_PATH = 4096  # letters: what is longer is no path
 
 
 def read_source(source, max_bytes=MAX_SOURCE_BYTES):
@@ -71,8 +72,12 @@ def read_source(source, max_bytes=MAX_SOURCE_BYTES):
     if isinstance(source, (list, tuple)) and any(map(_is_reference, source)):
         return [read_source(part, max_bytes) for part in source]
     if isinstance(source, str) and not is_encoded(source):
-        if source[:5].lower() == "data:":
+        if source[:50].lstrip()[:5].lower() == "data:":
             return MemoryFile(_read_data(source, max_bytes))
+        if len(source) > _LONGEST_PATH:
+            raise ValueError(
+                f"a text of {len(source):,} letters is no path; if it is base64, put data:video/mp4;base64, before it"
+            )
         return _read_file_address(source) if source[:6].lower() == "file:/" else source
     if isinstance(source, (bytes, bytearray, memoryview)):
         _require_bytes(memoryview(source).nbytes, max_bytes)
@@ -119,13 +124,16 @@ def _read_file(file, max_bytes) -> bytes:
         place = file.tell()
         _require_bytes(file.seek(0, os.SEEK_END), max_bytes)
         file.seek(0)
-    content = file.read(max_bytes + 1)
+    parts, total = [], 0
+    while total <= max_bytes and (part := file.read(max_bytes + 1 - total)):  # pipes give less than is asked for
+        if not isinstance(part, bytes):
+            raise ValueError("a file was opened as text; open it in binary mode: open(path, 'rb')")
+        parts.append(part)
+        total += len(part)
     if seekable:
         file.seek(place)
-    if not isinstance(content, bytes):
-        raise ValueError("a file was opened as text; open it in binary mode: open(path, 'rb')")
-    _require_bytes(len(content), max_bytes)
-    return content
+    _require_bytes(total, max_bytes)
+    return b"".join(parts)
 
 
 def _told(value) -> str:
@@ -198,7 +206,7 @@ def turn_items(visual, max_bytes=MAX_SOURCE_BYTES) -> list[dict]:
     if parts and isinstance(parts[0], dict):
         return [read_item(item, True, max_bytes) for item in parts]
     visual = read_source(visual, max_bytes)
-    if isinstance(visual, list) and len(visual) == 1 and not isinstance(visual[0], list) and _is_reference(visual[0]):
+    if isinstance(visual, list) and len(visual) == 1 and isinstance(visual[0], (str, os.PathLike, MemoryFile)):
         visual = visual[0]
     kind = visual.kind if is_encoded(visual) else "image" if is_image(visual) else "video"
     item = {"type": kind, kind: visual}

@@ -384,7 +384,7 @@ def list_pictures(folder: AnyFile) -> list[str]:
     if isinstance(folder, MemoryFile):
         raise VideoDecodeError(f"{folder} is no folder of pictures; its video_read_type is 'decord' or 'gif'.")
     if not os.path.exists(folder):
-        raise FileNotFoundError(f"{folder}: no such folder (looked from {os.getcwd()}).")
+        raise FileNotFoundError(f"{folder:.300}: no such folder (looked from {os.getcwd()}).")
     if not os.path.isdir(folder):
         raise VideoDecodeError(
             f"{folder} is a file, expected a folder of pictures. For a video file the video_read_type is 'decord'."
@@ -489,9 +489,9 @@ def _require_file(path: str) -> None:
     if not os.path.exists(path):
         if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
             raise ValueError(
-                f"{path} is an address; only local files are opened. Download it and pass the path, or its bytes."
+                f"{path:.100} is an address; only local files are opened. Download it and pass the path, or its bytes."
             )
-        raise FileNotFoundError(f"{path}: no such video file (looked from {os.getcwd()}).")
+        raise FileNotFoundError(f"{path:.300}: no such video file (looked from {os.getcwd()}).")
     if os.path.isdir(path):
         raise VideoDecodeError(
             f"{path} is a folder, expected a video file. Pass its frames as a list of PIL images, or, for numbered "

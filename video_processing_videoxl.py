@@ -130,11 +130,14 @@ def _check_memory_frames(source: Any) -> None:
             fits = frame.dtype in (np.uint8, torch.uint8) and len(shape) == 3 + whole and shape[-1] == 3
             fits = fits and 0 not in shape[-3:]
         else:
-            kind, fits = type(frame).__name__, isinstance(frame, MemoryFile)
+            kind = type(frame).__name__
+            fits = isinstance(frame, MemoryFile) and is_image_file(frame)
         if not fits:
             frame_kinds = "a PIL image, uint8 [H, W, 3] or an image file"
             expected = "uint8 frames [F, H, W, 3]" if whole else f"frame {number} as {frame_kinds}"
-            several = "; several videos are a list of {'type': 'video', 'video': path}" * isinstance(frame, str)
+            several = "; several videos are a list of {'type': 'video', 'video': path}" * isinstance(
+                frame, (str, MemoryFile)
+            )
             raise ValueError(f"Expected {expected}, got {kind}{several}. Channels are RGB and come last.")
     if len(source) == 0:
         raise ValueError("Expected at least one frame, got none.")

@@ -21,17 +21,14 @@ SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 40), (40, 220, 220)]
 
 
-class Pipe(io.RawIOBase):
-    """An open file that cannot be sought in, as a download or a pipe is."""
+class Pipe:
+    """An open file that cannot be sought in and gives less than is asked for, as a download or a pipe does."""
 
     def __init__(self, content):
         self._left = io.BytesIO(content)
 
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        return self._left.readinto(buffer)
+    def read(self, count=-1):
+        return self._left.read(min(count, 5000))
 
 
 def encoded(content, kind="video/mp4"):
@@ -57,7 +54,8 @@ FORMS = {
     "BytesIO": lambda path: io.BytesIO(Path(path).read_bytes()),
     "BytesIO at its end": lambda path: (file := io.BytesIO(), file.write(Path(path).read_bytes()))[0],
     "open file": lambda path: open(path, "rb"),  # noqa: SIM115
-    "pipe": lambda path: io.BufferedReader(Pipe(Path(path).read_bytes())),
+    "data address behind blanks": lambda path: "\n " + encoded(Path(path).read_bytes()),
+    "pipe": lambda path: Pipe(Path(path).read_bytes()),
 }
 
 
@@ -219,7 +217,8 @@ def test_too_much_is_refused_before_it_is_decoded(model, tokenizer, processor, c
         (b"", "from memory is empty"),
         (b"#EXTM3U\nfile:///etc/passwd", "found a playlist"),
         (io.StringIO("SECRET"), "binary mode"),
-        ([b"SECRET"] * 3, "Expected frame 0|is no image"),
+        ([b"SECRET"] * 3, "several videos are a list of"),
+        (base64.b64encode(b"SECRET" * 999).decode(), "letters is no path; if it is base64"),
         ("file://elsewhere/SECRET.mp4", "no address of a file on this machine"),
         ("file:///no/such/film.mp4", "/no/such/film.mp4: no such"),
         ("https://example.com/a.mp4", "is an address; only local files are opened"),
