@@ -129,7 +129,8 @@ class VideoEncoder:
             encoded.start, shown = reader.start, self.progress
             if shown is None:
                 shown = reader.num_frames >= PROGRESS_MIN_FRAMES and sys.stderr.isatty()
-            with tqdm(total=reader.num_frames, unit="frame", desc="encoding video", disable=not shown) as bar:
+            shown_as = shown if callable(shown) else tqdm
+            with shown_as(total=reader.num_frames, unit="frame", desc="encoding video", disable=not shown) as bar:
                 for batch in reader:
                     encoded.extend(batch)
                     bar.update(len(batch.timestamps))
@@ -208,7 +209,8 @@ class VideoXLChatMixin:
             timestamps: Seconds of the frames, for frames from memory.
             system_prompt: System message of the conversations to come; None takes the template's.
             video_backend: `"pyav"` or `"decord"`.
-            progress: True or False forces or forbids the progress bar; None shows it for long videos on a terminal.
+            progress: True or False forces or forbids the progress bar; None shows it for long videos on a terminal. Or
+                a class like tqdm, which is told of each batch of frames.
             media_dict: What of the path is wanted, in the words of VideoChat-Flash: `start` and `end` of a part, in
                 seconds, and `video_read_type`: `"decord"` or `"av"` (a video file, read by `video_backend`), `"gif"`
                 (each frame of the file is a second), `"img"` or `"frame"` (a folder of numbered pictures).

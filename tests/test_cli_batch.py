@@ -1,7 +1,9 @@
-"""`cli.py batch`: many questions about many videos: in order, once each, through errors, kills and in processes."""
+"""`cli.py batch`: many questions about many videos: in order, once each, through errors, kills and a full disk."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +14,8 @@ import pytest
 from command_line import one_line_error
 from test_cli import cli  # noqa: F401 (a fixture)
 from videoxl.shell import batch as cli_batch
-from videoxl.shell.batch import Clock, Journal, Video
-from videoxl.shell.records import Question, read_questions
+from videoxl.shell.batch import Clock, Video
+from videoxl.shell.records import Answers, Question, answers_in, json_line, keep_answers, read_questions, replace_file
 
 QUICK = ["--max-new-tokens", "4", "--max-num-frames", "8"]
 LINES = 120
@@ -107,9 +109,12 @@ def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
         # Shells let what they start in the background ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    journal = folder / "answers.jsonl.part-0"
-    deadline = time.monotonic() + 200
-    while not (journal.exists() and journal.read_text().count("\n") >= 3):
+    parts, deadline = folder / "answers.jsonl.parts", time.monotonic() + 200
+
+    def kept():
+        return [entry for file in parts.glob("*.jsonl") for entry in answers_in(file)]
+
+    while len(kept()) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sign)
@@ -117,46 +122,24 @@ def test_a_run_that_was_stopped_goes_on(folder, root, cli, sign):  # noqa: F811
     if sign == signal.SIGINT:
         assert process.returncode == 130 and said.endswith("error: interrupted\n")
         early = answers(folder)
-        assert not journal.exists()
+        assert not parts.exists()
     else:
-        # As if the last line had been half written.
-        with open(journal, "a") as file:
-            file.write('{"id": 3, "vid')
-        early = [json.loads(line) for line in journal.read_text().splitlines()[:-1]]
+        early = kept()
     assert 3 <= len(early) < LINES
     done = cli(*arguments)
     assert done.returncode == 0, done.stderr
     assert f"{LINES - len(early)} questions about" in done.stderr
     final = answers(folder)
+    assert files(folder) == ["answers.jsonl", "answers.jsonl.settings.json"]
     assert [entry["id"] for entry in final] == list(range(1, LINES + 1))
     kept = {entry["id"]: entry for entry in early}
     assert all(final[number - 1] == entry for number, entry in kept.items())
 
 
-def test_two_processes_share_the_videos(folder, root):
-    pytest.importorskip("accelerate")
-    # --multi_gpu starts several processes, also where there is no GPU; --cpu would start one.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--main_process_port", "0"]  # fmt: skip
-    ask(folder, [line for line in QUESTIONS if line["video"] != "broken.mp4"])
-    command = [
-        *launch,
-        root / "cli.py",
-        "batch",
-        "questions.jsonl",
-        "--out",
-        "answers.jsonl",
-        "--device",
-        "cpu",
-        *QUICK,
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    assert [entry["id"] for entry in answers(folder)] == [1, 2, "colour", "again"]
-    assert all("answer" in entry for entry in answers(folder))
-    assert "waiting for the other processes" in done.stderr
-    assert files(folder) == ["answers.jsonl", "answers.jsonl.settings.json"]
+def test_several_processes_are_refused(cli, folder):  # noqa: F811
+    done = cli("batch", folder / "questions.jsonl", "--out", folder / "answers.jsonl", WORLD_SIZE="2")
+    assert done.returncode == 2 and "videoxl.serving.ray_batch" in one_line_error(done)
+    assert files(folder) == []
 
 
 def test_each_video_is_encoded_once(model, tokenizer, folder, monkeypatch):
@@ -176,20 +159,76 @@ def test_each_video_is_encoded_once(model, tokenizer, folder, monkeypatch):
 
 def test_the_estimate_counts_frames_not_videos():
     question = Question(1, "v", "?", "v")
-    videos = [Video("short", [question], 10), Video("long", [question] * 3, 1000), Video("bad", [question], 50)]
+    videos = [Video([question], 10), Video([question] * 3, 1000), Video([question], 50)]
     clock = Clock(videos)
-    assert clock.left() is None and "not known" in str(clock)
-    clock.encoded(10, 2.0)
-    assert clock.left() is None
-    clock.answered(5.0)
-    assert clock.left() == pytest.approx((1000 + 50) * 0.2 + 4 * 5)
-    clock.skipped(videos[2])
-    assert clock.left() == pytest.approx(1000 * 0.2 + 3 * 5)
+    assert str(clock) == "time left not known yet"
+    clock.did("frames", 10, 2.0)
+    assert str(clock) == "more than 4 min left"  # of encoding; how long answers take is not known yet
+    clock.did("questions", 1, 5.0)
+    assert clock.seconds("frames") == pytest.approx((1000 + 50) * 0.2)
+    assert clock.seconds("questions") == pytest.approx(4 * 5)
+    clock.skipped("frames", 50)
+    clock.skipped("questions", 1)
+    assert clock.seconds("frames") + clock.seconds("questions") == pytest.approx(1000 * 0.2 + 3 * 5)
     assert str(clock) == "about 4 min left"
-    clock.encoded(1000, 200.0)
-    for _ in range(3):
-        clock.answered(5.0)
-    assert clock.left() == 0
+    clock.did("frames", 1000, 200.0)
+    clock.did("questions", 3, 15.0)
+    assert str(clock) == "about 0 s left"
+
+
+def test_progress_inside_a_video_that_is_being_encoded(model, tokenizer, folder, monkeypatch, capsys):
+    model.config.frames_config.vision_chunk_frames = 8
+    monkeypatch.setattr(cli_batch, "load_model", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr(cli_batch, "LINE_EVERY", 0)
+    ask(folder, QUESTIONS[:3])
+    arguments = [folder / "questions.jsonl", "--out", folder / "answers.jsonl", *QUICK[:-1], 24]
+    assert cli_batch.main(list(map(str, arguments))) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "3 questions about 3 videos"
+    lengths = re.findall(r"^0/3 questions, a.mp4: (\d+) of 24 frames, more than", "\n".join(said), re.MULTILINE)
+    assert lengths == ["8", "16", "24"]
+    assert re.search(r"^1/3 questions, b.mp4: 8 of 24 frames, about ", "\n".join(said), re.MULTILINE)
+    # What the broken video would have taken is left out.
+    assert said[-2].startswith("3/3 questions, broken.mp4, about 0 s left")
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "answers.jsonl"
+    replace_file(file, "before\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # Python ignores the signal, so writing fails as on a disk without room.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match=f"cannot write {re.escape(str(file))}: "):
+            replace_file(file, "x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_text() == "before\n"
+
+
+def test_a_run_without_room_keeps_what_it_has(model, tokenizer, folder, monkeypatch, cli):  # noqa: F811
+    monkeypatch.setattr(cli_batch, "load_model", lambda *_, **__: (model, tokenizer))
+    full, original = [], os.replace
+
+    def replace(source, target):
+        if full and str(folder) in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
+        full.extend([1] * str(target).endswith(".parts/" + Path(target).name))
+
+    monkeypatch.setattr("videoxl.shell.records.os.replace", replace)
+    arguments = ["batch", folder / "questions.jsonl", "--out", folder / "answers.jsonl", *QUICK]
+    done = cli(*arguments)
+    assert done.returncode == 1
+    assert re.search(r"^error: OSError: .*cannot write .*parts/\w+\.jsonl: No space left", done.stderr, re.MULTILINE)
+    assert not list(folder.rglob("*.partial"))
+    monkeypatch.undo()
+    monkeypatch.setattr(cli_batch, "load_model", lambda *_, **__: (model, tokenizer))
+    done = cli(*arguments)
+    assert done.returncode == 3 and "3 questions about 3 videos" in done.stderr
+    assert len(answers(folder)) == 5
 
 
 @pytest.mark.parametrize(
@@ -225,12 +264,34 @@ def test_bad_usage_is_one_line_and_status_2(cli, folder):  # noqa: F811
         done = cli("batch", *arguments, *QUICK)
         assert said in one_line_error(done)
         assert done.returncode == 2
-    assert "accelerate launch" in cli("batch", "--help").stdout
+    assert "ray_batch" in cli("batch", "--help").stdout
 
 
-def test_a_damaged_journal_is_not_passed_over(tmp_path):
+def test_what_one_video_has_is_not_asked_again(tmp_path):
+    questions = [Question(number, "v", f"{number}?", "/v") for number in range(3)]
+    answers, asked = Answers(tmp_path / "out.jsonl", questions), []
+    (videos,) = answers.to_ask()
+
+    def say(questions):
+        for question in questions:
+            asked.append(question.id)
+            yield question.entry | ({"answer": "x"} if question.id < 2 or len(asked) > 3 else {"error": "y"})
+
+    file = answers.part(videos)
+    entries = keep_answers(file, videos, say)
+    assert next(entries) == questions[0].entry | {"answer": "x"}
+    # On disk before it is handed on; here the process is killed.
+    assert [entry["id"] for entry in answers_in(file)] == [0]
+    assert [list(entry)[-1] for entry in keep_answers(file, videos, say)] == ["answer", "answer", "error"]
+    assert asked == [0, 1, 2]
+    assert [entry["answer"] for entry in keep_answers(file, videos, say)] == ["x"] * 3
+    assert asked == [0, 1, 2, 2]
+    assert answers.collect() == (3, 0) and not answers.parts.exists()
+
+
+def test_a_damaged_file_of_a_video_is_not_passed_over(tmp_path):
     questions = [Question(1, "v", "?", "v")]
-    journal = Journal(tmp_path / "out.jsonl", questions)
-    (tmp_path / "out.jsonl.part-3").write_text('{"id"\n{"id": 1, "video": "v", "question": "?", "answer": "x"}\n')
-    with pytest.raises(ValueError, match="part-3, line 1 is damaged"):
-        journal.known()
+    answers = Answers(tmp_path / "out.jsonl", questions)
+    answers.part(questions).write_text('{"id"\n' + json_line(questions[0].entry | {"answer": "x"}))
+    with pytest.raises(ValueError, match="parts.*, line 1 is damaged"):
+        answers.known()
