@@ -5,6 +5,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 DEMO := .venv-demo
+RAY := .venv-ray
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Two processes, each with one thread: the models of the tests are tiny, so threads gain little, and beside another
@@ -27,11 +28,11 @@ DEMO_ANSWERS = "orange / right / large / egg / At 9 seconds"
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
-test test-all test-browser test-oldest test-newest test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-newest test-ray test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo page notebook screenshot train-small evaluate style format clean
-.PHONY: test test-all test-browser test-oldest test-newest test-processors test-without
+.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-without
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,9 @@ test-newest: newest ## the same on the newest release of everything but torch, i
 
 test-processors: $(VENV)/.installed ## tests that compare numbers, computed as other processors would (not part of CI)
 	$(BIN)/python tests/processors.py $(PARALLEL) $(NUMERIC_TESTS) $(PYTEST_ARGS)
+
+test-ray: $(RAY)/.installed ## many videos with Ray: actors and drivers that are killed (not part of CI)
+	$(RAY)/bin/python -m pytest tests/test_ray_batch.py -m "not cuda" $(PYTEST_ARGS)
 
 test-browser: $(DEMO)/.installed browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
 	$(DEMO)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
@@ -115,7 +119,8 @@ clean: ## remove caches (not the environments)
 $(VENV)/.installed: requirements.txt
 $(OLDEST)/.installed: requirements-oldest.txt
 $(DEMO)/.installed: requirements-demo.txt
-$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed:
+$(RAY)/.installed: requirements-ray.txt
+$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed $(RAY)/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)

@@ -244,7 +244,10 @@ class Answers:
             ValueError: If they were not, or answer other questions.
         """
         exists = self.out.exists() or self.parts.exists()
-        if exists and self.settings_file.is_file():
+        if exists and not self.settings_file.is_file():
+            raise ValueError(f"{self.out} exists, and was not written by this program; choose another --out")
+        known = self.known() if exists else {}
+        if any("answer" in entry for entry in known.values()):
             try:
                 before = read_json(self.settings_file)
             except ValueError as error:
@@ -254,14 +257,12 @@ class Answers:
                     f"{self.out} has answers of another {changed[0]}: {before.get(changed[0])} then, "
                     f"{settings.get(changed[0])} now; use the same settings, or another --out"
                 )
-            if others := self.known().keys() - {question.key for question in self.questions}:
+            if others := known.keys() - {question.key for question in self.questions}:
                 raise ValueError(
                     f"{self.out} answers {len(others)} questions that are no longer asked, such as {min(others)}, and "
                     "would lose them; choose another --out"
                 )
-        elif exists:
-            raise ValueError(f"{self.out} exists, and was not written by this program; choose another --out")
-        else:
+        else:  # whatever has gone wrong before is tried again, so it binds nobody
             replace_file(self.settings_file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 

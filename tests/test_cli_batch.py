@@ -177,7 +177,7 @@ def test_the_estimate_counts_frames_not_videos():
 
 
 def test_progress_inside_a_video_that_is_being_encoded(model, tokenizer, folder, monkeypatch, capsys):
-    model.config.frames_config.vision_chunk_frames = 8
+    model.config.vision_chunk_frames = 8
     monkeypatch.setattr(cli_batch, "load_model", lambda *_, **__: (model, tokenizer))
     monkeypatch.setattr(cli_batch, "LINE_EVERY", 0)
     ask(folder, QUESTIONS[:3])
@@ -185,9 +185,9 @@ def test_progress_inside_a_video_that_is_being_encoded(model, tokenizer, folder,
     assert cli_batch.main(list(map(str, arguments))) == 3
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "3 questions about 3 videos"
-    lengths = re.findall(r"^0/3 questions, a.mp4: (\d+) of 24 frames, more than", "\n".join(said), re.MULTILINE)
-    assert lengths == ["8", "16", "24"]
-    assert re.search(r"^1/3 questions, b.mp4: 8 of 24 frames, about ", "\n".join(said), re.MULTILINE)
+    lengths = re.findall(r"^0/3 questions, a.mp4: (\d+) of 18 frames, more than", "\n".join(said), re.MULTILINE)
+    assert lengths == ["8", "16", "18"]
+    assert re.search(r"^1/3 questions, b.mp4: 8 of 22 frames, about ", "\n".join(said), re.MULTILINE)
     # What the broken video would have taken is left out.
     assert said[-2].startswith("3/3 questions, broken.mp4, about 0 s left")
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 from videoxl.hub.convert import remote_code_files
 
 # Folders that are installed beside the files of the root.
-FOLDERS = ("demo", "evaluation", "hub", "shell", "training", "video_world")
+FOLDERS = ("demo", "evaluation", "hub", "serving", "shell", "training", "video_world")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -58,7 +58,7 @@ def test_a_wheel_brings_the_command_and_the_extras(packed):
     texts = {Path(name).name: content.decode() for name, content in packed.items() if ".dist-info/" in name}
     assert "videoxl = videoxl.cli:main" in texts["entry_points.txt"]
     for package, extra in (("gradio", "demo"), ("matplotlib", "evaluation"), ("bitsandbytes", "quantisation"),
-                           ("peft", "training"), ("pyyaml", "training")):  # fmt: skip
+                           ("ray[data]", "ray"), ("peft", "training"), ("pyyaml", "training")):  # fmt: skip
         assert any(
             line.startswith(f"Requires-Dist: {package}") and f'extra == "{extra}"' in line
             for line in texts["METADATA"].splitlines()
