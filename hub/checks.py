@@ -2,7 +2,7 @@
 
 What is surprising:
 * Names are the business of `upload`; here files are opened. JSON must be JSON, weights must be safetensors,
-  so a pickle under another name does not pass.
+  so a pickle under another name does not pass. Every file is searched for tokens and keys, pictures, too.
 * The folder is loaded as a stranger would: from a Hub cache made up for it, without network, in a fresh process.
   What loads from a local folder may fail from the Hub, as more files are looked at there.
 """
@@ -16,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 SECRET_NAMES = re.compile(
@@ -38,6 +41,8 @@ VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")
 TEXTS = (".json", ".py", ".ipynb", ".svg", ".jinja", ".md", ".txt", ".cff", "")
 # The longest header that a file of weights may have, in bytes; the format's own limit.
 MAX_HEADER = 100_000_000
+# Results on benchmarks that are registered as data sets of the Hub, which shows them beside the data set.
+EVAL_RESULTS = ".eval_results/*.yaml"
 
 LOAD = """
 import json, sys
@@ -60,9 +65,15 @@ print(json.dumps({"model": type(model).__name__, "device": str(model.device), "a
 """
 
 
-def looks_secret(name: str) -> bool:
-    """Whether a file of this name is likely to hold passwords or keys."""
-    return SECRET_NAMES.search(Path(name).name) is not None
+def why_not(name: str) -> str | None:
+    """The reason why a file of this name is nothing for others; None if there is none."""
+    if any(SECRET_NAMES.search(part) for part in Path(name).parts):
+        return "it looks like a secret"
+    if any(part.startswith(".") for part in Path(name).parts):
+        return "it is hidden"
+    if name.endswith(PICKLES):
+        return "it is a pickle, which can run code when it is loaded"
+    return None
 
 
 def check_files(folder: Path, secrets: tuple[str, ...] = ()) -> None:
@@ -90,11 +101,15 @@ def _look_into(path, secrets):
     if path.suffix == ".safetensors":
         values = _strings(_safetensors_header(path).get("__metadata__", {}))
         return [f"has a path of this machine in its header: {value!r}" for value in values if LOCAL_VALUE.match(value)]
-    if path.suffix not in TEXTS:
-        return []
-    text, found = path.read_text(encoding="utf-8"), []
-    if SECRETS.search(text) or any(secret in text for secret in secrets):
+    content, found = path.read_bytes(), []
+    raw = content.decode("latin-1")
+    if SECRETS.search(raw) or any(secret in raw for secret in secrets):
         found.append("holds what looks like a token or a key")  # and is not to be quoted
+    if path.match(EVAL_RESULTS):
+        _check_eval_results(content)
+    if path.suffix not in TEXTS:
+        return found
+    text = content.decode("utf-8")
     if path.suffix == ".json":
         content = json.loads(text)
         if path.name not in VOCABULARY:
@@ -106,6 +121,16 @@ def _look_into(path, secrets):
     if path.suffix == ".py":
         ast.parse(text)
     return found
+
+
+def _check_eval_results(content):
+    """Raises ValueError unless a file of results is what the Hub's own client reads as such."""
+    try:
+        entries = parse_eval_result_entries(yaml.safe_load(content))
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"a list of results with dataset id, task_id and value ({error!r})") from error
+    if not entries:
+        raise ValueError("a list of results, and it has none")
 
 
 def _strings(content):

@@ -7,8 +7,10 @@
 FOLDER is this repository's root (the bundled checkpoint), or a folder that convert_weights.py or training wrote.
 
 What is surprising:
-* Files are chosen by name, never by leaving others out: `.gitignore` means nothing to the Hub's client. In a folder
-  other than the root, a file that is not known stops the upload.
+* What travels is a fixed list of names, below; whatever else lies in the folder is named as left out. `.gitignore`
+  means nothing to the Hub's client. Other pictures or clips of a card need `--include`, which takes no keys.
+* Symbolic links are never followed: what they lead to may be anybody's.
+* The notebook travels without its outputs, which may show videos of yours.
 * Nothing is kept between runs. The same command sends the same files; those that have arrived are not sent again.
 * Weights that are in the repository and not in this upload are deleted by its commit: a stale `model.safetensors`
   would be loaded in place of new shards.
@@ -19,13 +21,15 @@ Exit status: 0; 2 if the folder or the usage is refused; 1 if the Hub is, or the
 
 import argparse
 import contextlib
+import glob
+import json
 import os
 import posixpath
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +40,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from videoxl.shell.records import files_hash
 
 from .cards import check_card, with_results
-from .checks import PICKLES, check_files, check_loading, link_or_copy, looks_secret
+from .checks import EVAL_RESULTS, check_files, check_loading, link_or_copy, why_not
 from .tensors import read_json, read_source, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,13 +57,21 @@ REQUIRED = (
 )
 LICENSES = ("LICENSE", "LICENSE-CODE")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+PAGES = tuple(f"docs/{page}.md" for page in (
+    "checkpoints", "evaluation", "files_and_histories", "frames_and_times", "measurements", "members", "memory",
+    "questions", "serving", "sparse_attention", "tools", "training"))  # fmt: skip
+# What the pages show or link to.
+NOTEBOOK = "notebooks/quickstart.ipynb"
+SHOWN = ("assets/demo.mp4", "assets/demo_page.png", "evaluation/results/niah_single.png",
+         "training/logs/small/curves.png", NOTEBOOK)  # fmt: skip
+HANDLER = "handler.py"
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",
-            "merges.txt", *LICENSES, "CITATION.cff")  # fmt: skip
-# What the card shows or links to: pages in this folder, and pictures, clips and notebooks anywhere.
-PAGES = "docs/"
-MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".webm", ".ipynb")
+            "merges.txt", "preprocessor_config.json", "video_preprocessor_config.json", *LICENSES, "CITATION.cff",
+            HANDLER, *PAGES, *SHOWN)  # fmt: skip
+# For Inference Endpoints, which install it. Their image brings the torch that fits its GPU.
+REQUIREMENTS = "transformers>=5.17,<6\nsafetensors\nhuggingface_hub\nnumpy\npillow\ntqdm\neinops\nav>=17\n"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-# What clients of the Hub leave in a folder, and what is never sent.
+# What clients of the Hub and Python leave in a folder: nobody needs to be told.
 NOT_OURS = (".git", ".gitattributes", ".cache", "__pycache__")
 # Links of the card to files, not to addresses or headings.
 LINKS = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
@@ -78,11 +90,13 @@ class Assembly:
         folder: Where it is.
         files: Names in the repository and sizes in bytes.
         results: Result files whose figures went into the card.
+        left_out: What else lies where they came from: files, and folders from which nothing was taken.
     """
 
     folder: Path
     files: dict[str, int]
     results: list[str]
+    left_out: list[str]
 
     @property
     def size(self) -> int:
@@ -94,6 +108,7 @@ def assemble(
     folder: str | os.PathLike,
     output: str | os.PathLike,
     *,
+    include: Iterable[str] = (),
     shard_size: int = SHARD_SIZE,
     log: Callable[[str], None] = lambda line: None,
 ) -> Assembly:
@@ -104,6 +119,7 @@ def assemble(
     Args:
         folder: The root of this repository, or a checkpoint with its code, tokenizer and card.
         output: A folder to fill; must not exist, or be empty.
+        include: Further files of the folder that are to travel.
         shard_size: Largest file of weights in bytes, unless one tensor alone is larger.
         log: Receives a line per step.
 
@@ -111,7 +127,7 @@ def assemble(
         The assembly. It is not checked yet, see `check`.
 
     Raises:
-        FileNotFoundError, ValueError: If something is missing, unknown, damaged or not meant for others.
+        FileNotFoundError, ValueError: If something is missing, damaged or not meant for others.
     """
     folder, output = Path(folder).resolve(), Path(output)
     if output.exists() and any(output.iterdir()):
@@ -119,32 +135,80 @@ def assemble(
     _check_complete(folder)
     tensors = read_source(folder)
     shards = sorted({tensor.file.name for tensor in tensors.values()})
-    pages = _pages(folder)
-    names = [
-        *REQUIRED,
-        *(name for name in OPTIONAL if (folder / name).is_file()),
-        *_code(folder),
-        *sorted(pages.keys() - {"README.md"}),
-        *_media(folder, pages),
-    ]
-    if folder != ROOT:
-        _refuse_others(folder, {*names, *shards, INDEX})
+    names = [*REQUIRED, *_code(folder), *_included(folder, include)]
+    if linked := [name for name in (*names, *shards) if _is_link(folder, name)]:
+        raise ValueError(
+            f"{folder}: {', '.join(linked)} is a symbolic link, and links are not followed; give a folder with the "
+            "files themselves (hf download --local-dir makes one)"
+        )
+    optional = (*OPTIONAL, *(path.relative_to(folder).as_posix() for path in sorted(folder.glob(EVAL_RESULTS))))
+    names += [name for name in optional if (folder / name).is_file() and not _is_link(folder, name)]
+    pages = {name: (folder / name).read_text(encoding="utf-8") for name in names if name.endswith(".md")}
     check_card(pages["README.md"], needs_base_model=folder != ROOT)
     for page, text in pages.items():
         if dead := sorted(_links(page, text) - set(names)):
-            raise ValueError(f"{page} links to {', '.join(dead)}, which a model repository has not")
-
+            raise ValueError(
+                f"{page} links to {', '.join(dead)}, which the repository would not have; take the link out, or "
+                "--include a file that everybody may see"
+            )
     output.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name in dict.fromkeys(names):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, output / name)
+    _add_ours(output)
     _place_weights(tensors, output, shard_size, log)
     weights = files_hash(folder / name for name in shards)
     card, results = with_results(pages["README.md"], RESULTS.glob("*.json"), weights)
     (output / "README.md").write_text(card, encoding="utf-8")
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))
     found = sorted(path for path in output.rglob("*") if path.is_file())
-    return Assembly(output, {path.relative_to(output).as_posix(): path.stat().st_size for path in found}, results)
+    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in found}
+    return Assembly(output, files, results, _left_out(folder, {*names, *shards, INDEX}))
+
+
+def _is_link(folder, name):
+    """Whether a file of the folder, or a folder on the way to it, is a symbolic link."""
+    return any((folder / part).is_symlink() for part in (Path(name), *Path(name).parents))
+
+
+def _included(folder, include):
+    """The names of further files, which must be there and be nobody's secret."""
+    for given in include:
+        name = Path(os.path.relpath(folder / given, folder)).as_posix()
+        if name.startswith("..") or not (folder / name).is_file():
+            raise FileNotFoundError(f"--include {given}: there is no such file in {folder}")
+        if reason := why_not(name):
+            raise ValueError(f"--include {given}: {reason}; it is not sent")
+        yield name
+
+
+def _add_ours(output):
+    """What every repository gets: the handler of endpoints, what it needs, and a notebook without outputs."""
+    if not (output / HANDLER).exists():
+        shutil.copyfile(ROOT / HANDLER, output / HANDLER)
+    (output / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    if (notebook := output / NOTEBOOK).exists():
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        for cell in content["cells"]:
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+        notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _left_out(folder, taken):
+    """Names of what is not taken: files, and folders of which nothing is, with a slash and without looking inside."""
+    names, on_the_way = [], {parent.as_posix() for name in taken for parent in Path(name).parents}
+    waiting = [folder]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if name in taken or path.name in NOT_OURS:
+                continue
+            if path.is_dir() and not path.is_symlink() and name in on_the_way:
+                waiting.append(path)
+            else:
+                names.append(name + "/" * (path.is_dir() and not path.is_symlink()))
+    return sorted(names)
 
 
 def _check_complete(folder):
@@ -213,45 +277,6 @@ def _links(page, text):
     return {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in LINKS.findall(text)}
 
 
-def _pages(folder):
-    """The card, and the pages in docs/ that it leads to, link by link: texts by name."""
-    pages, waiting = {}, ["README.md"]
-    while waiting:
-        page = waiting.pop()
-        pages[page] = (folder / page).read_text(encoding="utf-8")
-        linked = {link for link in _links(page, pages[page]) if link.startswith(PAGES) and link.endswith(".md")}
-        waiting += sorted(link for link in linked - pages.keys() - set(waiting) if (folder / link).is_file())
-    return pages
-
-
-def _media(folder, pages):
-    """Pictures, clips and notebooks of the folder that the card names, or that its pages link to."""
-    named = set(re.findall(r"(?<![\w/.:])(?:[\w-]+/)*[\w.-]+\.\w+", pages["README.md"]))
-    named = named.union(*(_links(page, text) for page, text in pages.items()))
-    return sorted(name for name in named if name.endswith(MEDIA) and (folder / name).is_file())
-
-
-def _refuse_others(folder, known):
-    others = [
-        name
-        for path in folder.rglob("*")
-        if not path.is_dir() and (name := path.relative_to(folder).as_posix()) not in known
-        if not set(Path(name).parts) & set(NOT_OURS)
-    ]
-    if not others:
-        return
-    reasons = []
-    for name in sorted(others):
-        if looks_secret(name):
-            reasons.append(f"{name} looks like a secret")
-        elif name.endswith(PICKLES):
-            reasons.append(f"{name} is a pickle, which can run code when it is loaded")
-        else:
-            reasons.append(f"{name} is not part of a model repository")
-    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-    raise ValueError(f"{folder}: {shown}. Nothing is left out silently: move them elsewhere")
-
-
 def check(assembly: Assembly, load: bool = True) -> dict | None:
     """Looks into all files and, if `load`, loads them from a made-up Hub cache and asks once.
 
@@ -303,7 +328,7 @@ def push(
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=assembly.folder,
-            allow_patterns=list(assembly.files),
+            allow_patterns=list(map(glob.escape, assembly.files)),
             ignore_patterns=[".git*", "**/__pycache__/**"],
             delete_patterns=[WEIGHTS, INDEX],
             commit_message=message or "Upload model",
@@ -398,6 +423,7 @@ def describe(assembly: Assembly, options: argparse.Namespace, loaded: dict | Non
             f"files       {len(assembly.files)}, together {_size(assembly.size)}",
             *(f"  {name:<{width}}  {_size(size):>9}" for name, size in assembly.files.items()),
             f"results     {', '.join(assembly.results) or 'none: no result file is about these weights'}",
+            f"left out    {', '.join(assembly.left_out) or 'nothing'}",
             f"checked     names, metadata, secrets, paths; {answered}",
         ]
     )
@@ -409,6 +435,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", help="the checkpoint; . in this repository is the bundled one")
     parser.add_argument("repository", metavar="ORG/NAME", help="the repository on the Hub")
+    parser.add_argument(
+        "--include",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a further file of FOLDER, such as a picture of the card; may be given several times",
+    )
     parser.add_argument("--dry-run", action="store_true", help="assemble, check, print the plan, send nothing")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
     parser.add_argument("--pull-request", action="store_true", help="open a pull request in an existing repository")
@@ -431,7 +464,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
             if options.pull_request and (options.revision or options.tag):
                 raise ValueError("a pull request has no --revision and gets no --tag")
             output = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()), "repository")
-            assembly = assemble(options.folder, output, log=print)
+            assembly = assemble(options.folder, output, include=options.include, log=print)
             loaded = check(assembly, load=not options.no_load)
         except (ValueError, OSError, HFValidationError) as error:
             print(f"error: {without_token(str(error))}", file=sys.stderr)

@@ -9,13 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from command_line import run_main
 from hub_stand_in import TOKEN, stand_in
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import EvalResultEntry, ModelCard, constants, eval_result_entries_to_yaml
 from safetensors.torch import load_file, save_file
 from videoxl.hub import upload as upload_to_hub
 from videoxl.hub.cards import PUBLISHED, check_card, converted_card, with_results
@@ -73,10 +75,9 @@ def test_the_bundled_checkpoint_is_gathered_without_the_workshop(bundled, root):
     from videoxl.hub.convert import remote_code_files
 
     files = set(bundled.files)
-    assert {name for name in files if name.endswith(".py")} == set(remote_code_files())
+    assert {name for name in files if name.endswith(".py")} == {*remote_code_files(), "handler.py"}
     assert {"config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
             "model.safetensors", "README.md", "LICENSE", "assets/demo.mp4"} <= files  # fmt: skip
-    # Of the workshop only pages that the card leads to, and what they show.
     rest = {name for name in files if not name.endswith(".png")}
     assert not [name for name in rest if name.startswith(("tests", "evaluation", ".")) or name == "cli.py"]
     assert {f"docs/{path.name}" for path in (root / "docs").glob("*.md")} <= files
@@ -139,22 +140,20 @@ def set_json(name, **values):
     return change
 
 
+def link(name):
+    def change(folder):
+        (folder / name).rename(folder.parent / f"elsewhere-{Path(name).name}")
+        (folder / name).symlink_to(folder.parent / f"elsewhere-{Path(name).name}")
+
+    return change
+
+
 def weights_with_metadata(folder):
     file = folder / "model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt", "made_in": "/home/someone/run"})
 
 
 REFUSED = {
-    "unknown file": (write("notes.txt", "x"), "notes.txt is not part of a model repository"),
-    "unknown folder": (
-        write("checkpoint-10/trainer_state.json", "{}"),
-        "checkpoint-10/trainer_state.json is not part",
-    ),
-    "unreached code": (write("other.py", "x = 1"), "other.py is not part"),
-    "environment": (write(".env", "A=1"), r"\.env looks like a secret"),
-    "key": (write("deploy.pem", "x"), "deploy.pem looks like a secret"),
-    "pickle": (write("training_args.bin", b"x"), "training_args.bin is a pickle"),
-    "pickled weights": (write("optimizer.pt", b"x"), "optimizer.pt is a pickle"),
     "pickle by another name": (
         write("generation_config.json", pickle.dumps({})),
         "cannot be read as what its name says",
@@ -168,6 +167,10 @@ REFUSED = {
     ),
     "path in card": (edit("README.md", "# Video", "See /home/someone/run.\n# Video"), "README.md has a path of this"),
     "path in code": (edit("kv_cache.py", "import torch", "import torch\nX = '/home/me/x'"), "kv_cache.py has a path"),
+    "address in code": (
+        edit("kv_cache.py", "import torch", "import torch\nX = 'file:///home/me/x'"),
+        "a path of this",
+    ),
     "path in weights": (weights_with_metadata, "model.safetensors has a path of this machine in its header"),
     "no card": (
         lambda folder: (folder / "README.md").unlink(),
@@ -189,18 +192,19 @@ REFUSED = {
     "dead link of a page": (
         lambda folder: [
             edit("README.md", "## Results", "[See](docs/more.md)\n## Results")(folder),
-            write("docs/more.md", "[back](../README.md), [on](gone.md#here)")(folder),
+            write("docs/more.md", "x")(folder),
         ],
-        "docs/more.md links to docs/gone.md",
+        "README.md links to docs/more.md, which the repository would not have",
     ),
-    "page that nothing links to": (write("docs/other.md", "x"), "docs/other.md is not part"),
-    "path in a page": (
-        lambda folder: [
-            edit("README.md", "## Results", "[See](docs/more.md)\n## Results")(folder),
-            write("docs/more.md", "See /home/someone/run.")(folder),
-        ],
-        "docs/more.md has a path of this",
+    "path in a page": (write("docs/members.md", "See /home/someone/run."), "docs/members.md has a path of this"),
+    "key in a picture": (
+        write("assets/demo.mp4", b"\0\xff hf_" + b"a" * 34),
+        "demo.mp4 holds what looks like a token",
     ),
+    "results of no data set": (write(".eval_results/x.yaml", "- value: 3\n"), "x.yaml cannot be read as .* task_id"),
+    "linked config": (link("config.json"), "config.json is a symbolic link"),
+    "linked weights": (link("model.safetensors"), "model.safetensors is a symbolic link"),
+    "linked code": (link("kv_cache.py"), "kv_cache.py is a symbolic link"),
     "no chat tag": (edit("README.md", "- conversational\n", ""), "tags lack conversational"),
     "results by hand": (edit("README.md", "tags:", "model-index:\n- name: x\n  results: []\ntags:"), "result files"),
     "no auto_map": (set_json("config.json", auto_map={}), "auto_map of config.json lacks AutoConfig"),
@@ -218,6 +222,147 @@ def test_what_must_not_be_published_is_refused(folder, tmp_path, name):
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         check(assemble(folder, tmp_path / "assembled"), load=False)
     assert "a" * 34 not in str(caught.value)
+
+
+# What may lie in the folder of somebody who works in it.
+STRANGERS = (
+    "my_video.mp4", "assets/holiday.mp4", "assets/demo2.png", "docs/diary.md", "docs/scan.png", "notes.txt",
+    "other.py",
+    ".env", ".env.local", "deploy.pem", "id_rsa", "credentials.json", "token", "talk.videoxl", "videos/a.mkv",
+    "notebooks/mine.ipynb", "questions.jsonl", "answers.jsonl", "answers.jsonl.settings.json", "training_args.bin",
+    "optimizer.pt", "checkpoint-10/trainer_state.json", "adapter.safetensors", "wandb/run.log", ".ssh/config",
+    "evaluation/results/mine.json", ".eval_results/notes.txt", "tokenizer.json.bak", "README.md~",
+)  # fmt: skip
+
+
+PRIVATE = "what nobody else may see"
+
+
+def make_strangers(folder):
+    for name in STRANGERS:
+        write(name, f"{PRIVATE} {name}")(folder)
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "members.md").write_text(PRIVATE)
+    (outside / "results.yaml").write_text("- {dataset: {id: a/b, task_id: c}, value: 1}")
+    (folder / "CITATION.cff").unlink(missing_ok=True)
+    (folder / "CITATION.cff").symlink_to(outside / "members.md")
+    (folder / "linked").symlink_to(outside)
+    (folder / ".eval_results" / "linked.yaml").symlink_to(outside / "results.yaml")
+    return {*STRANGERS, "CITATION.cff", "linked", ".eval_results/linked.yaml"}
+
+
+def test_only_files_of_the_package_travel(folder, small, tmp_path):
+    strangers = make_strangers(folder)
+    assembly = assemble(folder, tmp_path / "assembled")
+    assert assembly.files == small.files
+    for name in strangers:  # named, or the folder from which nothing was taken is
+        assert any(f"{name}/".startswith(left.rstrip("/") + "/") for left in assembly.left_out), name
+    assert not any(PRIVATE in path.read_text("latin-1") for path in assembly.folder.rglob("*") if path.is_file())
+
+
+def test_a_linked_folder_is_not_entered(folder, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "members.md").write_text(PRIVATE)
+    (folder / "docs").symlink_to(tmp_path / "outside")
+    assembly = assemble(folder, tmp_path / "assembled")
+    assert "docs" in assembly.left_out and not (assembly.folder / "docs").exists()
+
+
+def test_a_dry_run_of_the_bundled_checkpoint_beside_strangers(root, bundled, upload, tmp_path):
+    folder = tmp_path / "clone"
+    for name in bundled.files:
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, folder / name)
+    (folder / "README.md").write_bytes((bundled.folder / "README.md").read_bytes().replace(b"model-index", b"results"))
+    card = (root / "README.md").read_text().replace("license: apache-2.0", "license: apache-2.0\nbase_model: a/b")
+    (folder / "README.md").write_text(card)
+    strangers = make_strangers(folder)
+    done = upload(folder, REPO, "--dry-run", "--no-load", tokens=[TOKEN])
+    assert done.stdout.endswith("status 0\n"), done.stderr
+    listed, left_out = done.stdout.split("\nleft out ")
+    listed = {line.split()[0] for line in listed.splitlines() if line.startswith("  ")}
+    assert listed == set(bundled.files) - {"CITATION.cff"}
+    left_out = left_out.splitlines()[0]
+    assert "my_video.mp4" in left_out and ".env" in left_out and "talk.videoxl" in left_out
+    assert not strangers & listed
+
+
+def test_more_files_travel_where_they_are_named(folder, tmp_path):
+    write("assets/curve.png", b"\x89PNG")(folder)
+    edit("README.md", "## Results", "![A curve](assets/curve.png)\n## Results")(folder)
+    with pytest.raises(ValueError, match=r"README.md links to assets/curve.png.*--include"):
+        assemble(folder, tmp_path / "assembled")
+    assembly = assemble(folder, tmp_path / "assembled", include=["assets/../assets/curve.png"])
+    assert "assets/curve.png" in assembly.files and assembly.left_out == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".env", "looks like a secret"),
+        ("keys/deploy.pem", "looks like a secret"),
+        ("secrets/a.mp4", "looks like a secret"),
+        (".git/config", "is hidden"),
+        ("model.pt", "is a pickle"),
+        ("nowhere.png", "no such file"),
+        ("docs", "no such file"),
+        ("../outside.png", "no such file"),
+        ("linked.png", "is a symbolic link"),
+        ("key.txt", "holds what looks like a token or a key"),
+        ("key.mp4", "holds what looks like a token or a key"),
+    ],
+)
+def test_what_may_not_be_included(folder, tmp_path, name, said):
+    for file in (
+        ".env",
+        "keys/deploy.pem",
+        "secrets/a.mp4",
+        ".git/config",
+        "model.pt",
+        "docs/a.png",
+        "../outside.png",
+    ):
+        write(file, "x")(folder)
+    (folder / "linked.png").symlink_to(folder / "README.md")
+    write("key.txt", "-----BEGIN RSA PRIVATE KEY-----")(folder)
+    write("key.mp4", b"\0\xff -----BEGIN RSA PRIVATE KEY-----")(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        check_files(assemble(folder, tmp_path / "assembled", include=[name]).folder)
+
+
+def test_the_list_has_all_that_the_package_shows(root):
+    pages = {path.relative_to(root).as_posix() for path in root.glob("docs/*.md")}
+    assert set(upload_to_hub.PAGES) == pages
+    shown = set()
+    for page in ("README.md", *pages):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (root / page).read_text())
+        shown |= {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links}
+    # The clip is named in the quick start.
+    assert {name for name in shown if not name.endswith(".md")} | {"assets/demo.mp4"} == set(upload_to_hub.SHOWN)
+
+
+def test_the_notebook_travels_without_outputs(bundled, root):
+    name = upload_to_hub.NOTEBOOK
+    ours, sent = (json.loads((folder / name).read_text())["cells"] for folder in (root, bundled.folder))
+    assert [cell["source"] for cell in sent] == [cell["source"] for cell in ours]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in sent)
+
+
+def test_an_endpoint_installs_what_the_package_needs(bundled, root):
+    wanted = (root / "pyproject.toml").read_text().split("dependencies = [\n")[1].split("]")[0]
+    wanted = set(re.findall(r'"([^"]+)"', wanted)) - {"torch>=2.11"}
+    assert set((bundled.folder / "requirements.txt").read_text().split()) == wanted
+    assert (bundled.folder / "handler.py").read_bytes() == (root / "handler.py").read_bytes()
+
+
+def test_results_on_registered_benchmarks_travel(folder, tmp_path):
+    entry = EvalResultEntry(dataset_id="lmms-lab/Video-MME", task_id="default", value=61.5, notes="full attention")
+    write(".eval_results/videomme.yaml", yaml.safe_dump(eval_result_entries_to_yaml([entry])))(folder)
+    assembly = assemble(folder, tmp_path / "assembled")
+    check(assembly, load=False)
+    assert ".eval_results/videomme.yaml" in assembly.files and assembly.left_out == []
 
 
 def test_the_token_in_use_is_found_in_files(bundled):
