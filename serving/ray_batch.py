@@ -91,6 +91,7 @@ class VllmEngine:
             trust_remote_code=True,
             dtype=settings["dtype"],
             allowed_local_media_path=settings["videos"],
+            **settings.get("engine_args", {}),
         )
         self.sampling = SamplingParams(temperature=0.0, max_tokens=settings["max_new_tokens"])
         self.frames = {name: settings[name] for name in FRAMES if name in settings}
@@ -150,6 +151,10 @@ def build_parser() -> argparse.ArgumentParser:
         f"{', '.join((*DEFAULTS, *FRAMES, *SPARSE))}",
     )
     parser.add_argument("--engine", choices=ENGINES, default="videoxl", help="what answers (default: %(default)s)")
+    parser.add_argument(
+        "--engine-args", metavar="JSON", default={}, type=json.loads,
+        help='arguments of vllm.LLM, such as {"tensor_parallel_size": 2}',
+    )  # fmt: skip
     parser.add_argument("--actors", metavar="N", type=int, help="how many (default: one a GPU, or one)")
     parser.add_argument("--gpus", metavar="N", type=float, help="of an actor (default: 1 where there are any, or 0)")
     parser.add_argument("--address", help='of a Ray cluster, such as "auto" (default: this machine alone)')
@@ -171,6 +176,8 @@ def settings_from(options: argparse.Namespace) -> dict:
     if not isinstance(said, dict) or (unknown := said.keys() - known):
         got = ", ".join(sorted(unknown)) if isinstance(said, dict) else text
         raise ValueError(f"--settings takes {', '.join(known)}; got {got:.200}")
+    if options.engine_args and options.engine != "vllm":
+        raise ValueError("--engine-args are those of vllm.LLM; add --engine vllm, or leave them out")
     if Path(options.model).is_dir():
         if not Path(options.model, "config.json").is_file():
             raise ValueError(f"{options.model} is not a model folder: it has no config.json")
@@ -204,7 +211,7 @@ def answer_all(options: argparse.Namespace, settings: dict, answers: Answers) ->
         actors = min(options.actors or gpus or 1, len(jobs))
         done = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
             Actor,
-            fn_constructor_args=(settings,),
+            fn_constructor_args=({**settings, "engine_args": options.engine_args},),
             batch_size=1,
             # A second video waits at each actor, no more, or others would go without. An actor that dies is started
             # again, and gets its videos again: that is Ray Data's default.

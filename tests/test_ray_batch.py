@@ -81,6 +81,7 @@ def test_either_program_goes_on_with_the_others_files(folder, root):
         (["--settings", '{"max_num_frame": 8}'], "got max_num_frame"),
         (["--settings", "{"], "--settings is not JSON"),
         (["--settings", "nowhere.json"], "nowhere.json"),
+        (["--engine-args", '{"dtype": "auto"}'], "add --engine vllm"),
         (["--model", "someone/model"], "--trust-remote-code"),
         (["--model", "tests"], "has no config.json"),
         (["--out", "nowhere/a.jsonl"], "there is no folder"),
