@@ -163,7 +163,7 @@ def assemble(
     log("results in the card: " + (", ".join(results) or "none, since none was measured on these weights"))
     found = sorted(path for path in output.rglob("*") if path.is_file())
     files = {path.relative_to(output).as_posix(): path.stat().st_size for path in found}
-    return Assembly(output, files, results, _left_out(folder, {*names, *shards, INDEX}))
+    return Assembly(output, files, results, _left_out(folder, {*names, *shards, *files}))
 
 
 def _is_link(folder, name):
