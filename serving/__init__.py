@@ -1,1 +1,1 @@
-"""What existing engines need to serve the family: the vLLM plug-in and Ray batch."""
+"""What existing engines need to serve these models; `docs/serving.md` says which engine is for what."""

@@ -200,8 +200,12 @@ def answer_all(options: argparse.Namespace, settings: dict, answers: Answers) ->
     if not jobs:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            'this needs Ray: pip install ".[ray]" where the package is, or pip install "ray[data]"'
+        ) from error
     here = {} if options.address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address=options.address, log_to_driver=False, logging_level="warning", **here)
     try:

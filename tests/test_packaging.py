@@ -48,7 +48,7 @@ def test_a_wheel_holds_the_model_and_the_workshop(packed):
     # What programs take by default: the bundled checkpoint, presets and the template of the converter, recipes.
     wanted |= {f"videoxl/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "LICENSE")}
     wanted |= {f"videoxl/presets/{file.name}" for file in (ROOT / "presets").glob("*.json")}
-    wanted |= {"videoxl/chat_template.jinja", "videoxl/training/recipes/lora.yaml"}
+    wanted |= {"videoxl/handler.py", "videoxl/chat_template.jinja", "videoxl/training/recipes/lora.yaml"}
     assert wanted <= packed.keys()
     folders = {name.split("/")[1] for name in packed if name.count("/") > 1 and name.startswith("videoxl/")}
     assert folders == {*FOLDERS, "assets", "presets"}

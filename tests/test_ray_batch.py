@@ -95,6 +95,12 @@ def test_bad_usage_is_one_line_and_status_2(folder, root, change, said):
     assert not (folder / "answers.jsonl").exists()
 
 
+def test_without_ray_it_says_what_to_install(folder, root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = run_main(ray_batch.main, *command(folder, root))
+    assert done.returncode == 2 and "pip install" in done.stderr.splitlines()[-1]
+
+
 # ------------------------------------------------------------------------------------------------ with Ray
 
 
