@@ -189,11 +189,16 @@ def settings_from(options: argparse.Namespace) -> dict:
     return settings_of(said, options.model, videos_folder(options.questions, options.videos))
 
 
+def _anywhere(question: Question) -> dict:
+    """A question for an actor, which runs in another folder."""
+    return asdict(question) | {"path": os.path.abspath(question.path)}
+
+
 def answer_all(options: argparse.Namespace, settings: dict, answers: Answers) -> None:
     """Starts the actors, or finds the cluster, and returns when every question has been asked."""
     jobs = [
         # As text, in which any path is ASCII.
-        {"job": json.dumps({"file": str(answers.part(questions)), "questions": list(map(asdict, questions))})}
+        {"job": json.dumps({"file": str(answers.part(questions)), "questions": list(map(_anywhere, questions))})}
         for questions in answers.to_ask()
     ]
     print(f"{len(jobs)} videos with questions that have no answer yet", file=sys.stderr)

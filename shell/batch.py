@@ -150,8 +150,10 @@ class Display:
         """Says how far it is, if it is time to."""
         if time.monotonic() - self.said < (REFRESH if self.on_terminal else LINE_EVERY):
             return
+        from .output import printable
+
         self.said = time.monotonic()
-        line = f"{os.path.basename(self.video)}{self.frames}, {self.clock}"
+        line = printable(f"{os.path.basename(self.video)}{self.frames}, {self.clock}")
         if self.on_terminal:
             self.bar.set_postfix_str(line)
         else:

@@ -1,4 +1,4 @@
-"""Questions and answers in files: JSON lines, one reader and one writer for all programs.
+"""Questions and answers in files: JSON lines, one reader and one writer for all programs, and how one video is asked.
 
 A line of questions is `{"video": ..., "question": ..., "id": ...}`, where `id` is optional; a line of answers is the
 same with `"answer"` or `"error"` and whatever else is known of it.

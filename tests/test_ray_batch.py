@@ -44,7 +44,8 @@ def answers(folder, name="answers.jsonl"):
 
 
 def command(folder, root, *more):
-    places = [folder / "questions.jsonl", "--out", folder / "answers.jsonl", "--model", root]
+    # As users name what is near: relative to where they are, which is not where an actor is.
+    places = [os.path.relpath(folder / "questions.jsonl", root), "--out", folder / "answers.jsonl", "--model", "."]
     return [*map(str, places), "--settings", json.dumps(SETTINGS), *more]
 
 
@@ -66,9 +67,10 @@ def test_an_actor_answers_as_batch_does(folder, root):
     assert without_seconds(answers(folder)) == without_seconds(answers(folder, "batch.jsonl"))
 
 
-def test_either_program_goes_on_with_the_others_files(folder, root):
+def test_either_program_goes_on_with_the_others_files(folder, root, monkeypatch):
     done = run_main(batch.main, folder / "questions.jsonl", "--out", folder / "answers.jsonl", *OPTIONS)
     assert done.returncode == 3, done.stderr
+    monkeypatch.chdir(root)
     options = ray_batch.build_parser().parse_args(command(folder, root))
     opened = open_answers(options.questions, options.out, options.videos)
     opened.settle(ray_batch.settings_from(options))  # or raises
@@ -97,7 +99,7 @@ def test_bad_usage_is_one_line_and_status_2(folder, root, change, said):
 
 def test_without_ray_it_says_what_to_install(folder, root, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    done = run_main(ray_batch.main, *command(folder, root))
+    done = run_main(ray_batch.main, *command(folder, root), cwd=root)
     assert done.returncode == 2 and "pip install" in done.stderr.splitlines()[-1]
 
 
