@@ -82,14 +82,19 @@ class VllmEngine:
     """
 
     def __init__(self, settings: dict):
+        from transformers import AutoConfig
         from vllm import LLM, SamplingParams
 
         if sparse := [name for name in SPARSE if name in settings]:
             raise ValueError(f"vLLM attends to the whole video, and knows no {', '.join(sparse)}; leave them out")
+        dtype = settings["dtype"]
+        if dtype == "auto":  # for vLLM half precision, whatever is stored; here and for the package what is stored
+            stored = AutoConfig.from_pretrained(settings["model"], trust_remote_code=True).dtype
+            dtype = "auto" if stored is None else str(stored).removeprefix("torch.")
         self.llm = LLM(
             settings["model"],
             trust_remote_code=True,
-            dtype=settings["dtype"],
+            dtype=dtype,
             allowed_local_media_path=settings["videos"],
             **settings.get("engine_args", {}),
         )
