@@ -181,6 +181,8 @@ def settings_from(options: argparse.Namespace) -> dict:
     if not isinstance(said, dict) or (unknown := said.keys() - known):
         got = ", ".join(sorted(unknown)) if isinstance(said, dict) else text
         raise ValueError(f"--settings takes {', '.join(known)}; got {got:.200}")
+    if options.actors is not None and options.actors < 1:
+        raise ValueError(f"--actors must be at least 1, got {options.actors}")
     if options.engine_args and options.engine != "vllm":
         raise ValueError("--engine-args are those of vllm.LLM; add --engine vllm, or leave them out")
     if Path(options.model).is_dir():
@@ -248,22 +250,25 @@ def answer_all(options: argparse.Namespace, settings: dict, answers: Answers) ->
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, which is that of `videoxl batch`."""
-    options, answers = build_parser().parse_args(arguments), None
+    options = build_parser().parse_args(arguments)
     try:
         settings = settings_from(options)
         answers = open_answers(options.questions, options.out, options.videos)
         answers.settle(settings)
         answers.collect()
-        answer_all(options, settings, answers)
-        answered, failed = answers.collect()
-    except BaseException as error:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            answers.collect()
-        known = {KeyboardInterrupt: 130, ValueError: 2, FileNotFoundError: 2, OSError: 1, RuntimeError: 1}
-        if (status := known.get(type(error))) is None:
+        try:
+            answer_all(options, settings, answers)
+        except BaseException:
+            # What is there is worth having; without room for it, it stays where it is for the next run.
+            with contextlib.suppress(OSError):
+                answers.collect()
             raise
+        answered, failed = answers.collect()
+    except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
         print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)
-        return status
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        return 2 if isinstance(error, (FileNotFoundError, ValueError)) else 1
     print(f"{answers.out}: {answered} answers, {failed} errors", file=sys.stderr)
     return SOME_FAILED if failed else 0
 

@@ -264,6 +264,7 @@ def test_bad_usage_is_one_line_and_status_2(cli, folder):  # noqa: F811
         done = cli("batch", *arguments, *QUICK)
         assert said in one_line_error(done)
         assert done.returncode == 2
+    assert (folder / "foreign.jsonl").read_text() == "{}\n"
     assert "ray_batch" in cli("batch", "--help").stdout
 
 

@@ -84,6 +84,7 @@ def test_either_program_goes_on_with_the_others_files(folder, root, monkeypatch)
         (["--settings", "{"], "--settings is not JSON"),
         (["--settings", "nowhere.json"], "nowhere.json"),
         (["--engine-args", '{"dtype": "auto"}'], "add --engine vllm"),
+        (["--actors", "0"], "--actors must be at least 1"),
         (["--model", "someone/model"], "--trust-remote-code"),
         (["--model", "tests"], "has no config.json"),
         (["--out", "nowhere/a.jsonl"], "there is no folder"),
@@ -95,6 +96,13 @@ def test_bad_usage_is_one_line_and_status_2(folder, root, change, said):
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (folder / "answers.jsonl").exists()
+
+
+def test_a_file_of_others_is_left_alone(folder, root):
+    (folder / "answers.jsonl").write_text("mine\n")
+    done = run_main(ray_batch.main, *command(folder, root), cwd=root)
+    assert done.returncode == 2 and "was not written by this program" in done.stderr
+    assert (folder / "answers.jsonl").read_text() == "mine\n"
 
 
 def test_without_ray_it_says_what_to_install(folder, root, monkeypatch):
