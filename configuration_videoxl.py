@@ -10,6 +10,7 @@ What is surprising:
   (`config.time_format`), as config.json of earlier versions have them.
 * Configs without an `__init__` are data classes (the library makes them so): a line is a setting with its default, and
   what else a file holds comes to `__post_init__`.
+* Importing this file enters the model into a table of the library, because `transformers serve` reads it.
 * Values that are not known, out of range or do not go together raise ValueError: those of a part when they are set,
   the member's own (beacons, dropping, selection) when a call resolves them.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 PREFILL_MODES, DECODE_MODES = ("full", "streaming", "mask"), ("full", "bilevel")
 TOKEN_SELECTORS = (None, "query", "timed_query")
@@ -455,6 +457,10 @@ class VideoXLConfig(SharesFrameSettings, PreTrainedConfig):
         if not isinstance(frames, int) or frames < 1:
             raise ValueError(f"the vision chunk must be a number of frames of at least 1, got {frames!r:.200}")
         return max(frames // self.frames_per_group, 1) * self.frames_per_group
+
+
+# `transformers serve` follows `auto_map` only for model types that stand in this table.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VideoXLConfig.model_type] = "VideoXLForConditionalGeneration"
 
 
 def _renamed(settings: dict, names: dict) -> dict:

@@ -39,8 +39,10 @@ from .configuration_videoxl import FRAME_SETTINGS, SharesFrameSettings, VideoXLF
 from .frame_sampling_videoxl import MAX_NUM_FRAMES, MAX_SAMPLE_FPS, SAMPLE_FPS, FrameSampler, Sampling
 from .image_processing_videoxl import count_tiles, load_image, tile_image
 from .messages_videoxl import (
+    SAMPLING_KEYS,
     assign_visuals,
     named_sampling,
+    read_item,
     read_messages,
     readable_source,
     video_request,
@@ -59,19 +61,23 @@ HARMLESS_IF_EMPTY = {
     *("return_metadata", "return_assistant_tokens_mask", "return_token_type_ids", "return_mm_token_type_ids"),
     "reasoning_effort",
 }
-# chat_template.jinja holds the same text, for the tokenizer.
+# chat_template.jinja holds the same text, for the tokenizer. vLLM must find a loop over `message.content` in it, or it
+# puts videos in front of the texts that they stand between.
 DEFAULT_CHAT_TEMPLATE = r"""{%- if not messages or messages[0].role != 'system' -%}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
-{%- for item in (({'type': 'text', 'text': message.content},) if message.content is string else message.content) -%}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}
+{%- for item in message.content -%}
 {%- if item.type == 'video' -%}{{- video_token | default('<|vision_pad|>', true) + '\n' -}}
 {%- elif item.type == 'image' -%}{{- image_token | default('<|image_pad|>', true) + '\n' -}}
 {%- elif item.type == 'text' -%}{{- item.text -}}
 {%- else -%}{{- raise_exception('Content items are of type text, image or video, not ' + item.type | string) -}}
 {%- endif -%}
 {%- endfor -%}
+{%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
@@ -273,15 +279,13 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
         given = {"max_num_frames": max_num_frames, "num_frames": num_frames, "fps": fps}
-        given = {name: value for name, value in given.items() if value is not None}
-        rates = {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        given |= {name: rate for name, rate in rates.items() if not (isinstance(rate, str) and rate == DEFAULT)}
+        given |= {"sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
 
         # Everything is checked before the first video is opened.
         most = self.max_source_bytes
         films = assign_visuals(videos, texts, self.video_token, timestamps=timestamps, max_bytes=most)
         pictures = assign_visuals(images, texts, self.image_token, "image", max_bytes=most)
-        called, own = named_sampling(given), self.sampling()
+        called, own = _called_sampling(given), self.sampling()
         films = [[video_request(item, own, called) for item in group] for group in films]
         pictures = [[readable_source(item) for item in group] for group in pictures]
         rows, pixels = [], []
@@ -425,12 +429,34 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         rule = FrameSampler.of(self.frames_config)
         return replace(Sampling(self.max_num_frames, self.sample_fps, self.max_sample_fps, rule), **settings)
 
-    def _load_video(self, request):
-        """Pixels [F, 3, S, S] and times of a video's sampled frames, and the facts for its `video_message`."""
+    def read_video(self, source: Any, timestamps: Sequence[float] | None = None, **sampling):
+        """Opens a video and chooses its frames, as `__call__` does; engines normalise them where the tower runs.
+
+        Args:
+            source, timestamps: Of one video, see `__call__`.
+            **sampling: The sampling arguments of `__call__`, or `start` and `end` in seconds.
+
+        Returns:
+            Frames, uint8 [F, 3, S, S], the seconds of each, and the duration that a `video_message` tells.
+
+        Raises:
+            ValueError: On other arguments, and on what cannot be read.
+        """
+        if unknown := sorted(sampling.keys() - SAMPLING_KEYS.keys()):
+            raise ValueError(f"unknown arguments: {', '.join(unknown):.200}; known are {', '.join(SAMPLING_KEYS)}")
+        item = read_item({"type": "video", "video": source, "timestamps": timestamps})
+        frames, seconds, reader = self._read_frames(video_request(item, self.sampling(), _called_sampling(sampling)))
+        return frames, seconds, reader.duration
+
+    def _read_frames(self, request):
         reader = open_video(**request, **self.frame_options)
         batches = list(reader)
-        frames = torch.cat([batch.frames for batch in batches])
         seconds = [time for batch in batches for time in batch.timestamps]
+        return torch.cat([batch.frames for batch in batches]), seconds, reader
+
+    def _load_video(self, request):
+        """Pixels [F, 3, S, S] and times of a video's sampled frames, and the facts for its `video_message`."""
+        frames, seconds, reader = self._read_frames(request)
         shown = None if self.video_message is None else (reader.duration, len(seconds))
         return normalize_frames(frames, self.image_mean, self.image_std), seconds, shown
 
@@ -479,6 +505,17 @@ def _frame_settings(frames_config) -> dict[str, Any]:
     if frames_config is None or isinstance(frames_config, dict):
         return dict(frames_config or {})
     return {name: copy.deepcopy(getattr(frames_config, name)) for name in FRAME_SETTINGS}
+
+
+def _called_sampling(given) -> dict[str, Any]:
+    """The sampling that a call asks for; of all arguments only the two rates mean something by None."""
+
+    def is_said(name, value):
+        if name in ("sample_fps", "max_sample_fps"):
+            return not isinstance(value, str) or value != DEFAULT
+        return value is not None
+
+    return named_sampling({name: value for name, value in given.items() if is_said(name, value)})
 
 
 def _is_empty(value) -> bool:
