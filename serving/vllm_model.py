@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from videoxl.serving.vllm_processor import VideoXLDummyInputs, VideoXLMultiModalProcessor, VideoXLProcessingInfo
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
@@ -20,8 +21,6 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-
-from videoxl.serving.vllm_processor import VideoXLDummyInputs, VideoXLMultiModalProcessor, VideoXLProcessingInfo
 
 
 class VisionPath(nn.Module):

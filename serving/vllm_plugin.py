@@ -17,11 +17,10 @@ PACKAGE = __package__
 
 def register() -> None:
     """Registers model, video loader and config check; calling it again changes nothing."""
+    from videoxl.serving.vllm_processor import FileBytes
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
-
-    from videoxl.serving.vllm_processor import FileBytes
 
     class Config(VerifyAndUpdateConfig):
         verify_and_update_model_config = staticmethod(prepare_config)
@@ -58,12 +57,14 @@ def refuse_unserved(config) -> None:
     reasons = {
         "sparse_attention": (
             (settings.prefill, settings.decode) != ("full", "full")
-            and f"prefill={settings.prefill!r} and decode={settings.decode!r} show every token its own part of the video",
-            "set it to {} (vLLM: --hf-overrides '{\"sparse_attention\": {}}')",
+            and f"prefill={settings.prefill!r} and decode={settings.decode!r} show each token a part of the video",
+            'set prefill and decode to "full" (vLLM: --hf-overrides \'{"sparse_attention": {"prefill": "full", '
+            '"decode": "full"}}\'; where the published switches are on, enable_sparse and enable_chunk_prefill to '
+            "false, too)",
         ),
         "beacon_ratio": (
             settings.beacons and "beacons take the place of the visual tokens of a window",
-            "set it to \"none\" (vLLM: --hf-overrides '{\"beacon_ratio\": \"none\"}')",
+            'set it to "none" (vLLM: --hf-overrides \'{"beacon_ratio": "none"}\')',
         ),
         "mm_llm_compress": (
             settings.dropping and "layers keep different tokens",
@@ -71,17 +72,17 @@ def refuse_unserved(config) -> None:
         ),
         "token_selector": (
             config.token_selector and "the question decides which visual tokens there are",
-            "serve this model with the package itself",
+            "take another member of the family",
         ),
         "frame_padding": (
             config.frame_padding != "last" and "random frames of the whole video fill its last group",
-            "set it to \"last\" (vLLM: --hf-overrides '{\"frame_padding\": \"last\"}')",
+            'set it to "last" (vLLM: --hf-overrides \'{"frame_padding": "last"}\')',
         ),
     }
     for name, (reason, remedy) in reasons.items():
         if reason:
             raise ValueError(
-                f"vLLM cannot serve this checkpoint with its {name}: {reason}, but the engine keeps the same key-values "
-                f"of all tokens in all layers for every question. Ask it with the package itself (chat, videoxl batch), "
-                f"or {remedy}"
+                f"vLLM cannot serve this checkpoint with its {name}: {reason}, but the engine keeps the same "
+                "key-values of all tokens, in all layers, for every question. Ask it with the package itself (chat, "
+                f"videoxl batch), or {remedy}"
             )

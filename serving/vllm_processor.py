@@ -163,9 +163,10 @@ class VideoXLMultiModalProcessor(BaseMultiModalProcessor[VideoXLProcessingInfo])
         for kind, marker in self._markers.items():
             count, items = inputs.prompt.count(marker), data.get_count(kind, strict=False)
             if count != items:
+                text = processor.tokenizer.convert_ids_to_tokens(marker)
                 raise ValueError(
-                    f"the prompt has {count} markers ({processor.tokenizer.convert_ids_to_tokens(marker)}) for {items} "
-                    f"{kind}s: only {kind} items put them there, remove them from texts"
+                    f"the prompt has {count} markers ({text}) for {items} {kind}s: only {kind} items put them there, "
+                    "remove them from texts"
                 )
         sampling = self.info.ctx.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs)
         videos, chunks, data = [], [], {**data}
