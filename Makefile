@@ -6,6 +6,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 DEMO := .venv-demo
 RAY := .venv-ray
+SERVING := .venv-serving
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Two processes, each with one thread: the models of the tests are tiny, so threads gain little, and beside another
@@ -13,7 +14,7 @@ PYTEST_ARGS ?=
 PARALLEL = -n 2 --dist worksteal
 # What must hold on every supported transformers, the oldest and whatever is the newest today.
 EVERY_VERSION_TESTS = $(wildcard tests/test_golden_*.py) $(addprefix tests/test_, $(addsuffix .py, loading chat \
-	processing bilevel images clients token_dropping families library before append packaging))
+	processing bilevel images clients token_dropping families library before append packaging serve))
 # What compares numbers, so what another processor could change.
 NUMERIC_TESTS = $(EVERY_VERSION_TESTS) $(addprefix tests/test_, $(addsuffix .py, bundle clips evaluation flash_doors \
 	flash_sampling modeling selection slow_members sparse_attention training training_slots))
@@ -28,11 +29,11 @@ DEMO_ANSWERS = "orange / right / large / egg / At 9 seconds"
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
-test test-all test-browser test-oldest test-newest test-ray test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-newest test-ray test-serving test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo page notebook screenshot train-small evaluate style format clean
-.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-without
+.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-serving test-without
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +67,9 @@ test-processors: $(VENV)/.installed ## tests that compare numbers, computed as o
 
 test-ray: $(RAY)/.installed ## many videos with Ray: actors and drivers that are killed (not part of CI)
 	$(RAY)/bin/python -m pytest tests/test_ray_batch.py -m "not cuda" $(PYTEST_ARGS)
+
+test-serving: $(SERVING)/.plugin ## the vLLM plug-in, with vLLM on the CPU (3.4 GB, minutes to install; not part of CI)
+	$(SERVING)/bin/python -m pytest tests/test_serving_vllm.py $(PYTEST_ARGS)
 
 test-browser: $(DEMO)/.installed browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
 	$(DEMO)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
@@ -120,9 +124,17 @@ $(VENV)/.installed: requirements.txt
 $(OLDEST)/.installed: requirements-oldest.txt
 $(DEMO)/.installed: requirements-demo.txt
 $(RAY)/.installed: requirements-ray.txt
-$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed $(RAY)/.installed:
+$(SERVING)/.installed: requirements-serving.txt
+$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed $(RAY)/.installed $(SERVING)/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+# Three packages that vLLM asks for do not load beside a torch for CPUs, and nothing here needs them. vLLM finds the
+# plug-in where this package is installed; what it runs then is this folder.
+$(SERVING)/.plugin: $(SERVING)/.installed pyproject.toml
+	@$(SERVING)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -44,6 +44,7 @@ from .messages_videoxl import (
     named_sampling,
     read_item,
     read_messages,
+    read_source,
     readable_source,
     video_request,
     visual_items,
@@ -444,7 +445,8 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         """
         if unknown := sorted(sampling.keys() - SAMPLING_KEYS.keys()):
             raise ValueError(f"unknown arguments: {', '.join(unknown):.200}; known are {', '.join(SAMPLING_KEYS)}")
-        item = read_item({"type": "video", "video": source, "timestamps": timestamps})
+        item = {"type": "video", "video": source, "timestamps": timestamps}
+        item = read_item(item, max_bytes=self.max_source_bytes)
         frames, seconds, reader = self._read_frames(video_request(item, self.sampling(), _called_sampling(sampling)))
         return frames, seconds, reader.duration
 
@@ -470,12 +472,13 @@ class VideoXLProcessor(SharesFrameSettings, ProcessorMixin):
         return normalize_frames(tiles.flatten(0, 1), self.image_mean, self.image_std).unflatten(0, tiles.shape[:2])
 
     def read_tiles(self, source: Any) -> torch.Tensor:
-        """Opens an image (a path, a PIL image or uint8 [H, W, 3]) and cuts it.
+        """Opens an image (see `images` of `__call__`) and cuts it.
 
         Returns:
             uint8 [T, 1, 3, S, S], or with an overview [1 + rows, columns, 3, S, S], see `tile_image`.
         """
-        return tile_image(load_image(source), self.image_size, self.image_grid_pinpoints, self.image_tiling)
+        image = load_image(read_source(source, self.max_source_bytes))
+        return tile_image(image, self.image_size, self.image_grid_pinpoints, self.image_tiling)
 
     def _pad(self, rows, padding, padding_side, return_tensors) -> dict[str, Any]:
         """Pads rows of ids; `input_ids` and `attention_mask` in the form that is asked for."""

@@ -14,7 +14,6 @@ F frames, S side of a frame in pixels, T tiles of an image.
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,7 +200,7 @@ class VideoXLMultiModalProcessor(BaseMultiModalProcessor[VideoXLProcessingInfo])
         if known is not None and cache is not None and all(cache.is_cached(known.names)):
             self._known.move_to_end(key)
             return known, [None] * len(known.names)
-        opened = _path(source) if source.ndim == 1 else source
+        opened = source.tobytes() if source.ndim == 1 else source
         frames, seconds, duration = self.info.processor.read_video(opened, timestamps, **sampling)
         size = self.info.chunk_frames
         parts = [
@@ -242,9 +241,7 @@ class VideoXLMultiModalProcessor(BaseMultiModalProcessor[VideoXLProcessingInfo])
             # In double precision: else 5.005 becomes "5.01".
             fields["timestamps"] = [torch.tensor(times["timestamps"], dtype=torch.float64) for _, times in videos]
         if images := hf_data.get("images"):
-            fields["pixel_values_images"] = [
-                self.info.processor.read_tiles(_path(image) if isinstance(image, bytes) else image) for image in images
-            ]
+            fields["pixel_values_images"] = [self.info.processor.read_tiles(image) for image in images]
         return BatchFeature(fields)
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
@@ -267,12 +264,6 @@ class VideoXLMultiModalProcessor(BaseMultiModalProcessor[VideoXLProcessingInfo])
             return replacement
 
         return [PromptReplacement(kind, [marker], shown(kind)) for kind, marker in self._markers.items()]
-
-
-def _path(data):
-    file = os.memfd_create("media")
-    os.write(file, data)
-    return f"/proc/self/fd/{file}"
 
 
 def count_tiles(tiles: torch.Tensor) -> int:

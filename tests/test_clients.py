@@ -1,12 +1,11 @@
 """The clients that people already use, unmodified: transformers' own ways in, accelerate, quantisers, peft, compile.
 
 What is in other files: every Auto class, a simulated Hub cache and save_pretrained (`test_loading.py`), streaming
-through `chat` (`test_chat.py`), gradient checkpointing and LoRA in training (`test_modeling.py`, `test_training.py`).
+through `chat` (`test_chat.py`), `transformers serve` (`test_serve.py`), gradient checkpointing and LoRA in training
+(`test_modeling.py`, `test_training.py`).
 """
 
 import re
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -321,21 +320,6 @@ def test_lora_on_language_model_and_compressor(folder, processor, tokenizer, cli
     assert (expected - plain).abs().max() > 1e-3
     settings = {"return_history": False, "max_num_frames": 8, "generation_config": SHORT}
     assert again.chat(clips[0], tokenizer, "Why?", **settings) == adapted.chat(clips[0], tokenizer, "Why?", **settings)
-
-
-# ---------------------------------------------------------------- what cannot work, and why
-
-
-def test_transformers_serve_knows_no_remote_classes(folder):
-    """The docs say that `transformers serve` cannot load it, and why. Should this fail, say so there."""
-    pytest.importorskip("transformers.cli.serving.model_manager")
-    load = (
-        "import sys; from transformers.cli.serving.model_manager import ModelManager; "
-        "ModelManager(trust_remote_code=True).load_model_and_processor(sys.argv[1])"
-    )
-    # In a process that has not loaded our code, as a server is one.
-    done = subprocess.run([sys.executable, "-c", load, f"{folder}@main"], capture_output=True, text=True)
-    assert "AttributeError" in done.stderr and "VideoXLForConditionalGeneration" in done.stderr
 
 
 def test_the_image_text_class_is_ours_too(folder):

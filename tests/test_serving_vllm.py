@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,10 @@ from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is not here; make test-serving installs it into .venv-serving")
 
-from vllm_engine import ask
+import openai
+from servers import DEMO, addresses, served
+from servers import user as from_client
+from vllm_engine import QUICK, ask
 
 pytestmark = pytest.mark.ties
 
@@ -96,10 +101,12 @@ def cases(root, clips, pictures):
 
 def requests(cases):
     """The cases as an OpenAI client writes them."""
-    return [{"messages": [openai(message) for message in messages], "sampling": s} for messages, s in cases.values()]
+    return [
+        {"messages": [as_client(message) for message in messages], "sampling": s} for messages, s in cases.values()
+    ]
 
 
-def openai(message):
+def as_client(message):
     if isinstance(message["content"], str):
         return message
     content = []
@@ -226,13 +233,13 @@ def test_requests_that_are_refused(members, root, pictures, tmp_path):
     (tmp_path / "text.mp4").write_text("This is no video.")
     bare = frames(8)
     cases = {
-        "1 videos": {"messages": [openai(user(video(demo), f"What is {marker}?"))]},
-        "1 images": {"messages": [openai(user(image(pictures[0]), "<|image_pad|>"))]},
-        "unknown arguments: frames": {"messages": [openai(user(video(demo), "?"))], "sampling": {"frames": 3}},
+        "1 videos": {"messages": [as_client(user(video(demo), f"What is {marker}?"))]},
+        "1 images": {"messages": [as_client(user(image(pictures[0]), "<|image_pad|>"))]},
+        "unknown arguments: frames": {"messages": [as_client(user(video(demo), "?"))], "sampling": {"frames": 3}},
         "num_frames conflicts with": {
-            "messages": [openai(user(video(demo), "?"))], "sampling": {"num_frames": 3, "fps": 1},
+            "messages": [as_client(user(video(demo), "?"))], "sampling": {"num_frames": 3, "fps": 1},
         },
-        "text.mp4|no video": {"messages": [openai(user(video(tmp_path / "text.mp4"), "?"))]},
+        "the file from memory": {"messages": [as_client(user(video(tmp_path / "text.mp4"), "?"))]},
         "timestamps": {"prompt": marker, "multi_modal_data": {"video": [bare]}},
         "uuid": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": None, "uuid": "a"}]}]},
     }  # fmt: skip
@@ -276,3 +283,83 @@ def test_the_engine_does_not_start_with_them_and_starts_with_the_way_out(members
     way_out = {"sparse_attention": {"prefill": "full", "decode": "full"}}
     (answer,) = ask(sparse, requests({"demo": cases["demo"]}), hf_overrides=way_out)
     assert_equal(model, prepared(processor, *cases["demo"]), answer)
+
+
+# ---------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def server(root, tmp_path_factory):
+    """OpenAI's client of a server of the bundled checkpoint."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", root, "--trust-remote-code"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", "bundled"]
+    command += ["--allowed-local-media-path", root / "assets", "--trust-request-mm-kwargs"]
+    command += ["--enable-prompt-tokens-details"]
+    environment = {**os.environ, **QUICK, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with served(command, tmp_path_factory.mktemp("server") / "log", environment, 600) as client:
+        yield client
+
+
+def asked(server, messages, **settings):
+    return server.chat.completions.create(model="bundled", messages=messages, **settings)
+
+
+@pytest.fixture(scope="module")
+def demo(root):
+    return addresses(root / "assets" / "demo.mp4", "video/mp4")
+
+
+def test_the_server_answers_a_client_that_names_no_temperature(server, demo):
+    """Greedily, and with what the first way of naming the video has left in the caches."""
+    for kind in ("file", "data"):
+        for number, (question, right) in enumerate(DEMO.items()):
+            answer = asked(server, from_client(("video", demo[kind]), question))
+            assert answer.choices[0].message.content == right
+            cached = (answer.usage.prompt_tokens_details or None) and answer.usage.prompt_tokens_details.cached_tokens
+            assert bool(cached) == (kind == "data" or number > 0)
+
+
+def test_the_server_streams(server, demo):
+    question = "When is the card with the purple ring shown?"
+    chunks = asked(server, from_client(("video", demo["file"]), question), stream=True)
+    parts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(parts) == DEMO[question] and len(parts) > 1
+
+
+def test_the_server_takes_images_text_and_sampling(server, demo, bundle, pictures):
+    processor = bundle[2]
+    image = ("image", addresses(pictures[0], "image/png")["data"])
+    for messages, sampling in (
+        (from_client(image, "What is it?"), {}),
+        (from_client("Who are you?"), {}),
+        (from_client("Compare ", ("video", demo["file"]), "with", image, "!"), {"num_frames": 11}),
+    ):
+        answer = asked(server, messages, extra_body={"mm_processor_kwargs": sampling} if sampling else {})
+        expected = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **sampling)
+        assert answer.usage.prompt_tokens == len(expected[0])
+
+
+def test_64_concurrent_requests(server, demo):
+    questions = [*DEMO] * 13
+
+    def ask(question):
+        return asked(server, from_client(("video", demo["file"]), question)).choices[0].message.content
+
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(ask, questions[:64]))
+    assert answers == [DEMO[question] for question in questions[:64]]
+
+
+def test_what_the_server_refuses(server, demo, root):
+    question = "What color is the star?"
+    film, nothing = ("video", demo["file"]), ("video", "data:video/mp4;base64,bm8gdmlkZW8=")
+    outside = ("video", (root / "config.json").as_uri())
+    for expected, messages, settings in (
+        ("markers", from_client(film, "What is <|vision_pad|>?"), {}),
+        ("unknown arguments: frames", from_client(film, question), {"mm_processor_kwargs": {"frames": 2}}),
+        ("mm_processor_kwargs", from_client(film, question), {"media_io_kwargs": {"video": {"num_frames": 8}}}),
+        ("", from_client(nothing, question), {}),
+        ("", from_client(outside, question), {}),
+    ):
+        with pytest.raises(openai.BadRequestError, match=expected):
+            asked(server, messages, extra_body=settings)
