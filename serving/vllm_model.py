@@ -80,13 +80,17 @@ class VideoXLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
         model_config = vllm_config.model_config
         self.config = config = model_config.hf_config
 
+        # On the Hub, the code may lie in another repository.
+        home = config.auto_map["AutoModel"].rpartition("modeling_videoxl.")[0]
+        revisions = {"revision": model_config.revision, "code_revision": model_config.code_revision}
+
         def remote(name):
-            return get_class_from_dynamic_module(name, model_config.model, revision=model_config.revision)
+            return get_class_from_dynamic_module(home + name, model_config.model, **revisions)
 
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            vision = VisionPath(config, remote)
-            # Sub-configs have a dtype of their own, and some tables are made on the CPU.
-            self.vision = vision.to(device=vllm_config.device_config.device, dtype=model_config.dtype)
+            self.vision = VisionPath(config, remote)
+        # Sub-configs have a dtype of their own, and some tables are made on the CPU.
+        self.vision.to(device=vllm_config.device_config.device, dtype=model_config.dtype)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config,

@@ -76,7 +76,8 @@ class VideoXLDataParser(MultiModalDataParser):
         if isinstance(item, bytes):
             return np.frombuffer(item, np.uint8), {}
         pair = item.media if isinstance(item, MediaWithBytes) else item
-        if not isinstance(pair, tuple) or len(pair) != 2 or (pair[0].ndim != 1 and "timestamps" not in pair[1]):
+        pixels, metadata = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, {})
+        if not isinstance(pixels, (np.ndarray, torch.Tensor)) or (pixels.ndim != 1 and "timestamps" not in metadata):
             raise ValueError(
                 "a video must be a file (a video_url; offline its bytes), or offline a pair of frames [F, H, W, 3] of "
                 f"uint8 and {{'timestamps': seconds}}, got {'nothing' if item is None else type(pair).__name__}"

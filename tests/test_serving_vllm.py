@@ -4,6 +4,7 @@ Runs where vLLM is (`make test-serving`). Models are random, so every step's tok
 logits behind the same tokens: it must be the best one, or within `MARGIN` of it.
 """
 
+import copy
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not here; make test-serving installs it into .venv-serving")
 
@@ -198,6 +200,38 @@ def test_how_the_engine_runs_changes_nothing(members, cases, settings):
         assert_equal(model, prepared(processor, *cases[case]), answer)
 
 
+@pytest.mark.parametrize("limits", [{"video": 0, "image": 0}, {"video": 0}], ids=["text alone", "images alone"])
+def test_what_a_server_may_leave_out(members, cases, limits):
+    model, processor, folder = members["videoxl2"]
+    cases = {name: cases[name] for name in ("text", "images", "demo")[: 3 - len(limits)] + ("demo",)}
+    *answers, refused = ask(folder, requests(cases), limit_mm_per_prompt=limits)
+    for case, answer in zip(cases, answers, strict=False):
+        assert_equal(model, prepared(processor, *cases[case]), answer)
+    assert "At most 0 video" in refused["error"]
+
+
+def test_lora_on_the_language_model(members, cases, tmp_path):
+    """An adapter as peft writes it; without it the same engine is the model itself."""
+    model, processor, folder = members["videoxl2"]
+    torch.manual_seed(0)
+    weights, changed = {}, copy.deepcopy(model)
+    for layer, block in enumerate(changed.model.language_model.layers):
+        for name in ("q_proj", "v_proj"):
+            weight = getattr(block.self_attn, name).weight.data
+            down, up = torch.randn(4, weight.shape[1]) / 8, torch.randn(weight.shape[0], 4) / 8
+            weight += 2 * up @ down
+            place = f"base_model.model.model.language_model.layers.{layer}.self_attn.{name}"
+            weights |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (asked,), inputs = requests({"demo": cases["demo"]}), prepared(processor, *cases["demo"])
+    with_it, without = ask(folder, [{**asked, "lora": str(tmp_path)}, asked], enable_lora=True, max_lora_rank=8)
+    assert_equal(changed, inputs, with_it)
+    assert_equal(model, inputs, without)
+    assert with_it["logprobs"] != without["logprobs"]
+
+
 def frames(count, seed=3):
     pixels = np.random.default_rng(seed).integers(0, 255, (count, 12, 16, 3), dtype=np.uint8)
     return pixels.repeat(5, axis=1).repeat(5, axis=2)
@@ -358,8 +392,8 @@ def test_what_the_server_refuses(server, demo, root):
         ("markers", from_client(film, "What is <|vision_pad|>?"), {}),
         ("unknown arguments: frames", from_client(film, question), {"mm_processor_kwargs": {"frames": 2}}),
         ("mm_processor_kwargs", from_client(film, question), {"media_io_kwargs": {"video": {"num_frames": 8}}}),
-        ("", from_client(nothing, question), {}),
-        ("", from_client(outside, question), {}),
+        ("the file from memory", from_client(nothing, question), {}),
+        ("allowed-local-media-path", from_client(outside, question), {}),
     ):
         with pytest.raises(openai.BadRequestError, match=expected):
             asked(server, messages, extra_body=settings)

@@ -23,7 +23,7 @@ def ask(model, requests, environment=None, **settings) -> list[dict]:
     Args:
         model: A checkpoint's folder.
         requests: Dicts of `messages` (or `prompt` and `multi_modal_data`), and `sampling`, the request's
-            `mm_processor_kwargs`.
+            `mm_processor_kwargs`, and `lora`, an adapter's folder.
         environment: Further variables for the process.
         **settings: Arguments of `vllm.LLM`.
 
@@ -49,15 +49,19 @@ def ask(model, requests, environment=None, **settings) -> list[dict]:
 
 
 def answer(engine, request, params) -> dict:
+    from vllm.lora.request import LoRARequest
+
     sampling = request.get("sampling") or None
+    call = {"use_tqdm": False}
+    if "lora" in request:
+        call["lora_request"] = LoRARequest("adapter", 1, request["lora"])
     try:
         if "messages" in request:
-            call = {"mm_processor_kwargs": sampling, "use_tqdm": False}
-            output = engine.chat(request["messages"], params, **call)[0]
+            output = engine.chat(request["messages"], params, mm_processor_kwargs=sampling, **call)[0]
         else:
             prompt = {key: request[key] for key in ("prompt", "multi_modal_data") if key in request}
             prompt |= {"mm_processor_kwargs": sampling} if sampling else {}
-            output = engine.generate(prompt, params, use_tqdm=False)[0]
+            output = engine.generate(prompt, params, **call)[0]
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     best = output.outputs[0]
