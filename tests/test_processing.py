@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from videoxl import processing_videoxl
 from videoxl.configuration_videoxl import VideoXLConfig
 from videoxl.processing_videoxl import DEFAULT_CHAT_TEMPLATE, VideoXLProcessor
+from videoxl.video_processing_videoxl import normalize_frames
 
 SIZE, TOKENS = 28, 3
 MARKER = "<|vision_pad|>"
@@ -640,3 +642,21 @@ def test_settings_of_earlier_versions_are_taken_over(root, tmp_path, tokenizer):
         VideoXLProcessor.from_pretrained(tmp_path, frame_fit="shrink")
     with pytest.raises(ValueError, match="no setting time_fromat"):
         VideoXLProcessor(tokenizer, time_fromat=None)
+
+
+def test_frames_for_engines_are_those_of_a_call(processor, clips):
+    """`read_video` gives a call's frames before they are normalised, from a path and from the file's content."""
+    prompt = processor.render([{"role": "user", "content": [{"type": "video", "video": clips[0]}]}])
+    for sampling in ({}, {"num_frames": 5}, {"fps": 3}, {"sample_fps": None, "max_num_frames": 7}):
+        inputs = processor(prompt, videos=[clips[0]], return_tensors="pt", **sampling)
+        for source in (clips[0], Path(clips[0]).read_bytes()):
+            frames, seconds, duration = processor.read_video(source, **sampling)
+            assert frames.dtype == torch.uint8 and len(seconds) == len(frames) and duration == pytest.approx(9.0)
+            normalised = normalize_frames(frames, processor.image_mean, processor.image_std)
+            torch.testing.assert_close(normalised, inputs["pixel_values_videos"][0], atol=0, rtol=0)
+    _, seconds, _ = processor.read_video(clips[0], start=2, end=4)
+    assert seconds[0] >= 2 and seconds[-1] < 4
+    still = np.zeros((3, 8, 8, 3), np.uint8)
+    assert processor.read_video(still, timestamps=[0.0, 0.5, 2.0])[1:] == ([0.0, 0.5, 2.0], 3.5)
+    with pytest.raises(ValueError, match="unknown arguments: frames; known are max_num_frames"):
+        processor.read_video(clips[0], frames=3)

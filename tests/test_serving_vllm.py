@@ -281,29 +281,6 @@ def test_requests_that_are_refused(members, root, pictures, tmp_path):
         assert re.search(expected, answer.get("error", "")), (expected, answer)
 
 
-REFUSED = {
-    "sparse_attention: prefill='streaming'": {"sparse_attention": {"prefill": "streaming"}},
-    "sparse_attention: prefill='full' and decode='bilevel'": {"sparse_attention": {"decode": "bilevel"}},
-    "sparse_attention: prefill='mask'": {"enable_sparse": True, "sparse_mode": "mask"},
-    "beacon_ratio": {"beacon_window": 32, "beacon_ratio": 4},
-    "token_selector": {"token_selector": "query"},
-    "frame_padding": {"frame_padding": "random"},
-    "mm_llm_compress": {"mm_llm_compress": True, "llm_compress_type": "uniform", "llm_compress_layer_list": [1],
-                        "llm_image_token_ratio_list": [1, 0.5]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_settings_that_an_engine_cannot_express_are_refused(members, reason):
-    from videoxl.serving.vllm_plugin import refuse_unserved
-
-    config = members["flash" if reason == "mm_llm_compress" else "videoxl2"][0].config
-    changed = type(config).from_dict({**config.to_dict(), **REFUSED[reason]})
-    refuse_unserved(config)
-    with pytest.raises(ValueError, match=f"{re.escape(reason)}.* package itself"):
-        refuse_unserved(changed)
-
-
 def test_the_engine_does_not_start_with_them_and_starts_with_the_way_out(members, cases, tmp_path):
     model, processor, folder = members["videoxl2"]
     sparse = tmp_path / "serving-sparse"
