@@ -58,7 +58,8 @@ def test_a_wheel_brings_the_command_and_the_extras(packed):
     texts = {Path(name).name: content.decode() for name, content in packed.items() if ".dist-info/" in name}
     assert "videoxl = videoxl.cli:main" in texts["entry_points.txt"]
     for package, extra in (("gradio", "demo"), ("matplotlib", "evaluation"), ("bitsandbytes", "quantisation"),
-                           ("ray[data]", "ray"), ("peft", "training"), ("pyyaml", "training")):  # fmt: skip
+                           ("ray[data]", "ray"), ("vllm", "serving"), ("peft", "training"),
+                           ("pyyaml", "training")):  # fmt: skip
         assert any(
             line.startswith(f"Requires-Dist: {package}") and f'extra == "{extra}"' in line
             for line in texts["METADATA"].splitlines()

@@ -292,8 +292,9 @@ def test_the_engine_does_not_start_with_them_and_starts_with_the_way_out(members
     with pytest.raises(RuntimeError, match="trust.remote.code"):
         ask(folder, [], trust_remote_code=False)
     way_out = {"sparse_attention": {"prefill": "full", "decode": "full"}}
-    (answer,) = ask(sparse, requests({"demo": cases["demo"]}), hf_overrides=way_out)
-    assert_equal(model, prepared(processor, *cases["demo"]), answer)
+    few = {"max_num_frames": 8}
+    (answer,) = ask(sparse, requests({"demo": cases["demo"]}), hf_overrides=way_out, mm_processor_kwargs=few)
+    assert_equal(model, prepared(processor, cases["demo"][0], few), answer)
 
 
 # ---------------------------------------------------------------- the server
