@@ -1,7 +1,7 @@
 """The vLLM plug-in: tells vLLM about the model, and refuses at start what the engine cannot express.
 
 vLLM calls `register` in each of its processes, because the package names it as an entry point of
-`vllm.general_plugins`; importing this module imports nothing of vLLM.
+`vllm.general_plugins`: also where it serves another model, so what only this one needs is imported later.
 
 What is surprising:
 * vLLM samples at temperature 1 unless it is told otherwise: it does not read `do_sample`. Here greedy is the default.
@@ -9,15 +9,33 @@ What is surprising:
   The loader hands on the bytes of the file, and nothing is decoded while what is known of it is in the caches.
 """
 
+from typing import Any
+
+import numpy as np
+
 ARCHITECTURE = "VideoXLForConditionalGeneration"
 # Of `media_io_kwargs`, and of the loader that it names.
 LOADER = "videoxl"
 PACKAGE = __package__
 
 
+class FileBytes:
+    """A video loader, as vLLM takes one, that decodes nothing."""
+
+    @classmethod
+    def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs) -> tuple[np.ndarray, dict[str, Any]]:
+        """Gives a file as bytes [n]; `ValueError` on arguments that would choose frames."""
+        if num_frames != -1 or kwargs:
+            asked = ", ".join(kwargs) or f"num_frames={num_frames}"
+            raise ValueError(
+                f"media_io_kwargs ask for {asked}, but frames are not chosen there: pass mm_processor_kwargs with "
+                "max_num_frames, sample_fps, max_sample_fps, num_frames or fps"
+            )
+        return np.frombuffer(data, np.uint8), {}
+
+
 def register() -> None:
     """Registers model, video loader and config check; calling it again changes nothing."""
-    from videoxl.serving.vllm_processor import FileBytes
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY

@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,26 +33,11 @@ from vllm.multimodal.processing import (
     PromptReplacement,
     PromptUpdateDetails,
 )
-from vllm.multimodal.video import VideoLoader
 
 # Files whose items are remembered: some kilobytes for an hour of video.
 KNOWN_VIDEOS = 4096
 # Rows and columns of the largest grid of tiles where a config names no grids.
 LARGEST_GRID = 6
-
-
-class FileBytes(VideoLoader):
-    """A video loader that decodes nothing."""
-
-    @classmethod
-    def load_bytes(cls, data: bytes, num_frames: int = -1, **kwargs) -> tuple[np.ndarray, dict[str, Any]]:
-        if num_frames != -1 or kwargs:
-            asked = ", ".join(kwargs) or f"num_frames={num_frames}"
-            raise ValueError(
-                f"media_io_kwargs ask for {asked}, but frames are not chosen there: pass mm_processor_kwargs with "
-                "max_num_frames, sample_fps, max_sample_fps, num_frames or fps"
-            )
-        return np.frombuffer(data, np.uint8), {}
 
 
 class VideoXLDataParser(MultiModalDataParser):
