@@ -6,8 +6,8 @@ What is surprising:
   other, so the tokens are those of one item.
 * An item's name is a hash of its frames and times, never what a client calls it. Which items a file had is kept, so a
   file is decoded again only where vLLM has forgotten one of them.
-* Prompts come as token ids with one marker for each video and image. Where a message about the video stands behind its
-  marker, the text around it is tokenised again, because tokens span the border between message and question.
+* Prompts come as token ids with one marker for each video and image, and are tokenised again around them: a message
+  about a video may stand behind its marker, and tokens span the border between message and question.
 
 F frames, S side of a frame in pixels, T tiles of an image.
 """
@@ -200,23 +200,15 @@ class VideoXLMultiModalProcessor(BaseMultiModalProcessor[VideoXLProcessingInfo])
 
     def _with_a_marker_per_item(self, prompt: list[int], videos: Sequence[KnownVideo]) -> list[int]:
         """The prompt with the messages about videos, each video's marker as often as it has items."""
-        processor, of_video = self.info.processor, self._markers["video"]
-        markers, rest = [token for token in prompt if token in self._markers.values()], iter(videos)
-        pieces, start = [], 0
-        if processor.video_message is None:
-            for place in [place for place, token in enumerate(prompt) if token in self._markers.values()]:
-                pieces.append(prompt[start:place])
-                start = place + 1
-            pieces.append(prompt[start:])
-        else:
-            shown = [(video.duration, video.num_frames) for video in videos]
-            shown = [shown.pop(0) if marker == of_video else None for marker in markers]
-            text = processor.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
-            pieces = processor.prompt_pieces(text, shown)
-        ids = list(pieces[0])
-        for marker, piece in zip(markers, pieces[1:], strict=True):
-            ids += [marker] * (len(next(rest).names) if marker == of_video else 1) + piece
-        return ids
+        processor, rest = self.info.processor, iter(videos)
+        markers = [token for token in prompt if token in self._markers.values()]
+        of = [next(rest) if marker == self._markers["video"] else None for marker in markers]
+        text = processor.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        shown = [video and (video.duration, video.num_frames) for video in of]
+        first, *pieces = processor.prompt_pieces(text, shown)
+        for marker, video, piece in zip(markers, of, pieces, strict=True):
+            first += [marker] * (len(video.names) if video else 1) + piece
+        return first
 
     def _call_hf_processor(self, hf_data, hf_kwargs):
         # override: the videos are read already
