@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PARALLEL = -n 2 --dist worksteal
 # What must hold on every supported transformers, the oldest and whatever is the newest today.
 EVERY_VERSION_TESTS = $(wildcard tests/test_golden_*.py) $(addprefix tests/test_, $(addsuffix .py, loading chat \
-	processing bilevel images clients token_dropping families library before append packaging serve))
+	processing bilevel images clients token_dropping families library before append packaging serve handler))
 # What compares numbers, so what another processor could change.
 NUMERIC_TESTS = $(EVERY_VERSION_TESTS) $(addprefix tests/test_, $(addsuffix .py, bundle clips evaluation flash_doors \
 	flash_sampling modeling selection slow_members sparse_attention training training_slots))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
+from videoxl.serving.vllm_plugin import refuse_unserved
 
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
 QUESTION = "What color is the star?"
@@ -164,6 +165,8 @@ ABILITIES = {
     "loss and gradients": loss,
     "LoRA (peft), merged": lora,
     "`videoxl batch`": many_videos,
+    # What vLLM refuses at start; that the others answer there is what test_serving_vllm.py is about.
+    "vLLM": lambda member: refuse_unserved(member.model.config),
 }
 
 
