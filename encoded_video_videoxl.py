@@ -213,13 +213,14 @@ class EncodedVideo(str):
         starts = self.timestamps[:: chunk_groups * self._model.config.frames_per_group]
         return list(zip(starts, [*starts[1:], max(self.end, self.timestamps[-1])], strict=True))
 
-    def save(self, path) -> None:
+    def save(self, path, source=None) -> None:
         """Writes the video to one safetensors file, which `model.load_video` reads.
 
         The file is complete or not there, whenever the process is killed. The first save reads all weights once.
 
         Args:
             path: Where to; an existing file is replaced.
+            source: What it says of where its video file is, in place of the path: "" for a file that others get.
 
         Raises:
             FileNotFoundError, ValueError: If the file cannot be written there, or the video file, the model's weights
@@ -239,7 +240,7 @@ class EncodedVideo(str):
         facts = {name: getattr(self, name) for name in _SAVED} | {
             "model": model_fingerprint(self._model),
             "weights": self._witness.digest(self._model),
-            "source": os.path.abspath(self) if self else "",
+            "source": (os.path.abspath(self) if self else "") if source is None else os.fspath(source),
             # A video that grew beyond its file is bound to no file.
             "source_fingerprint": None if self.appended else source_fingerprint(str(self)),
             "prefill": self.prefill,

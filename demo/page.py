@@ -1,8 +1,8 @@
-"""The demo page: give a video, ask, watch the answer come, see which chunks of the video it saw in full.
+"""The demo page: give a video, ask, watch the answer come, see what of the video it looked at closely.
 
     python -m videoxl.demo                                  # the bundled checkpoint; --help: others, limits
 
-gradio is optional: `pip install ".[demo]"`, or `make page`, which installs pinned versions. A Space of the Hub needs
+gradio is optional: `pip install ".[demo]"`, or `make page`, which installs a pinned version. A Space of the Hub needs
 an `app.py`
 
     from videoxl.demo import main
@@ -25,331 +25,269 @@ What is surprising:
   holds nothing of them. What is set on the model's config is set once, for all visitors.
 * One question or video at a time runs on the model; the others wait in gradio's queue.
 * The timeline is HTML of our own: a plot's image could not be clicked, nor follow the width of the window.
+* A button sets only what it changes of another component. What gradio makes of a component's first properties (its
+  own examples do that) would undo what a visit has set since.
 * gradio is imported by what draws the page only; what answers and what makes the timeline works without it.
 """
 
 import argparse
 import html
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
-from videoxl import open_video, times_in_text
+from transformers import AutoModel, AutoTokenizer
 
+from .answers import Limits, Session, VideoChat, explain
+from .style import COLORS, CSS, SEEK, SHOW_EXAMPLE
 from .timeline import clock, timeline
 
 # The bundled checkpoint: the root of a clone, or the installed package.
 BUNDLED = Path(__file__).resolve().parent.parent
 EXAMPLE_CLIP = BUNDLED / "assets" / "demo.mp4"
-EXAMPLE_QUESTIONS = (
-    "What color is the star?",
-    "When does the triangle first appear?",
-    "What is on the card with the purple ring?",
+# What the bundled checkpoint answers rightly about that clip.
+EXAMPLES = (
+    ("What color is the star?", "orange"),
+    ("When does the ring first appear?", "At 11 seconds"),
+    ("What do the cards say, in order of appearance?", "egg, box, 4"),
+)
+TOY_WORLD = (
+    "The model on this page is tiny and knows <b>one toy world: coloured shapes, signs and cards</b>, as in the example "
+    "clip. About other videos it can only guess; converted published weights (<code>--model</code>) are for those."
 )
 # A visitor who has been gone for so long finds the video forgotten; uploaded files go, too. Seconds.
 KEEP_SECONDS = 3600
-CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-#head, #facts, #problem, #seen, :is(#head, #facts, #problem, #seen) .html-container { padding: 0; }
-#head h1 { margin: 0 0 4px; } #head p { margin: 0; max-width: 75ch; color: var(--body-text-color-subdued); }
-#question .submit-button { background: #1a9850; color: white; border-radius: 6px; padding: 4px 14px; }
-#talk .message-content { white-space: pre-wrap; }
-.note { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.note.error { color: var(--body-text-color); border-left: 4px solid #d62728; padding: 6px 12px;
-  background: rgba(214, 39, 40, .09); border-radius: 4px; }
-.timeline { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 16px 14px;
-  background: var(--block-background-fill); }
-.timeline header { display: flex; flex-wrap: wrap; gap: 4px 20px; justify-content: space-between; }
-.timeline .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; }
-.timeline .legend b { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
-.timeline .legend .dense { background: #1a9850; } .timeline .legend .pooled { background: #9aa0a9; }
-.timeline .legend .dropped { border: 1px dashed #9aa0a9; }
-.timeline .legend .named { width: 0; height: 0; border: 6px solid transparent; border-top: 9px solid #d62728;
-  border-bottom: 0; }
-.timeline .cites { position: relative; height: 15px; margin-top: 6px; }
-.timeline .cite { position: absolute; bottom: 2px; height: 3px; background: #d62728; cursor: pointer; }
-.timeline .cite::before { content: ""; position: absolute; left: -6px; bottom: 0; border: 6px solid transparent;
-  border-top: 9px solid #d62728; border-bottom: 0; }
-.timeline .bars { position: relative; height: 84px; border-bottom: 1px solid var(--body-text-color-subdued); }
-.timeline .chunk { position: absolute; bottom: 0; height: 100%; cursor: pointer; }
-.timeline .chunk i { position: absolute; bottom: 0; left: 0; right: 0; min-height: 2px; }
-.timeline .chunk, .timeline .chunk i { border-right: 1px solid var(--block-background-fill); }
-.timeline .chunk:hover { filter: brightness(.85); }
-.timeline .bars .dense { background: rgba(26, 152, 80, .16); } .timeline .bars .dense i { background: #1a9850; }
-.timeline .bars .pooled { background: rgba(128, 134, 145, .10); } .timeline .bars .pooled i { background: #9aa0a9; }
-.timeline .ticks { position: relative; height: 20px; font-size: 12px; color: var(--body-text-color-subdued); }
-.timeline .ticks span { position: absolute; top: 3px; transform: translateX(-50%); white-space: nowrap; }
-.timeline .ticks span:first-child { transform: none; }
-.timeline .chips { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-top: 10px; font-size: 13px; }
-#seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 1px 8px; margin: 0;
-  border-radius: 6px;
-  border: 1px solid var(--border-color-primary);
-  font-variant-numeric: tabular-nums; background: rgba(26, 152, 80, .12); cursor: pointer; }
-#seen .timeline button.named { background: rgba(214, 39, 40, .10); }
-#seen .timeline button span { color: var(--body-text-color-subdued); margin-left: 8px; }
-"""
-
-# A click on anything that stands for a time shows that time in the video.
-SEEK = """
-element.addEventListener("click", (event) => {
-  const place = event.target.closest("[data-seconds]");
-  const clip = document.querySelector("#clip video");
-  if (place && clip) { clip.pause(); clip.currentTime = Number(place.dataset.seconds); }
-});
-"""
+FAILURES = (OSError, ValueError, torch.OutOfMemoryError)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a visitor may ask for.
+class Visits:
+    """Which files belong to which visitors: a file goes with the last one who has it."""
 
-    Attributes:
-        max_num_frames: Frames of a video that are read, at most.
-        max_minutes: Longest video.
-        max_new_tokens: Longest answer.
-    """
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="videoxl-page-")
+        self.files: dict[str, set[str]] = defaultdict(set)
 
-    max_num_frames: int = 512
-    max_minutes: float = 120
-    max_new_tokens: int = 512
+    def owns(self, visitor: str, path: str) -> None:
+        """Takes down that a visitor has a file; the example clip is nobody's."""
+        if Path(path) != EXAMPLE_CLIP:
+            self.files[path].add(visitor)
 
+    def new_file(self, visitor: str, name: str) -> Path:
+        """A path for a file that this visitor alone will have."""
+        path = Path(tempfile.mkdtemp(dir=self.folder.name)) / name
+        self.owns(visitor, str(path))
+        return path
 
-@dataclass(frozen=True, eq=False)  # gradio hashes what a session holds: by identity, for histories have no hash
-class Session:
-    """One visitor's encoded video and the conversation about it; the history is None before the first answer."""
-
-    video: object
-    history: list | None = None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer as far as it has come; complete when it has the session that follow-up questions go to.
-
-    Attributes:
-        text: The answer.
-        chunks: What it saw of the video, see `return_chunks` of `model.chat`.
-        cited: (start, end) seconds of the times that the answer names.
-    """
-
-    text: str
-    session: Session | None = None
-    chunks: Sequence[dict] = ()
-    cited: Sequence[tuple[float, float]] = ()
+    def leave(self, visitor: str) -> None:
+        """Removes the files that nobody else has."""
+        for path, visitors in list(self.files.items()):
+            visitors.discard(visitor)
+            if not visitors:
+                del self.files[path]
+                Path(path).unlink(missing_ok=True)
 
 
-class _Stopped(Exception):
-    """Nobody waits for the answer any more."""
+def note(text: str, kind: str = "") -> str:
+    """HTML of a line that tells something: by kind a plain one, a "warning" or an "error"."""
+    return f'<div class="note {kind}"{" role=alert" * bool(kind)}>{html.escape(text)}</div>'
 
 
-class _Streamer(TextIteratorStreamer):
-    """Hands pieces of an answer from the thread that generates; ends that thread when it was told to stop."""
-
-    stopped = False
-
-    def put(self, value):
-        if self.stopped:
-            raise _Stopped
-        super().put(value)
+def about(session: Session) -> str:
+    """HTML of what is known about a session's video, and of what reading it warned of."""
+    video = session.video
+    seconds = video.duration / max(video.num_frames, 1)
+    rate = f"one every {seconds:.1f} s" if seconds > 1 else f"{1 / seconds:.0f} a second" if seconds else "one"
+    facts = f"Ready. {clock(video.duration)} long; {video.num_frames} pictures of it were read ({rate})."
+    return note(facts) + "".join(note(text, "warning") for text in session.warnings)
 
 
-class VideoChat:
-    """Encodes videos and answers questions, for any number of visitors: what is theirs is a `Session`."""
-
-    def __init__(self, model, tokenizer, limits: Limits):
-        self.model, self.tokenizer, self.limits = model, tokenizer, limits
-
-    def encode(self, path: str) -> Session:
-        """Reads and encodes a video.
-
-        Raises:
-            FileNotFoundError, ValueError: If it cannot be read, or is too long.
-        """
-        with open_video(path, size=1) as reader:
-            duration = reader.duration
-        if duration > 60 * self.limits.max_minutes:
-            raise ValueError(
-                f"{path} is {clock(duration)} long; this page takes up to {clock(60 * self.limits.max_minutes)}. "
-                "Cut it, and upload the part that you want to ask about."
-            )
-        sampling = {"max_num_frames": self.limits.max_num_frames}
-        video = self.model.encode_video(path, self.tokenizer, **sampling, progress=True)
-        # Idle visitors must not fill the GPU; a question brings back what it needs.
-        return Session(video if self.model.device.type == "cpu" else video.to("cpu"))
-
-    def ask(self, session: Session, question: str, remember: bool = True) -> Iterator[Reply]:
-        """Answers a question about the session's video, which is not read or encoded again.
-
-        Args:
-            session: From `encode`, or from the reply before.
-            question: The question.
-            remember: Whether the answer may refer to earlier questions and answers.
-
-        Yields:
-            The answer as it grows, then the complete reply. Closing the iterator stops the answer.
-
-        Raises:
-            ValueError: On an empty question, and for what `model.chat` raises it.
-        """
-        streamer = _Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        turn = {
-            "chat_history": session.history if remember else None,
-            "return_chunks": True,
-            "streamer": streamer,
-            "generation_config": {"max_new_tokens": self.limits.max_new_tokens},
-        }
-        with ThreadPoolExecutor(1) as worker:
-            answering = worker.submit(self.model.chat, session.video, self.tokenizer, question, **turn)
-            # An error ends the answer, too.
-            answering.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))
-            text = ""
-            try:
-                for piece in streamer:
-                    text += piece
-                    yield Reply(text.strip())
-            finally:
-                streamer.stopped = True
-            answer, history, chunks = answering.result()
-        cited = times_in_text(answer)
-        duration = session.video.duration
-        # A negative start counts from the end of the video.
-        cited = [(max(duration + start, 0) if start < 0 else start, min(end, duration)) for start, end in cited]
-        cited = [(start, end) for start, end in cited if start <= end]
-        yield Reply(answer, replace(session, history=history), chunks, cited)
-
-
-def note(text: str, error: bool = False) -> str:
-    """HTML of a line that tells something, or of a message about what went wrong."""
-    return f'<div class="note{" error" * error}"{" role=alert" * error}>{html.escape(text)}</div>'
-
-
-def explain(error: Exception, path: str | None) -> str:
-    """A message for a visitor, who knows the name of the file but not where this machine keeps it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "The memory of this machine is too small for that. Try a shorter video."
-    return str(error).replace(path, Path(path).name) if path else str(error)
-
-
-def build_page(chat: VideoChat, about: str = ""):
+def build_page(chat: VideoChat, model_name: str = "", toy: bool = False):
     """The page.
 
     Args:
         chat: Who answers.
-        about: What else the page says at the top.
+        model_name: What the page says about the model.
+        toy: Whether that is the bundled one, which knows one toy world.
 
     Returns:
         A `gradio.Blocks`, not launched.
     """
     import gradio as gr
 
-    errors = (FileNotFoundError, ValueError, torch.OutOfMemoryError)
-    waiting = gr.Textbox(interactive=False, placeholder="Give a video first", submit_btn=False, stop_btn=False)
-    ready = gr.Textbox(interactive=True, placeholder="Ask about the video", submit_btn="Ask", stop_btn=False)
-    busy = gr.Textbox(submit_btn=False, stop_btn="Stop")
-    fine = gr.HTML("", visible=False)
+    def field(**changes):
+        return gr.Textbox(**changes)
+
+    waiting = field(interactive=False, placeholder="Give a video first", submit_btn=False, stop_btn=False)
+    ready = field(interactive=True, placeholder="Ask about the video", submit_btn="Ask", stop_btn=False)
+    busy = field(submit_btn=False, stop_btn="Stop")
+    hidden = gr.HTML("", visible=False)
+    visits = Visits()
+    keep_off = gr.Button(interactive=False), gr.DownloadButton(visible=False)
 
     def problem_of(text):
-        return gr.HTML(note(text, error=True), visible=True)
+        return gr.HTML(note(text, "error"), visible=True)
 
-    def take_video(path, progress=gr.Progress(track_tqdm=True)):  # noqa: B008  (gradio finds it there)
+    def nothing(facts=""):
+        return None, facts, [], "", hidden, waiting, *keep_off
+
+    def taken(session):
+        keep = gr.Button(interactive=True), gr.DownloadButton(visible=False)
+        return session, about(session), [], "", hidden, ready, *keep
+
+    def take_video(path, request: gr.Request, progress=gr.Progress(track_tqdm=True)):  # noqa: B008  (found there)
         if path is None:
-            yield None, "", [], "", fine, waiting
+            yield nothing()
             return
-        yield None, note("Reading the video …"), [], "", fine, waiting
+        visits.owns(request.session_hash, path)
+        yield nothing(note("Reading the video …"))
         try:
-            session = chat.encode(path)
-        except errors as error:
-            yield None, note(explain(error, path), error=True), [], "", fine, waiting
-            return
-        video = session.video
-        facts = (
-            f"{clock(video.duration)} long, {video.num_frames} frames read, encoded into {video.nbytes / 1e6:,.1f} MB."
-        )
-        yield session, note(facts), [], "", fine, ready
+            yield taken(chat.encode(path))
+        except FAILURES as error:
+            yield nothing(note(explain(error, path), "error"))
+
+    def take_saved(path, request: gr.Request):
+        visits.owns(request.session_hash, path)
+        try:
+            return gr.Video(None), *taken(chat.open_saved(path))
+        except FAILURES as error:
+            return gr.skip(), *nothing(note(explain(error, path), "error"))
+
+    def keep_video(session, path, request: gr.Request):
+        if session is None:
+            return gr.DownloadButton(visible=False)
+        target = visits.new_file(request.session_hash, f"{Path(path).stem if path else 'video'}.videoxl")
+        chat.saved.save(session.video, target)
+        megabytes = target.stat().st_size / 1e6
+        return gr.DownloadButton(f"Download ({megabytes:,.1f} MB)", value=str(target), visible=True)
 
     def answer(session, question, messages, remember, path):
         if session is None:
-            yield (
-                session,
-                messages,
-                "",
-                problem_of("There is no video, or it was forgotten meanwhile: upload it again."),
-                waiting,
-            )
+            gone = problem_of("There is no video, or it was forgotten meanwhile: upload it again.")
+            yield session, messages, "", gone, waiting
             return
         asked = [*messages, {"role": "user", "content": question}]
-        yield session, asked, gr.skip(), fine, busy
+        yield session, asked, gr.skip(), hidden, busy
         try:
             for reply in chat.ask(session, question, remember):
                 shown = [*asked, {"role": "assistant", "content": reply.text}]
                 if reply.session is None:
-                    yield session, shown, gr.skip(), fine, gr.skip()
-        except errors as error:
+                    yield session, shown, gr.skip(), hidden, gr.skip()
+        except FAILURES as error:
             yield session, messages, gr.skip(), problem_of(explain(error, path)), ready
             return
         seen = timeline(reply.chunks, session.video.duration, reply.cited)
-        yield reply.session, shown, seen, fine, gr.Textbox("", submit_btn="Ask", stop_btn=False)
+        yield reply.session, shown, seen, hidden, field(value="", submit_btn="Ask", stop_btn=False)
+
+    def leave(request: gr.Request):
+        visits.leave(request.session_hash)
+
+    def take_example(question):
+        """A handler that shows the example clip, and leaves the question in its field."""
+
+        def take():
+            return str(EXAMPLE_CLIP), field(value=question)
+
+        return take
+
+    def read_example(session, request: gr.Request, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        yield from take_video(str(EXAMPLE_CLIP), request, progress)
 
     with gr.Blocks(title="Video-XL", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         session = gr.State(time_to_live=KEEP_SECONDS)
+        toy_note = f'<p class="toy">{TOY_WORLD}</p>' if toy else ""
         gr.HTML(
-            "<h1>Ask about a video</h1><p>The video is encoded once and can be asked many times. For each answer the "
-            "model sees in full what the question is about, and the rest of the video pooled. "
-            f"Answers can be wrong: look them up in the video. {html.escape(about)}</p>",
+            "<h1>Ask about a video</h1><p>The video is read once, then each question takes a moment. "
+            f"Answers can be wrong: click a time to see for yourself. {html.escape(model_name)}</p>{toy_note}",
             elem_id="head",
         )
-        question = gr.Textbox(
-            label="Question",
-            show_label=False,
-            interactive=False,
-            placeholder=waiting.placeholder,
-            elem_id="question",
-            render=False,  # its place is in the second column; the first one has examples for it
-        )
-        with gr.Row():
+        examples = []
+        if EXAMPLE_CLIP.is_file():
+            with gr.Row(elem_id="examples"):
+                gr.HTML("<b>Try it with the example clip:</b>")
+                for number, (text, _) in enumerate(EXAMPLES):
+                    variant = "secondary" if number else "primary"
+                    examples.append((text, gr.Button(text, variant=variant, size="md", elem_classes="example")))
+        with gr.Row(elem_id="columns"):
             with gr.Column(min_width=320):
-                clip = gr.Video(show_label=False, sources=["upload"], include_audio=True, height=300, elem_id="clip")
+                clip = gr.Video(
+                    label="Video", show_label=False, sources=["upload"], include_audio=True, height=300, elem_id="clip"
+                )
                 facts = gr.HTML("", elem_id="facts")
-                if EXAMPLE_CLIP.is_file():
-                    example = gr.Button("Take the example clip", size="sm", elem_id="example")
-                    questions = [[text] for text in EXAMPLE_QUESTIONS]
-                    gr.Examples(questions, [question], label="Questions about the example clip")
+                seen = gr.HTML("", elem_id="seen", js_on_load=SEEK)
+                with gr.Row(elem_id="files"):
+                    keep = gr.Button("Save for later", size="sm", interactive=False, elem_id="keep")
+                    download = gr.DownloadButton("Download", size="sm", visible=False, elem_id="download")
+                    saved = gr.UploadButton("Open a saved one", size="sm", file_types=[".videoxl"], elem_id="saved")
             with gr.Column(min_width=320):
                 talk = gr.Chatbot(
                     label="Conversation",
                     show_label=False,
-                    height=300,
+                    height=380,
                     elem_id="talk",
                     buttons=[],
                     render_markdown=False,  # a model's text is shown, never run
                     placeholder="Answers appear here.",
                 )
-                question.render()
+                question = gr.Textbox(
+                    label="Question",
+                    show_label=False,
+                    interactive=False,
+                    placeholder=waiting.placeholder,
+                    elem_id="question",
+                )
                 problem = gr.HTML("", visible=False, elem_id="problem")
-                remember = gr.Checkbox(True, label="Follow-up questions know the conversation so far", container=False)
-        seen = gr.HTML("", elem_id="seen", js_on_load=SEEK)
-        if EXAMPLE_CLIP.is_file():
-            example.click(lambda: str(EXAMPLE_CLIP), None, [clip])
+                remember = gr.Checkbox(
+                    True, label="Follow-up questions know the conversation so far", container=False, elem_id="remember"
+                )
 
-        # The model does one thing at a time.
-        alone = {"concurrency_id": "model", "concurrency_limit": 1}
-        states = [session, facts, talk, seen, problem, question]
-        clip.change(take_video, [clip], states, show_progress_on=facts, **alone)
-        asking = question.submit(
-            answer,
-            [session, question, talk, remember, clip],
-            [session, talk, seen, problem, question],
-            show_progress="hidden",
+        # The model does one thing at a time. Only the page itself may call what it does.
+        private = {"api_visibility": "private"}
+        alone = private | {"concurrency_id": "model", "concurrency_limit": 1}
+        states = [session, facts, talk, seen, problem, question, keep, download]
+        asking = {
+            "fn": answer,
+            "inputs": [session, question, talk, remember, clip],
+            "outputs": [session, talk, seen, problem, question],
+            "show_progress": "hidden",
             **alone,
-        )
-        question.stop(lambda: ready, None, [question], cancels=[asking], queue=False)
+        }
+        # `upload` is what a visitor does; an example's clip is read by its own button, which asks after that.
+        clip.upload(take_video, [clip], states, show_progress_on=facts, **alone)
+        clip.clear(nothing, None, states, **private)
+        asked = [question.submit(**asking)]
+        for text, button in examples:
+            shown = button.click(take_example(text), None, [clip, question], show_progress="hidden", **private)
+            shown.then(None, js=SHOW_EXAMPLE, **private)
+            read = shown.then(read_example, [session], states, show_progress_on=facts, **alone)
+            asked.append(read.success(**asking))
+        question.stop(lambda: ready, None, [question], cancels=asked, queue=False, **private)
+        saved.upload(take_saved, [saved], [clip, *states], show_progress_on=facts, **alone)
+        keep.click(keep_video, [session, clip], [download], show_progress_on=facts, **alone)
         # The bin over the conversation: the next question begins another one about the same video.
-        talk.clear(lambda session: (session and Session(session.video), ""), [session], [session, seen])
+        talk.clear(lambda session: (session and Session(session.video), ""), [session], [session, seen], **private)
+        page.unload(leave)
     return page
+
+
+def use_bilevel(config, chunk_groups: int | None) -> bool:
+    """Lets questions choose what they see closely, where the model's kind has that; says whether it has.
+
+    Raises:
+        ValueError: If `chunk_groups` is given for a model that has not.
+    """
+    before, current = config.sparse_attention, config.resolve_sparse_attention()
+    wanted = {"decode": "bilevel", "decode_chunk_groups": chunk_groups or current.decode_chunk_groups}
+    config.sparse_attention = {name: getattr(current, name) for name in before.fields} | wanted
+    try:
+        config.resolve_sparse_attention()
+    except ValueError as error:
+        config.sparse_attention = before
+        if chunk_groups is not None:
+            raise ValueError(f"--decode-chunk-groups: {error}") from error
+        return False
+    return True
 
 
 def load(options: argparse.Namespace) -> VideoChat:
@@ -358,10 +296,7 @@ def load(options: argparse.Namespace) -> VideoChat:
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)
     model = AutoModel.from_pretrained(options.model, trust_remote_code=trust, dtype=options.dtype)
     model = model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    current = model.config.resolve_sparse_attention()
-    wanted = {"decode": "bilevel", "decode_chunk_groups": options.decode_chunk_groups}
-    fields = model.config.sparse_attention.fields
-    model.config.sparse_attention = {name: getattr(current, name) for name in fields} | wanted
+    use_bilevel(model.config, options.decode_chunk_groups)
     return VideoChat(model, tokenizer, Limits(options.max_num_frames, options.max_minutes, options.max_new_tokens))
 
 
@@ -374,7 +309,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="precision, such as bfloat16 (default: that of the weights)")
     parser.add_argument(
-        "--decode-chunk-groups", type=int, default=1, help="groups of frames in a chunk (default: %(default)s)"
+        "--decode-chunk-groups",
+        type=int,
+        help="groups of frames in what a question chooses or not (default: the model's; only where it chooses)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-num-frames", type=int, default=Limits.max_num_frames, help="default: %(default)s")
@@ -396,13 +333,16 @@ def main(arguments: list[str] | None = None) -> int:
         import gradio as gr
     except ImportError:
         sys.exit('error: the page needs gradio: pip install "gradio>=6"')
-    chat = load(options)
+    try:
+        chat = load(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     parameters = sum(parameter.numel() for parameter in chat.model.parameters())
-    name = "" if options.model == str(BUNDLED) else f"{options.model}, "
-    page = build_page(chat, f"Model: {name}{parameters / 1e6:,.0f} million parameters.")
+    toy = Path(options.model).resolve() == BUNDLED
+    name = "" if toy else f"{Path(options.model).name}, "
+    page = build_page(chat, f"Model: {name}{parameters / 1e6:,.0f} million parameters.", toy)
     # Fonts of the visitor's own: the page loads nothing from elsewhere.
     theme = gr.themes.Soft(primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    theme = theme.set(block_border_width="1px", block_shadow="none")
     page.queue(max_size=64).launch(
         server_name=options.host,
         server_port=options.port,
@@ -410,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_file_size=f"{options.max_megabytes}mb",
         state_session_capacity=options.max_visitors,
         allowed_paths=[str(EXAMPLE_CLIP)],  # elsewhere than the working directory, perhaps
-        theme=theme,
+        theme=theme.set(**COLORS),
         css=CSS,
         footer_links=[],
     )

@@ -1,12 +1,24 @@
-"""The timeline under an answer: HTML of what the answer saw of the video, and of the times that it names."""
+"""The timeline under a video: HTML of what an answer saw of the video, and of the times that it names.
+
+What is surprising:
+* A bar stands for a part of the video that was chosen or not (a chunk). A long video has more parts than pixels, so
+  neighbours share a bar; all of them are in a second strip, which can be unfolded and scrolled.
+* A model that chooses nothing has no bars: it saw the whole video.
+"""
 
 import math
 from collections.abc import Sequence
 
 # Steps of the time axis, in seconds; the first one that gives at most so many ticks is taken.
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
-MAX_TICKS = 8
-LEVELS = {"dense": "seen in full", "pooled": "pooled", "dropped": "left out"}
+MAX_TICKS = 5
+# On a phone a bar of so many is 5 pixels wide.
+MAX_BARS = 60
+MAX_CHIPS = 6
+# Width of a bar in the strip that shows every part.
+ZOOMED_PIXELS = 14
+CLOSELY = "dense"
+WORDS = {CLOSELY: "seen closely", "pooled": "seen in summary", "dropped": "left out"}
 
 
 def clock(seconds: float) -> str:
@@ -23,7 +35,7 @@ def span(start: float, end: float) -> str:
 
 
 def timeline(chunks: Sequence[dict], duration: float, cited: Sequence[tuple[float, float]] = ()) -> str:
-    """HTML of what an answer saw of the video: a bar a chunk, as high as its score, and the times that it names.
+    """HTML of what an answer saw of the video: bars that are higher where it fits the question, and times named.
 
     Args:
         chunks: See `return_chunks` of `model.chat`.
@@ -31,47 +43,114 @@ def timeline(chunks: Sequence[dict], duration: float, cited: Sequence[tuple[floa
         cited: (start, end) seconds.
     """
     duration = max(duration, max(chunk["end"] for chunk in chunks)) or 1.0
-
-    def place(start, end):
-        return f'style="left:{100 * start / duration:.3f}%;width:{100 * (end - start) / duration:.3f}%"'
-
-    def button(start, end, style, more=""):
-        return f'<button type="button" class="{style}" data-seconds="{start:.3f}">{span(start, end)}{more}</button>'
-
+    chosen = any(chunk["level"] != CLOSELY for chunk in chunks)
     largest = max(chunk["score"] or 0 for chunk in chunks) or 1
-    bars = []
-    for chunk in chunks:
-        start, end, level, score = (chunk[key] for key in ("start", "end", "level", "score"))
-        title = f"{span(start, end)}: {LEVELS[level]}" + ("" if score is None else f", score {score:.3f}")
-        bars.append(
-            f'<div class="chunk {level}" data-seconds="{start:.3f}" title="{title}" {place(start, end)}>'
-            f'<i style="height:{100 * (score or 0) / largest:.1f}%"></i></div>'
-        )
+    parts = [""]
+    if chosen:
+        shown = _merged(chunks)
+        parts = [_bars(shown, duration, largest)]
+        if len(shown) < len(chunks):
+            wide = f'<div class="wide" style="width:{ZOOMED_PIXELS * len(chunks)}px">'
+            strip = _bars(chunks, duration, largest) + _ticks(duration, len(chunks) // 4)
+            parts.append(f'<details><summary>Zoom in</summary><div class="scroll">{wide}{strip}</div></div></details>')
+    parts.insert(1, _ticks(duration, MAX_TICKS))
     marks = [
         f'<div class="cite" data-seconds="{start:.3f}" title="in the answer: {span(start, end)}" '
-        f"{place(start, end)}></div>"
+        f"{_place(start, end, duration)}></div>"
         for start, end in cited
     ]
-    step = next((step for step in TICK_STEPS if duration / step < MAX_TICKS), math.ceil(duration / MAX_TICKS))
-    ticks = [f"<span {place(at, at)}>{clock(at)}</span>" for at in range(0, int(0.97 * duration) + 1, step)]
-    counts = {level: sum(chunk["level"] == level for chunk in chunks) for level in LEVELS}
-    title = ", ".join(f"{count} {LEVELS[level]}" for level, count in counts.items() if count)
-    legend = [f'<span><b class="{level}"></b>{LEVELS[level]}</span>' for level, count in counts.items() if count]
-    if cited:
-        legend.append('<span><b class="named"></b>time in the answer</span>')
-    chips = [
-        button(
-            chunk["start"], chunk["end"], "", "" if chunk["score"] is None else f"<span>{chunk['score']:.3f}</span>"
-        )
-        for chunk in chunks
-        if chunk["level"] == "dense"
-    ]
-    named = [button(start, end, "named") for start, end in cited]
+    title, legend = _summary(chunks, chosen, bool(cited))
+    chips = [_chips("Times in the answer:", cited, "named")] if cited else []
+    if chosen:
+        chips.append(_chips("Seen closely:", _close_spans(chunks), "closely"))
     return (
-        f'<section class="timeline"><header><strong>{len(chunks)} chunks: {title}</strong>'
-        f'<div class="legend">{"".join(legend)}</div></header>'
-        f'<div class="cites">{"".join(marks)}</div><div class="bars">{"".join(bars)}</div>'
-        f'<div class="ticks">{"".join(ticks)}</div>'
-        + (f'<div class="chips">Times in the answer: {"".join(named)}</div>' if named else "")
-        + f'<div class="chips reloaded">Seen in full, with scores: {"".join(chips)}</div></section>'
+        f'<section class="timeline"><header><strong>{title}</strong><div class="legend">{legend}</div></header>'
+        f'<div class="cites">{"".join(marks)}</div>{"".join(parts)}{"".join(chips)}</section>'
     )
+
+
+def _place(start, end, duration) -> str:
+    return f'style="left:{100 * start / duration:.3f}%;width:{100 * (end - start) / duration:.3f}%"'
+
+
+def _summary(chunks, chosen, cited) -> tuple[str, str]:
+    """The heading, and the legend below it."""
+    counts = {level: sum(chunk["level"] == level for chunk in chunks) for level in WORDS}
+    entries = [(level, WORDS[level]) for level, count in counts.items() if count and chosen]
+    entries += [("named", "time in the answer")] * cited
+    legend = "".join(f'<span><b class="{style}"></b>{words}</span>' for style, words in entries)
+    if not chosen:
+        return "For this answer the whole video was looked at", legend
+    if any(chunk["score"] for chunk in chunks):
+        legend += "<span>higher: fits the question better</span>"
+    seconds = sum(chunk["end"] - chunk["start"] for chunk in chunks if chunk["level"] == CLOSELY)
+    whole = sum(chunk["end"] - chunk["start"] for chunk in chunks) or 1
+    return f"For this answer {100 * seconds / whole:.0f} % of the video was looked at closely", legend
+
+
+def _merged(chunks) -> Sequence[dict]:
+    """As many neighbours put into one as it takes to have few bars; one that was seen closely shows through."""
+    step = math.ceil(len(chunks) / MAX_BARS)
+    if step == 1:
+        return chunks
+    bars = []
+    for first in range(0, len(chunks), step):
+        part = chunks[first : first + step]
+        levels = [chunk["level"] for chunk in part]
+        bars.append(
+            {
+                "start": part[0]["start"],
+                "end": part[-1]["end"],
+                "level": next(level for level in WORDS if level in levels),
+                "score": max((chunk["score"] or 0) for chunk in part),
+                "closely": (levels.count(CLOSELY), len(part)),
+            }
+        )
+    return bars
+
+
+def _bars(chunks, duration, largest) -> str:
+    bars = []
+    for chunk in chunks:
+        start, end, level = (chunk[key] for key in ("start", "end", "level"))
+        words = WORDS[level]
+        closely, of = chunk.get("closely", (0, 0))
+        if level == CLOSELY and closely < of:
+            words = f"{closely} of {of} parts {words}"
+        bars.append(
+            f'<div class="chunk {level}" data-seconds="{start:.3f}" title="{span(start, end)}: {words}" '
+            f'{_place(start, end, duration)}><i style="height:{100 * (chunk["score"] or 0) / largest:.1f}%"></i></div>'
+        )
+    return f'<div class="bars">{"".join(bars)}</div>'
+
+
+def _ticks(duration, most) -> str:
+    step = next((step for step in TICK_STEPS if duration / step < most), math.ceil(duration / max(most, 1)))
+    ticks = [
+        f"<span {_place(at, at, duration)}>{clock(at)}</span>" for at in range(0, int(0.94 * duration) + 1, step)
+    ]
+    return f'<div class="ticks">{"".join(ticks)}</div>'
+
+
+def _close_spans(chunks) -> list[tuple[float, float]]:
+    """(start, end) of what was seen closely, neighbours put together; what fits the question best comes first."""
+    spans: list[list[float]] = []
+    for chunk in chunks:
+        if chunk["level"] != CLOSELY:
+            continue
+        if spans and spans[-1][1] == chunk["start"]:
+            spans[-1][1:] = chunk["end"], max(spans[-1][2], chunk["score"] or 0)
+        else:
+            spans.append([chunk["start"], chunk["end"], chunk["score"] or 0])
+    return [(start, end) for start, end, _ in sorted(spans, key=lambda each: -each[2])]
+
+
+def _chips(label, spans, style) -> str:
+    """Buttons that show times in the video; those beyond the first few are folded."""
+    buttons = [
+        f'<button type="button" class="{style}" data-seconds="{start:.3f}">{span(start, end)}</button>'
+        for start, end in spans
+    ]
+    first, more = "".join(buttons[:MAX_CHIPS]), buttons[MAX_CHIPS:]
+    folded = f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>" if more else ""
+    return f'<div class="chips {style}">{label} {first}{folded}</div>'
