@@ -51,7 +51,7 @@ EXAMPLE_CLIP = BUNDLED / "assets" / "demo.mp4"
 EXAMPLES = (
     ("What color is the star?", "orange"),
     ("When does the ring first appear?", "At 11 seconds"),
-    ("What do the cards say, in order of appearance?", "egg, box, 4"),
+    ("How many cards are shown?", "3"),
 )
 TOY_WORLD = (
     "The model on this page is tiny and knows <b>one toy world: coloured shapes, signs and cards</b>, as in the example "

@@ -35,7 +35,7 @@ COLORS = {
 }
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1120px, 100vw) !important; margin: 0 auto !important; }
 .gradio-container { --seen: #0f7a3c; --seen-soft: #cfe8d8; --rest: #9aa3af; --rest-soft: #eceef1; --named: #c0392b; }
 .dark .gradio-container, .gradio-container.dark, .dark { --seen: #35b06a; --seen-soft: #1d4530; --rest: #7d8795;
   --rest-soft: #2b323d; --named: #ff7a6b; }
@@ -45,7 +45,7 @@ CSS = """
 .dark #head p.toy { background: #46380f; color: #ffe9b3; }
 #examples { gap: 8px; flex-wrap: wrap; align-items: center; }
 #examples > * { flex: 0 1 auto; width: auto; min-width: 0 !important; }
-#examples .html-container { padding: 0; }
+#examples .html-container { padding: 0; } #examples button { padding: 6px 12px; font-size: 14px; }
 #question .submit-button, #question .stop-button { background: #0f7a3c; color: white; border-radius: 6px;
   padding: 4px 14px; }
 #question .stop-button { background: #b3261e; }
@@ -53,6 +53,7 @@ CSS = """
 #clip :is(button[aria-label*="rim"], button[aria-label*="eset"], button[aria-label*="ndo"]) { display: none; }
 #talk .message-content { white-space: pre-wrap; }
 #talk .placeholder-content, #talk .placeholder { opacity: 1; color: var(--body-text-color-subdued); }
+#remember { border-width: 0 !important; padding: 0 4px; box-shadow: none; background: none; }
 #files { gap: 8px; flex-wrap: wrap; } #files > * { flex: 1 1 auto; min-width: 0 !important; }
 .note { overflow-wrap: anywhere; color: var(--body-text-color); }
 .note + .note { margin-top: 6px; }
@@ -61,8 +62,15 @@ CSS = """
 .note.error { border-left: 4px solid #c0392b; padding: 6px 12px; background: rgba(214, 39, 40, .09);
   border-radius: 4px; }
 #facts { min-height: 24px; }
-#facts:has(.progress-text, .progress-level, .eta-bar) { min-height: 110px; }
-.timeline { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px;
+/* The bar of a video that is read has a place of its own: gradio lays it over what stands there, in three texts. */
+#facts { display: flex; flex-direction: column; }
+#facts > .wrap:not(.hide) { position: static !important; order: 2; height: auto; background: none; display: block; }
+#facts > .wrap :is(.eta-bar, .meta-text, .meta-text-center, .progress-level-inner, .loader) { display: none; }
+#facts > .wrap .progress-level { flex: none; width: 100%; }
+#facts > .wrap .progress-bar-wrap { width: 100%; margin: 6px 0 0; } #facts > .wrap .progress-bar { background: #0f7a3c; }
+#facts:has(> .wrap:not(.hide)) .html-container { opacity: 1; }
+#columns > *, #seen, #seen > * { min-width: 0; max-width: 100%; }
+.timeline { overflow: hidden; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px;
   background: var(--block-background-fill); color: var(--body-text-color); }
 .timeline header { display: flex; flex-direction: column; gap: 4px; }
 .timeline .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; }
@@ -86,25 +94,25 @@ CSS = """
 .timeline .ticks span { position: absolute; top: 3px; width: auto !important; transform: translateX(-50%);
   white-space: nowrap; }
 .timeline .ticks span:first-child { transform: none; }
-.timeline .scroll { overflow-x: auto; padding-bottom: 4px; }
+.timeline .scroll { overflow-x: auto; padding-bottom: 4px; contain: inline-size; }
 .timeline summary { cursor: pointer; font-size: 13px; color: var(--body-text-color); }
-.timeline .chips { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-top: 8px; font-size: 13px; }
-.timeline .chips details { display: contents; } .timeline .chips summary { text-decoration: underline; }
-#seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 2px 8px; margin: 0 4px 0 0;
+.timeline .chips { display: flex; flex-wrap: wrap; gap: 2px; align-items: center; margin-top: 8px; font-size: 13px; }
+.timeline .chips summary { text-decoration: underline; margin-bottom: 4px; }
+#seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 2px 8px; margin: 0 4px 4px 0;
   border-radius: 6px; border: 1px solid var(--seen); font-variant-numeric: tabular-nums;
   background: var(--block-background-fill); cursor: pointer; }
 #seen .timeline button.named { border-color: var(--named); }
 @media (max-width: 640px) {
   .gradio-container { padding: 4px !important; }
   #head h1 { font-size: 22px; } #head p { font-size: 14px; line-height: 1.4; }
-  #examples button { padding: 6px 10px; font-size: 14px; width: 100%; }
+  #examples button { width: 100%; }
   #examples > * { flex: 1 1 100%; }
   /* One column, in which video, answer, question and timeline fit a screen. */
   #columns { flex-direction: column; gap: 8px; } #columns > .column { display: contents; }
   #columns #clip { order: 1; height: 200px !important; } #columns #facts { order: 2; }
   #columns #talk { order: 3; height: 190px !important; min-height: 190px !important; }
   #columns .form:has(#question) { order: 4; } #columns #problem { order: 5; }
-  #columns #seen { order: 6; } #columns .form:has(#remember) { order: 7; } #columns #files { order: 8; }
+  #columns #seen { order: 6; } #columns #remember { order: 7; } #columns #files { order: 8; }
 }
 """
 
@@ -116,9 +124,10 @@ element.addEventListener("click", (event) => {
 });
 """
 
-# The clip begins with an empty scene: show a moment in which there is something.
+# The clip begins with an empty scene: show a moment in which there is something. On a phone the page scrolls there.
 SHOW_EXAMPLE = """
 () => {
+  if (window.innerWidth <= 640) document.querySelector("#columns").scrollIntoView({behavior: "smooth"});
   let tries = 50;
   const show = () => {
     const clip = document.querySelector("#clip video");

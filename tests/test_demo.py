@@ -1,14 +1,18 @@
 """The demo page without a browser: what answers, the timeline, limits, messages; with gradio the page's handlers."""
 
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from videoxl.demo import page as demo_page
-from videoxl.demo.page import Limits, VideoChat, build_parser, explain, load
-from videoxl.demo.timeline import MAX_TICKS, clock, timeline
+from videoxl.demo.answers import Limits, VideoChat, explain
+from videoxl.demo.page import EXAMPLES, Visits, build_parser, load, use_bilevel
+from videoxl.demo.saved import SavedVideos, read_header
+from videoxl.demo.timeline import MAX_BARS, MAX_CHIPS, MAX_TICKS, clock, timeline
 
 BILEVEL = {"decode": "bilevel", "decode_chunk_groups": 1, "pool_size": 3}
 LENGTH = 14
@@ -123,26 +127,52 @@ def test_times_in_the_answer(chat, clips, monkeypatch):
     assert list(chat.ask(session, "When?"))[-1].cited == [(2, 2), (3, 5), (duration - 4, duration)]
 
 
+def chunks_of(levels, scores, seconds=10.0):
+    return [
+        {"video": 0, "index": index, "start": seconds * index, "end": seconds * (index + 1), "level": level,
+         "score": score}
+        for index, (level, score) in enumerate(zip(levels, scores, strict=True))
+    ]  # fmt: skip
+
+
 def test_timeline():
     levels = ["dense", "pooled", "dropped", "pooled", "dense"]
-    scores = [0.1, 0.4, None, 0.0, 0.2]
-    chunks = [
-        {"video": 0, "index": index, "start": 10.0 * index, "end": 10.0 * index + 10, "level": level, "score": score}
-        for index, (level, score) in enumerate(zip(levels, scores, strict=True))
-    ]
+    chunks = chunks_of(levels, [0.1, 0.4, None, 0.0, 0.2])
     page = Elements(timeline(chunks, 50.0, [(14.0, 14.0), (20.0, 30.0)]))
     bars = page.of("chunk")
     assert [bar["class"].split()[1] for bar in bars] == levels
     assert [(percent(bar, "left"), percent(bar, "width")) for bar in bars] == [(20 * index, 20) for index in range(5)]
-    assert bars[1]["title"] == "0:10 – 0:20: pooled, score 0.400" and bars[2]["title"] == "0:20 – 0:30: left out"
+    assert bars[1]["title"] == "0:10 – 0:20: seen in summary" and bars[2]["title"] == "0:20 – 0:30: left out"
     heights = [percent(element, "height") for element in page.found if "height:" in element.get("style", "")]
     assert heights == [25, 100, 0, 0, 50]
     assert [(percent(mark, "left"), percent(mark, "width")) for mark in page.of("cite")] == [(28, 0), (40, 20)]
     buttons = [element for element in page.found if element.get("type") == "button"]
-    assert [float(button["data-seconds"]) for button in buttons] == [14, 20, 0, 40]
-    assert "5 chunks: 2 seen in full, 2 pooled, 1 left out" in timeline(chunks, 50.0)
-    unscored = Elements(timeline([{**chunk, "score": None} for chunk in chunks], 50.0))
-    assert len(unscored.of("chunk")) == 5 and not unscored.of("cite")
+    # Times of the answer, then what was seen closely: what fits best first.
+    assert [float(button["data-seconds"]) for button in buttons] == [14, 20, 40, 0]
+    text = timeline(chunks, 50.0)
+    assert "40 % of the video was looked at closely" in text and "details" not in text
+    for jargon in ("chunk", "pooled", "dense", "score"):
+        assert jargon not in re.sub(r"<[^>]*>", "", text)
+
+
+def test_a_model_that_chooses_nothing_has_no_bars():
+    text = timeline(chunks_of(["dense"] * 5, [None] * 5), 50.0, [(14.0, 14.0)])
+    page = Elements(text)
+    assert not page.of("chunk") and len(page.of("cite")) == 1 and "the whole video" in text
+
+
+def test_a_long_video_has_few_bars_and_all_of_them_where_one_zooms_in():
+    levels = ["dense" if number % 10 == 3 else "pooled" for number in range(300)]
+    page = Elements(timeline(chunks_of(levels, [number / 300 for number in range(300)], 4.0), 1200.0))
+    bars, zoomed = page.of("chunk")[:MAX_BARS], page.of("chunk")[MAX_BARS:]
+    assert len(zoomed) == 300 and [bar["class"].split()[1] for bar in zoomed] == levels
+    # Five to a bar: one that holds a part that was seen closely shows it.
+    assert [bar["class"].split()[1] for bar in bars] == ["dense", "pooled"] * 30
+    assert bars[0]["title"] == "0:00 – 0:20: 1 of 5 parts seen closely"
+    buttons = [element for element in page.found if element.get("type") == "button"]
+    assert float(buttons[0]["data-seconds"]) == 4 * 293 and len(buttons) == 30
+    text = timeline(chunks_of(levels, [0.1] * 300, 4.0), 1200.0)
+    assert f"<summary>{30 - MAX_CHIPS} more</summary>" in text
 
 
 def test_clock():
@@ -165,6 +195,156 @@ def test_the_folder_of_the_file_is_the_default_model(root):
     assert chat.limits == Limits()
 
 
+def test_what_the_page_offers_to_ask_is_answered_rightly():
+    chat = load(build_parser().parse_args([]))
+    session = chat.encode(str(demo_page.EXAMPLE_CLIP))
+    for question, right in EXAMPLES:
+        assert list(chat.ask(session, question, remember=False))[-1].text == right
+    # Also one after the other, as a conversation.
+    for question, right in EXAMPLES:
+        *_, reply = chat.ask(session, question)
+        assert reply.text == right
+        session = reply.session
+
+
+@pytest.mark.ties  # what is answered does not matter here
+def test_every_member_answers_with_the_modes_that_it_has(member, tokenizer, clips):
+    has = member.config.resolve_beacons() is None and member.config.token_selector is None
+    has = has and not member.config.mm_llm_compress
+    assert use_bilevel(member.config, None) == has
+    if not has:
+        with pytest.raises(ValueError, match="--decode-chunk-groups: this model"):
+            use_bilevel(member.config, 2)
+    chat = VideoChat(member, tokenizer, Limits(max_num_frames=16, max_new_tokens=4))
+    *_, reply = chat.ask(chat.encode(clips[0]), "What moves?")
+    chosen = {chunk["level"] for chunk in reply.chunks} == {"dense", "pooled"}
+    assert chosen == has and timeline(reply.chunks, reply.session.video.duration)
+
+
+def test_a_damaged_files_warning_reaches_the_visitor(chat, clips, tmp_path):
+    cut = tmp_path / "cut.mp4"
+    data = bytearray(open(clips[1], "rb").read())
+    middle = len(data) // 2
+    data[middle : middle + 6000] = bytes(6000)
+    cut.write_bytes(data)
+    session = chat.encode(str(cut))
+    assert session.warnings and "cut.mp4 is damaged" in session.warnings[0]
+    assert str(tmp_path) not in " ".join(session.warnings)
+    assert 'class="note warning" role=alert' in demo_page.about(session)
+    assert not chat.encode(clips[1]).warnings
+
+
+# ---------------------------------------------------------------- saved videos
+
+
+def test_a_saved_video_comes_back(chat, clips, tmp_path):
+    session, file = chat.encode(clips[0]), tmp_path / "a.videoxl"
+    chat.saved.save(session.video, file)
+    assert clips[0].encode() not in file.read_bytes(), "the file says where this machine keeps the video"
+    again = chat.open_saved(str(file))
+    assert list(chat.ask(again, "What moves?"))[-1].text == list(chat.ask(session, "What moves?"))[-1].text
+
+
+def test_every_members_saved_video_comes_back(member, tokenizer, clips, tmp_path):
+    saved = SavedVideos(member, tokenizer, 64)
+    for frames in (5, 16):
+        video = member.encode_video(clips[0], tokenizer, max_num_frames=frames)
+        saved.save(video, tmp_path / "a.videoxl")
+        again = saved.load(str(tmp_path / "a.videoxl"))
+        assert again.timestamps == video.timestamps and str(again) == ""
+
+
+def forged(file, **changes):
+    """A saved file with other facts in its header, or (tensors, by name) other entries."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    (key, about), = header["__metadata__"].items()
+    about = json.loads(about)
+    about["facts"] |= changes.pop("facts", {})
+    about["shapes"] |= changes.pop("shapes", {})
+    header["__metadata__"][key] = json.dumps(about)
+    for name, entry in changes.pop("tensors", {}).items():
+        header[name] = header.get(name, {}) | entry
+    header = changes.pop("header", json.dumps(header).encode())
+    assert not changes
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+@pytest.fixture
+def saved_file(chat, clips, tmp_path):
+    file = tmp_path / "a.videoxl"
+    chat.saved.save(chat.encode(clips[0]).video, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"facts": {"model": "0" * 64}},
+        {"facts": {"kind": "image"}},
+        {"facts": {"prefill": {"prefill": "mask", "chunk_groups": 4, "window_chunks": 3}}},
+        {"facts": {"timestamps": [0.0, 1.0]}},
+        {"facts": {"timestamps": [float(number) for number in range(1000)]}},
+        {"facts": {"timestamps": "abc"}},
+        {"facts": {"timestamps": [1e999]}},
+        {"facts": {"videos": [[[0, 10, 10**9]]]}},
+        {"facts": {"videos": []}},
+        {"facts": {"duration": "long"}},
+        {"facts": {"whole": [0, 10**12]}},
+        {"shapes": {"layers.0.keys": [1, 2, 10**9, 32]}},
+        {"shapes": {"layers.0.keys": [-1, -2, 4, 4]}},
+        {"tensors": {"more": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}},
+        {"tensors": {"input_ids": {"dtype": "F32"}}},
+        {"tensors": {"input_ids": {"shape": [10**12]}}},
+        {"header": b"{}"},
+        {"header": b"[" * 100_000},
+        {"header": b" " * (5 * 2**20)},
+        {"facts": {}},  # even with nothing changed it is written in another way: its digest does not agree
+    ],
+)
+def test_a_forged_file_is_refused_before_it_is_read(chat, saved_file, changes, monkeypatch):
+    saved_file.write_bytes(forged(saved_file, **changes))
+    if changes != {"facts": {}}:
+        monkeypatch.setattr(type(chat.model), "load_video", None)
+    with pytest.raises(ValueError, match="is not a video that this page has saved") as error:
+        chat.open_saved(str(saved_file))
+    assert "NoneType" not in str(error.value), "it was read"
+
+
+def test_other_files_are_refused(chat, saved_file, tmp_path, root):
+    short = saved_file.read_bytes()[:-1]
+    for name, data in (("short", short), ("long", short + b"ab"), ("empty", b""), ("text", b"no video" * 9)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match="is not a video that this page has saved"):
+            chat.open_saved(str(tmp_path / name))
+    with pytest.raises(ValueError, match="is not a video"):
+        chat.open_saved(str(root / "model.safetensors"))
+    tensors, _ = read_header(saved_file)
+    assert {name.partition(".")[0] for name in tensors} >= {"input_ids", "layers"}
+
+
+def test_the_page_takes_no_paths(chat, clips):
+    for path in ("file:///etc/passwd", "http://localhost/a.mp4", "../a.mp4", "data:video/mp4;base64,AAAA", ""):
+        with pytest.raises(ValueError, match="give the video itself"):
+            chat.encode(path)
+
+
+def test_a_visitors_files_go_with_the_visit(tmp_path):
+    visits, upload = Visits(), tmp_path / "upload.mp4"
+    upload.write_text("a")
+    visits.owns("ann", str(upload))
+    visits.owns("bob", str(upload))  # gradio keeps one file of what two visitors have uploaded
+    visits.owns("bob", str(demo_page.EXAMPLE_CLIP))
+    mine = visits.new_file("bob", "a.videoxl")
+    mine.write_text("b")
+    visits.leave("ann")
+    assert upload.is_file() and mine.is_file()
+    visits.leave("bob")
+    assert not upload.exists() and not mine.exists() and demo_page.EXAMPLE_CLIP.is_file()
+    visits.leave("carl")
+
+
 def test_without_gradio_it_says_what_to_install(root):
     script = "import sys; sys.modules['gradio'] = None; import videoxl.demo; videoxl.demo.main([])"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300)
@@ -174,30 +354,34 @@ def test_without_gradio_it_says_what_to_install(root):
 
 def test_versions_agree(root):
     pins = (root / "requirements-demo.txt").read_text()
-    for name in ("torch", "transformers", "av", "numpy", "huggingface_hub"):
-        pin = re.search(rf"^{name}==(.+)$", pins, re.MULTILINE)
-        assert pin and pin[0] in (root / "requirements.txt").read_text().splitlines()
     assert f"sdk_version: {re.search('^gradio==(.+)$', pins, re.MULTILINE)[1]}\n" in demo_page.__doc__
     assert 'demo = ["gradio>=6"]' in (root / "pyproject.toml").read_text()
 
 
 def test_handlers_of_the_page(chat, clips, tmp_path):
-    pytest.importorskip("gradio", reason="gradio is not installed: make test-browser runs this")
-    page = demo_page.build_page(chat, "Model: <tiny>.")
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed: make test-browser runs this")
+    page = demo_page.build_page(chat, "Model: <tiny>.", toy=True)
     handlers = {function.fn.__name__: function.fn for function in page.fns.values() if function.fn}
     take_video, answer = handlers["take_video"], handlers["answer"]
-    assert "Model: &lt;tiny&gt;." in str(page.config)
+    assert "Model: &lt;tiny&gt;." in str(page.config) and "toy world" in str(page.config)
+    assert all(function["api_visibility"] == "private" for function in page.config["dependencies"] if function["targets"])
+    request = gradio.Request(session_hash="ann")
 
-    *_, (session, facts, *_, problem, question) = take_video(clips[0])
-    assert (
-        f"0:09 long, {session.video.num_frames} frames read" in facts and question.interactive and not problem.visible
-    )
+    *_, (session, facts, _, _, problem, question, keep, _) = take_video(clips[0], request)
+    assert f"0:09 long; {session.video.num_frames} pictures of it were read" in facts
+    assert question.interactive and keep.interactive and not problem.visible
     states = list(answer(session, "What moves?", [], True, clips[0]))
     after, messages, seen, *_ = states[-1]
     expected, _, chunks = direct(chat, clips[0], "What moves?")
     assert messages == [{"role": "user", "content": "What moves?"}, {"role": "assistant", "content": expected}]
     assert len(states) > 4 and len(Elements(seen).of("chunk")) == len(chunks)
     assert after.video is session.video and session.history is None and after.history
+
+    # Kept in a file, opened again by another visitor, gone with the visit.
+    kept = Path(handlers["keep_video"](session, clips[0], request).value["path"])
+    assert kept.name == "a.videoxl"
+    _, again, facts, *_ = handlers["take_saved"](str(kept), gradio.Request(session_hash="bob"))
+    assert again.video.timestamps == session.video.timestamps and "0:09 long" in facts
 
     # What goes wrong is said on the page; the conversation stays as it was.
     *_, (kept, kept_messages, _, problem, _) = answer(after, " ", messages, True, clips[0])
@@ -206,6 +390,10 @@ def test_handlers_of_the_page(chat, clips, tmp_path):
     assert nothing is None and "upload" in problem.value
     file = tmp_path / "<b>.mp4"
     file.write_text("no video")
-    *_, (nothing, facts, *_) = take_video(str(file))
+    *_, (nothing, facts, *_) = take_video(str(file), request)
     assert nothing is None and "&lt;b&gt;.mp4" in facts and "error" in facts
-    assert list(take_video(None))[-1][0] is None
+    assert list(take_video(None, request))[-1][0] is None
+    _, nothing, facts, *_ = handlers["take_saved"](str(file), request)
+    assert nothing is None and "&lt;b&gt;.mp4 is not a video that this page has saved" in facts
+    handlers["leave"](request)
+    assert not file.exists()
