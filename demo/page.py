@@ -50,7 +50,7 @@ EXAMPLE_CLIP = BUNDLED / "assets" / "demo.mp4"
 # What the bundled checkpoint answers rightly about that clip.
 EXAMPLES = (
     ("What color is the star?", "orange"),
-    ("When does the ring first appear?", "At 11 seconds"),
+    ("When does the ring disappear?", "At 16 seconds"),
     ("How many cards are shown?", "3"),
 )
 TOY_WORLD = (

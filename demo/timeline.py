@@ -126,9 +126,7 @@ def _bars(chunks, duration, largest) -> str:
 
 def _ticks(duration, most) -> str:
     step = next((step for step in TICK_STEPS if duration / step < most), math.ceil(duration / max(most, 1)))
-    ticks = [
-        f"<span {_place(at, at, duration)}>{clock(at)}</span>" for at in range(0, int(0.94 * duration) + 1, step)
-    ]
+    ticks = [f"<span {_place(at, at, duration)}>{clock(at)}</span>" for at in range(0, int(0.94 * duration) + 1, step)]
     return f'<div class="ticks">{"".join(ticks)}</div>'
 
 

@@ -259,7 +259,7 @@ def forged(file, **changes):
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    (key, about), = header["__metadata__"].items()
+    ((key, about),) = header["__metadata__"].items()
     about = json.loads(about)
     about["facts"] |= changes.pop("facts", {})
     about["shapes"] |= changes.pop("shapes", {})
@@ -364,7 +364,9 @@ def test_handlers_of_the_page(chat, clips, tmp_path):
     handlers = {function.fn.__name__: function.fn for function in page.fns.values() if function.fn}
     take_video, answer = handlers["take_video"], handlers["answer"]
     assert "Model: &lt;tiny&gt;." in str(page.config) and "toy world" in str(page.config)
-    assert all(function["api_visibility"] == "private" for function in page.config["dependencies"] if function["targets"])
+    assert all(
+        function["api_visibility"] == "private" for function in page.config["dependencies"] if function["targets"]
+    )
     request = gradio.Request(session_hash="ann")
 
     *_, (session, facts, _, _, problem, question, keep, _) = take_video(clips[0], request)
