@@ -54,8 +54,9 @@ EXAMPLES = (
     ("How many cards are shown?", "3"),
 )
 TOY_WORLD = (
-    "The model on this page is tiny and knows <b>one toy world: coloured shapes, signs and cards</b>, as in the example "
-    "clip. About other videos it can only guess; converted published weights (<code>--model</code>) are for those."
+    "The model on this page is tiny and knows <b>one toy world: coloured shapes, signs and cards</b>, as in the "
+    "example clip. About other videos it can only guess; converted published weights (<code>--model</code>) are for "
+    "those."
 )
 # A visitor who has been gone for so long finds the video forgotten; uploaded files go, too. Seconds.
 KEEP_SECONDS = 3600
@@ -192,6 +193,9 @@ def build_page(chat: VideoChat, model_name: str = "", toy: bool = False):
         return take
 
     def read_example(session, request: gr.Request, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        if session is not None and str(session.video) == str(EXAMPLE_CLIP):
+            yield [gr.skip()] * len(states)  # it has been read
+            return
         yield from take_video(str(EXAMPLE_CLIP), request, progress)
 
     with gr.Blocks(title="Video-XL", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
@@ -238,8 +242,12 @@ def build_page(chat: VideoChat, model_name: str = "", toy: bool = False):
                     elem_id="question",
                 )
                 problem = gr.HTML("", visible=False, elem_id="problem")
+                # The bundled model was never shown a conversation, and repeats itself in one.
                 remember = gr.Checkbox(
-                    True, label="Follow-up questions know the conversation so far", container=False, elem_id="remember"
+                    not toy,
+                    label="Follow-up questions know the conversation so far",
+                    container=False,
+                    elem_id="remember",
                 )
 
         # The model does one thing at a time. Only the page itself may call what it does.

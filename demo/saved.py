@@ -51,7 +51,7 @@ class SavedVideos:
             self._check(tensors, facts)
             video = self.model.load_video(path, self.tokenizer, source="")
             ids = video.input_ids
-            _require(0 <= int(ids.min()) and int(ids.max()) < self.model.config.text_config.vocab_size, "its text")
+            _require(int(ids.min()) >= 0 and int(ids.max()) < self.model.config.text_config.vocab_size, "its text")
         except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a video that this page has saved, or is damaged ({error}). Take the file as it was "
@@ -90,7 +90,7 @@ class SavedVideos:
         (groups,) = facts["videos"]
         places = [place for group in groups for place in group]
         _require(all(len(group) == 3 for group in groups) and all(type(place) is int for place in places), "groups")
-        _require(places == sorted(places) and 0 <= places[0] and places[-1] <= length, "groups")
+        _require(places == sorted(places) and places[0] >= 0 and places[-1] <= length, "groups")
         # As many groups as its frames make, as in the example.
         _require(len(groups) == -(-len(times) // self.model.config.frames_per_group), "groups")
         _require(len(facts["whole"]) == 2 and all(0 <= size <= length for size in facts["whole"]), "groups")

@@ -67,7 +67,8 @@ CSS = """
 #facts > .wrap:not(.hide) { position: static !important; order: 2; height: auto; background: none; display: block; }
 #facts > .wrap :is(.eta-bar, .meta-text, .meta-text-center, .progress-level-inner, .loader) { display: none; }
 #facts > .wrap .progress-level { flex: none; width: 100%; }
-#facts > .wrap .progress-bar-wrap { width: 100%; margin: 6px 0 0; } #facts > .wrap .progress-bar { background: #0f7a3c; }
+#facts > .wrap .progress-bar-wrap { width: 100%; margin: 6px 0 0; }
+#facts > .wrap .progress-bar { background: #0f7a3c; }
 #facts:has(> .wrap:not(.hide)) .html-container { opacity: 1; }
 #columns > *, #seen, #seen > * { min-width: 0; max-width: 100%; }
 .timeline { overflow: hidden; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px;
