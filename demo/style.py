@@ -21,6 +21,10 @@ COLORS = {
     "button_primary_text_color_dark": "white",
     "button_secondary_background_fill": "white",
     "button_secondary_background_fill_dark": "#2b323d",
+    "button_secondary_background_fill_hover": "#eef1f4",
+    "button_secondary_background_fill_hover_dark": "#3a4350",
+    "button_secondary_text_color_hover": "#1f2937",
+    "button_secondary_text_color_hover_dark": "#f1f3f6",
     "button_secondary_border_color": "#9aa3af",
     "button_secondary_border_color_dark": "#6b7482",
     "button_secondary_text_color": "#1f2937",
@@ -51,6 +55,8 @@ CSS = """
 #question .stop-button { background: #b3261e; }
 /* Cutting a video is not for this page: it would load a program from elsewhere. */
 #clip :is(button[aria-label*="rim"], button[aria-label*="eset"], button[aria-label*="ndo"]) { display: none; }
+#clip .controls, #clip .controls * { color: white; }
+.toast-close { color: var(--body-text-color) !important; opacity: 1 !important; }
 #talk .message-content { white-space: pre-wrap; }
 #talk .placeholder-content, #talk .placeholder { opacity: 1; color: var(--body-text-color-subdued); }
 #remember { border-width: 0 !important; padding: 0 4px; box-shadow: none; background: none; }
@@ -81,8 +87,9 @@ CSS = """
 .timeline .legend .named { width: 0; height: 0; border: 6px solid transparent; border-top: 9px solid var(--named);
   border-bottom: 0; }
 .timeline .cites { position: relative; height: 13px; margin-top: 4px; }
-.timeline .cite { position: absolute; bottom: 2px; height: 3px; background: var(--named); cursor: pointer; }
-.timeline .cite::before { content: ""; position: absolute; left: -6px; bottom: 0; border: 6px solid transparent;
+.timeline .cite { position: absolute; bottom: 2px; height: 9px; min-width: 3px; margin-left: -1px; cursor: pointer;
+  border-bottom: 3px solid var(--named); }
+.timeline .cite::before { content: ""; position: absolute; left: -5px; bottom: -3px; border: 6px solid transparent;
   border-top: 9px solid var(--named); border-bottom: 0; }
 .timeline .bars { position: relative; height: 56px; border-bottom: 1px solid var(--body-text-color-subdued); }
 .timeline .chunk { position: absolute; bottom: 0; height: 100%; cursor: pointer; }

@@ -1,10 +1,12 @@
 """The demo page as visitors use it: a server of its own, and Debian's Chromium, driven through selenium.
 
-The picture in the README is taken here: `make screenshot` (SCREENSHOT says where it goes).
+The picture in the README is taken here: `make screenshot` (SCREENSHOT says where it goes). CLICKED names a file that
+gets a line for everything that `test_everything_can_be_clicked` clicks.
 """
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -14,12 +16,64 @@ import time
 
 import pytest
 from PIL import Image
+from videoxl.demo.page import EXAMPLES
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 # Seconds until something must have happened, on a machine that is busy.
 PATIENCE = 120
 LENGTH = 40
 QUESTION = "#question textarea:not([disabled])"
+DESKTOP, PHONE = (1160, 1000), (390, 844)
+# What can be clicked, as a list of names; the one that is asked for is the returned element.
+CLICKABLE = """
+const all = [...document.querySelectorAll("button, summary, [data-seconds], input[type=checkbox], a[href]")];
+const seen = all.filter(e => !e.disabled && e.checkVisibility() && e.getBoundingClientRect().width > 0);
+const named = {};
+for (const e of seen) {
+  const words = e.getAttribute("aria-label") || e.innerText.trim() || e.title || e.type || e.className;
+  const place = e.closest("[id]:not([id^=html-])");
+  let name = (place ? "#" + place.id + " " : "") + words, again = 1;
+  while (name in named) name = name.replace(/( \\(\\d+\\))?$/, ` (${++again})`);
+  named[name] = e;
+}
+return arguments[0] === undefined ? Object.keys(named) : named[arguments[0]];
+"""
+# [contrast, colour, what is behind it, text] of every text and placeholder, the lowest contrast first.
+CONTRASTS = """
+const probe = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgba = color => {
+  probe.clearRect(0, 0, 1, 1); probe.fillStyle = color; probe.fillRect(0, 0, 1, 1);
+  const [r, g, b, a] = probe.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
+};
+const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+const light = color => {
+  const [r, g, b] = color.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const page = rgba(getComputedStyle(document.body).backgroundColor);
+const behind = e => {
+  const layers = [];
+  for (; e; e = e.parentElement) layers.unshift(rgba(getComputedStyle(e).backgroundColor));
+  return layers.reduce((under, top) => over(top, under), over(page, [255, 255, 255, 1]));
+};
+const found = [];
+const measure = (e, style, text) => {
+  let opacity = 1;
+  for (let p = e; p; p = p.parentElement) opacity *= Number(getComputedStyle(p).opacity);
+  const back = behind(e), color = rgba(style.color);
+  color[3] *= opacity;
+  const front = over(color, back), [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+  found.push([(a + 0.05) / (b + 0.05), front.slice(0, 3), back.slice(0, 3), text]);
+};
+for (const e of document.querySelectorAll("body *")) {
+  if (!e.checkVisibility({visibilityProperty: true}) || e.closest("[disabled], svg, video, script, style")) continue;
+  if (e.classList.contains("sr-only") || e.closest(".sr-only, .hide, .hidden")) continue;
+  const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
+  if (text && e.getBoundingClientRect().width > 1) measure(e, getComputedStyle(e), text);
+  if (e.placeholder && !e.value) measure(e, getComputedStyle(e, "::placeholder"), e.placeholder);
+}
+return found.sort((a, b) => a[0] - b[0]);
+"""
 # Every text that the newest answer had, in a list that the test reads afterwards.
 WATCH = """
 window.texts = [];
@@ -62,18 +116,26 @@ def served(root, folder, log, *arguments):
 
 
 @pytest.fixture
-def browser():
+def browser(tmp_path):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: make test-browser does")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for argument in (
         "headless=new",
         "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
         "disable-dev-shm-usage",
         "hide-scrollbars",
-        "window-size=1160,1000",
+        f"window-size={DESKTOP[0]},{DESKTOP[1]}",
+        f"user-data-dir={tmp_path / 'browser'}",
     ):
         options.add_argument(f"--{argument}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield Visitor(driver)
     driver.quit()
@@ -82,9 +144,14 @@ def browser():
 @pytest.fixture
 def checkpoint(model, tokenizer, processor, tmp_path):
     """A folder with random weights: their answers are long, and hang on everything."""
+    return saved(model, tokenizer, processor, tmp_path / "checkpoint")
+
+
+def saved(model, tokenizer, processor, folder):
+    model.config.sparse_attention = {"decode_chunk_groups": 1}
     for part in (model, tokenizer, processor):
-        part.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+        part.save_pretrained(folder)
+    return folder
 
 
 class Visitor:
@@ -109,22 +176,55 @@ class Visitor:
             time.sleep(0.1)
         return result
 
+    def visit(self, address, size=DESKTOP, theme="light"):
+        self.resize(*size)
+        self.driver.get(f"{address}?__theme={theme}")
+        self.wait(lambda: self.find("#clip input[type=file]"), "the page")
+
     def upload(self, path):
         self.wait(lambda: self.find("#clip input[type=file]"), "the page")[0].send_keys(str(path))
+
+    def click(self, element):
+        self.js("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
 
     def ask(self, text):
         """Asks, waits for the end of the answer; returns every text that it had."""
         field = self.wait(lambda: self.find(QUESTION), "a field for the question")[0]
         self.js(WATCH, len(self.find("#talk [data-testid=bot]")))
         field.send_keys(text)
-        self.wait(lambda: self.find("#question .submit-button"), "the button")[0].click()
+        self.click(self.wait(lambda: self.find("#question .submit-button"), "the button")[0])
         # The field is emptied when the answer is complete.
         self.wait(lambda: self.js("return window.texts.length") and not field.get_property("value"), "an answer")
         return self.js("return window.texts")
 
+    def settled(self):
+        """Waits until nothing is under way."""
+
+        def calm():
+            field = self.find("#question textarea")
+            return (
+                field
+                and not self.find("#question .stop-button, #facts [data-testid=status-tracker]:not(.hide)")
+                and "Reading" not in self.text("#facts")
+                and (not field[0].is_enabled() or not field[0].get_property("value"))
+            )
+
+        self.wait(calm, "the end of what was under way")
+        time.sleep(0.3)
+        self.wait(calm, "the end of what was under way")
+
     def resize(self, width, height):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def picture(self):
+        """The whole page."""
+        width, height = self.js("return [window.innerWidth, document.documentElement.scrollHeight]")
+        self.resize(width, height)
+        self.js("document.activeElement.blur()")
+        time.sleep(1)  # for pictures that fade in
+        return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
 
 
 def test_a_visit(browser, checkpoint, model, tokenizer, root, tmp_path):
@@ -135,9 +235,10 @@ def test_a_visit(browser, checkpoint, model, tokenizer, root, tmp_path):
     answer, history, chunks = model.chat(str(clip), tokenizer, first, **settings)
     arguments = ["--model", str(checkpoint), "--decode-chunk-groups", "2", "--max-new-tokens", str(LENGTH)]
     with served(root, tmp_path, tmp_path / "log", *arguments) as address:
-        browser.driver.get(address)
+        browser.visit(address)
+        assert "toy world" not in browser.text("#head"), "this is another model"
         browser.upload(clip)
-        browser.wait(lambda: "0:24 long, 96 frames read" in browser.text("#facts"), "the facts")
+        browser.wait(lambda: "0:24 long; 96 pictures of it were read" in browser.text("#facts"), "the facts")
 
         texts = browser.ask(first)
         assert texts[-1] == answer
@@ -145,11 +246,9 @@ def test_a_visit(browser, checkpoint, model, tokenizer, root, tmp_path):
         bars = browser.wait(lambda: browser.find("#seen .chunk"), "the timeline")
         assert [bar.get_attribute("class").split()[1] for bar in bars] == [chunk["level"] for chunk in chunks]
         assert [float(bar.get_attribute("data-seconds")) for bar in bars] == [chunk["start"] for chunk in chunks]
-        scores = [float(score.text) for score in browser.find("#seen .reloaded button span")]
-        assert scores == [round(chunk["score"], 3) for chunk in chunks if chunk["level"] == "dense"]
 
         # A bar of the timeline shows its time in the video.
-        bars[6].click()
+        browser.click(bars[6])
         browser.wait(lambda: browser.js("return document.querySelector('#clip video').currentTime") == 12, "a seek")
 
         answer, _, chunks = model.chat(None, tokenizer, second, chat_history=history, **settings)
@@ -157,7 +256,7 @@ def test_a_visit(browser, checkpoint, model, tokenizer, root, tmp_path):
         assert chunks[4]["level"] == "dense", "the question names its time"
         browser.wait(lambda: "dense" in browser.find("#seen .chunk")[4].get_attribute("class"), "the timeline")
 
-        for width in (360, 800, 1160):
+        for width in (360, 390, 800, 1160):
             browser.resize(width, 1000)
             time.sleep(0.5)
             assert browser.js("return document.documentElement.scrollWidth") <= width, (
@@ -179,7 +278,7 @@ def test_an_answer_can_be_stopped(browser, checkpoint, root, tmp_path):
         return [len(element.text) for element in browser.find("#talk [data-testid=bot]")]
 
     with served(root, tmp_path, tmp_path / "log", "--model", str(checkpoint), "--max-new-tokens", "20000") as address:
-        browser.driver.get(address)
+        browser.visit(address)
         browser.upload(root / "assets" / "demo.mp4")
         field = browser.wait(lambda: browser.find(QUESTION), "a field for the question")[0]
         field.send_keys("What happens?\n")
@@ -193,26 +292,169 @@ def test_an_answer_can_be_stopped(browser, checkpoint, root, tmp_path):
         assert shown()[0] <= before[0] + 50, "the stopped answer went on"
 
 
-def test_picture_of_the_bundled_checkpoint(browser, bundled_model, tokenizer, root, tmp_path):
-    bundled_model.config.sparse_attention = {"decode": "bilevel", "decode_chunk_groups": 1}
-    clip, question = root / "assets" / "demo.mp4", "When does the triangle first appear?"
-    answer = bundled_model.chat(str(clip), tokenizer, question, return_history=False)
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    "member", ["videoxl2", "videoxl1", "videoxlpro", "videoxlpro_march", "videochatflash", "videochatflash_dropping"]
+)
+def test_everything_can_be_clicked(
+    browser, member, size, random_model, family_models, tokenizer, processor, root, tmp_path
+):
+    """What takes something away comes last; after each click the page works on, and nothing has failed."""
+    folder = saved(family_models.get(member, random_model), tokenizer, processor, tmp_path / member)
+    log = tmp_path / "log"
+    with served(root, tmp_path, log, "--model", str(folder), "--max-new-tokens", "8") as address:
+        browser.visit(address, size)
+        browser.upload(root / "assets" / "demo.mp4")
+        browser.wait(lambda: "Ready" in browser.text("#facts"), "the facts")
+        browser.ask("What happens at 0:09?")
+        clicked, last = [], ("Clear", "#talk")
+        for removing in (False, True):
+            while waiting := [
+                name
+                for name in browser.js(CLICKABLE)
+                if name not in clicked and any(word in name for word in last) <= removing
+            ]:
+                browser.click(browser.js(CLICKABLE, waiting[0]))
+                clicked.append(waiting[0])
+                browser.settled()
+                assert not browser.find(".error, .toast-body"), (waiting[0], browser.text("body"))
+                assert "Traceback" not in log.read_text(), (waiting[0], log.read_text()[-3000:])
+        # After all that: another visit to the same page, whose file is opened.
+        (kept,) = (tmp_path / "downloads").glob("*.videoxl")
+        assert len(browser.find("#talk [data-testid=bot]")) == 0
+        browser.find("#files input[type=file]")[0].send_keys(str(kept))
+        browser.wait(lambda: "Ready" in browser.text("#facts"), "the facts of the saved video")
+        assert browser.ask("What happens?")[-1]
+    for expected in [*(question for question, _ in EXAMPLES), "Save for later", "Download", "Open a saved one",
+                     "Clear", "Follow-up", "Ask"]:  # fmt: skip
+        assert any(expected in name for name in clicked), (expected, clicked)
+    bars = [name for name in clicked if "seen closely" in name or "seen in summary" in name]
+    assert len(bars) >= 20 or member != "videoxl2"
+    if file := os.environ.get("CLICKED"):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.writelines(f"{member}, {size[0]} px: {name}\n" for name in clicked)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_text_can_be_read(browser, root, tmp_path, size, theme):
     with served(root, tmp_path, tmp_path / "log") as address:
-        browser.driver.get(address)
-        browser.wait(lambda: browser.find("#example"), "the page")[0].click()
-        browser.wait(lambda: "encoded into" in browser.text("#facts"), "the facts")
-        assert browser.ask(question)[-1] == answer
-        bars = browser.wait(lambda: browser.find("#seen .chunk"), "the timeline")
-        assert len(bars) == 24
-        bars[14].click()  # something is to be seen then
-        browser.wait(lambda: browser.js("return document.querySelector('#clip video').currentTime") == 14, "a seek")
-        browser.resize(
-            1160, round(browser.js("return document.querySelector('#seen').getBoundingClientRect().bottom")) + 24
+        browser.visit(address, size, theme)
+        lowest = [browser.js(CONTRASTS)]
+        browser.find(".example")[1].click()  # a question whose answer is a time
+        browser.wait(lambda: browser.find("#seen .timeline"), "the timeline")
+        browser.settled()
+        lowest.append(browser.js(CONTRASTS))
+        (tmp_path / "notes.mp4").write_text("no video")
+        browser.find("#clip button[aria-label='Clear']")[0].click()
+        browser.settled()
+        browser.upload(tmp_path / "notes.mp4")
+        browser.wait(lambda: "notes.mp4" in browser.text("#facts .error"), "an error")
+        time.sleep(1.5)  # for what fades in
+        lowest.append(browser.js(CONTRASTS))
+    for measured, least in zip(lowest, (10, 20, 10), strict=True):
+        assert len(measured) >= least, measured
+        assert measured[0][0] >= 4.5, [entry for entry in measured if entry[0] < 4.5]
+
+
+def test_the_bar_of_a_video_that_is_read_lies_over_nothing(browser, checkpoint, clips, root, tmp_path):
+    overlap = """
+    const bar = document.querySelector("#facts .progress-bar-wrap").getBoundingClientRect();
+    return [...document.querySelectorAll("#clip, #facts .note, #seen, #files button, #talk, #question")].filter(e => {
+      const r = e.getBoundingClientRect();
+      return r.width && r.left < bar.right && bar.left < r.right && r.top < bar.bottom && bar.top < r.bottom;
+    }).map(e => e.id + e.className);
+    """
+    arguments = ["--model", str(checkpoint), "--max-num-frames", "4000"]
+    import av
+
+    with av.open(str(tmp_path / "long.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(3600):
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            for plane in frame.planes:
+                plane.update(bytes([shade % 255]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with served(root, tmp_path, tmp_path / "log", *arguments) as address:
+        for size in (PHONE, DESKTOP):
+            browser.visit(address, size)
+            browser.upload(tmp_path / "long.mp4")
+            browser.wait(lambda: browser.find("#facts .progress-bar-wrap"), "the bar")
+            assert browser.js(overlap) == []
+            browser.wait(lambda: "30:00 long" in browser.text("#facts"), "the facts")
+        # A long video has few bars, and a strip of all of them to scroll in; the page stays as wide as the window.
+        browser.resize(*PHONE)
+        browser.ask("What happens at 3:00?")
+        for fold in browser.find("#seen summary"):
+            browser.click(fold)
+        widths = browser.js(
+            "return [...document.querySelectorAll('#seen .chunk')].map(e => e.getBoundingClientRect().width)"
         )
-        browser.js("document.activeElement.blur()")
-        time.sleep(1)  # for pictures that fade in
-        picture = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
-    assert picture.width == 1160 and 700 < picture.height < 1400
+        assert len(widths) > 400 and min(widths) >= 4
+        assert browser.js("return document.documentElement.scrollWidth") <= PHONE[0]
+
+
+def test_nobody_reads_this_machines_files(checkpoint, root, tmp_path):
+    """The queue of the page is asked directly, as no browser would."""
+    httpx = pytest.importorskip("httpx", reason="httpx comes with gradio, which is not installed")
+    (tmp_path / "private.mp4").write_bytes((root / "assets" / "demo.mp4").read_bytes())
+    with served(root, tmp_path, tmp_path / "log", "--model", str(checkpoint)) as address:
+        config = httpx.get(f"{address}/config").json()
+        clip = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "clip")
+        taking = next(each["id"] for each in config["dependencies"] if [clip, "upload"] in each["targets"])
+        for number, path in enumerate(
+            (str(tmp_path / "private.mp4"), "private.mp4", f"file://{tmp_path}/private.mp4", f"{address}/config")
+        ):
+            asked = {
+                "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}],
+                "fn_index": taking,
+                "session_hash": f"session{number}",
+            }
+            joined = httpx.post(f"{address}/gradio_api/queue/join", json=asked)
+            said = joined.text
+            if joined.status_code == 200:
+                with httpx.stream(
+                    "GET", f"{address}/gradio_api/queue/data?session_hash=session{number}", timeout=PATIENCE
+                ) as stream:
+                    for line in stream.iter_lines():
+                        said += line
+                        if '"process_completed"' in line:
+                            assert json.loads(line.removeprefix("data: "))["success"] is False or "error" in line
+                            break
+            assert "Ready" not in said and "0:24" not in said, said
+        assert httpx.get(f"{address}/gradio_api/file={tmp_path}/private.mp4").status_code in (403, 404)
+
+
+def test_picture_of_the_bundled_checkpoint(browser, root, tmp_path):
+    """One click loads the clip and asks; the picture in the README shows what comes then."""
+    with served(root, tmp_path, tmp_path / "log") as address:
+        for size in (PHONE, DESKTOP):
+            browser.visit(address, size)
+            assert "toy world" in browser.text("#head")
+            for number, (question, right) in enumerate(EXAMPLES, 1):
+                button = next(each for each in browser.find(".example") if each.text == question)
+                browser.click(button)
+                answers = browser.wait(
+                    lambda number=number: browser.find("#talk [data-testid=bot]")[number - 1 :], "an answer"
+                )
+                browser.settled()
+                assert answers[-1].text == right
+                # The page is as before: the field is there, and empty, and its button too.
+                assert browser.find(QUESTION)[0].get_property("value") == ""
+                assert browser.find("#question .submit-button")
+            assert browser.js("return document.querySelector('#clip video').currentTime") > 0, "an empty scene"
+        browser.visit(address, DESKTOP)
+        browser.find(".example")[1].click()
+        bars = browser.wait(lambda: browser.find("#seen .chunk"), "the timeline")
+        assert len(bars) == 24 and len(browser.find("#seen .cite")) == 1
+        browser.settled()
+        browser.click(browser.find("#seen .cite")[0])
+        browser.wait(lambda: browser.js("return document.querySelector('#clip video').currentTime") == 16, "a seek")
+        browser.click(bars[14])  # something is to be seen then
+        picture = browser.picture()
+    assert picture.width == DESKTOP[0] and 700 < picture.height < 1400
     # 128 colours do for a page, and make the file small.
     target = os.environ.get("SCREENSHOT") or tmp_path / "page.png"
     picture.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
