@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-DEMO := .venv-demo
 RAY := .venv-ray
 SERVING := .venv-serving
+# PyTorch's own index of builds for machines without a GPU.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Two processes, each with one thread: the models of the tests are tiny, so threads gain little, and beside another
@@ -71,11 +72,11 @@ test-ray: $(RAY)/.installed ## many videos with Ray: actors and drivers that are
 test-serving: $(SERVING)/.plugin ## the vLLM plug-in, with vLLM on the CPU (3.4 GB, minutes to install; not part of CI)
 	$(SERVING)/bin/python -m pytest tests/test_serving_vllm.py $(PYTEST_ARGS)
 
-test-browser: $(DEMO)/.installed browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
-	$(DEMO)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
+test-browser: $(VENV)/.page browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
+	$(BIN)/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
 
-screenshot: $(DEMO)/.installed browser ## take the README's picture of the demo page again
-	SCREENSHOT=$(CURDIR)/assets/demo_page.png $(DEMO)/bin/python -m pytest tests/test_demo_browser.py -m slow -k picture
+screenshot: $(VENV)/.page browser ## take the README's picture of the demo page again
+	SCREENSHOT=$(CURDIR)/assets/demo_page.png $(BIN)/python -m pytest tests/test_demo_browser.py -m slow -k picture
 
 # What is newest changes from day to day, so there is no file that says it is done.
 .PHONY: newest
@@ -90,8 +91,8 @@ browser:
 		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) || \
 		echo "chromium and chromium-driver are missing and could not be installed; install them as root"
 
-page: $(DEMO)/.installed ## serve the demo page, with the bundled checkpoint
-	$(DEMO)/bin/python -m videoxl.demo $(PAGE_ARGS)
+page: $(VENV)/.page ## serve the demo page, with the bundled checkpoint
+	$(BIN)/python -m videoxl.demo $(PAGE_ARGS)
 
 notebook: $(VENV)/.installed ## execute the notebook again and save its outputs
 	$(BIN)/python notebooks/execute.py notebooks/quickstart.ipynb
@@ -122,13 +123,13 @@ clean: ## remove caches (not the environments)
 
 $(VENV)/.installed: requirements.txt
 $(OLDEST)/.installed: requirements-oldest.txt
-$(DEMO)/.installed: requirements-demo.txt
 $(RAY)/.installed: requirements-ray.txt
 $(SERVING)/.installed: requirements-serving.txt
-$(VENV)/.installed $(OLDEST)/.installed $(DEMO)/.installed $(RAY)/.installed $(SERVING)/.installed:
+$(VENV)/.installed $(OLDEST)/.installed $(RAY)/.installed $(SERVING)/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)
+	@$(call torch_for_a_cpu,$(@D)/bin/python,$<)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
 	@touch $@
 
@@ -138,3 +139,25 @@ $(SERVING)/.plugin: $(SERVING)/.installed pyproject.toml
 	@$(SERVING)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# What else the page and its tests need, in the same environment.
+$(VENV)/.page: requirements-demo.txt $(VENV)/.installed
+	@echo "installing $< into $(@D)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+# Linux's usual torch comes with CUDA: where there is no driver for it, the build without it is taken, if its index is
+# reached within seconds (another than the usual one, so for torch alone). Elsewhere there is no such choice.
+define torch_for_a_cpu
+	if [ "$$(uname)" = Linux ] && ! [ -e /proc/driver/nvidia ] && ! command -v nvidia-smi > /dev/null && \
+		! $(1) -c 'import torch' 2> /dev/null; then \
+		torch=$$(grep '^torch==' $(2)); \
+		if timeout 8 $(1) -c 'import urllib.request; urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=4)' 2> /dev/null && \
+			$(1) -m pip install -qq --disable-pip-version-check --no-deps --index-url $(TORCH_CPU) $$torch; then \
+			echo "no NVIDIA driver here: $$torch is PyTorch's build for CPUs (200 MB)"; \
+		else \
+			echo "no NVIDIA driver here, but $(TORCH_CPU) is not reached: $$torch comes from your usual"; \
+			echo "index, which on Linux mostly means 5 GB of CUDA packages. Ctrl-C stops that."; \
+		fi; \
+	fi
+endef

@@ -469,12 +469,12 @@ class VideoXLChatMixin:
             given.setdefault("do_sample", given["temperature"] > 0)
         if given.get("do_sample") and given.get("temperature") == 0:
             given["do_sample"] = False
+        if not given.get("do_sample", settings.do_sample):
+            # Before the library sees them, which warns of what means nothing here.
+            given |= {"do_sample": False} | dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
         settings.update(**given)
         # The answer is text, and it is decoded over the video's key-values: neither is a matter of choice here.
         settings.return_dict_in_generate, settings.use_cache = False, True
-        if not settings.do_sample:
-            settings.do_sample = False
-            settings.temperature = settings.top_p = settings.top_k = None
         if settings.max_new_tokens is None and "max_length" not in given:
             settings.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         if settings.eos_token_id is None:

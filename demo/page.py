@@ -168,6 +168,9 @@ def build_page(chat: VideoChat, model_name: str = "", toy: bool = False):
             gone = problem_of("There is no video, or it was forgotten meanwhile: upload it again.")
             yield session, messages, "", gone, waiting
             return
+        if not question.strip():
+            yield [gr.skip()] * 5
+            return
         asked = [*messages, {"role": "user", "content": question}]
         yield session, asked, gr.skip(), hidden, busy
         try:

@@ -353,7 +353,7 @@ def test_versions_agree(root):
     assert 'demo = ["gradio>=6"]' in (root / "pyproject.toml").read_text()
 
 
-def test_handlers_of_the_page(chat, clips, tmp_path):
+def test_handlers_of_the_page(chat, clips, tmp_path, monkeypatch):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed: make test-browser runs this")
     page = demo_page.build_page(chat, "Model: <tiny>.", toy=True)
     handlers = {function.fn.__name__: function.fn for function in page.fns.values() if function.fn}
@@ -381,8 +381,10 @@ def test_handlers_of_the_page(chat, clips, tmp_path):
     assert again.video.timestamps == session.video.timestamps and "0:09 long" in facts
 
     # What goes wrong is said on the page; the conversation stays as it was.
-    *_, (kept, kept_messages, _, problem, _) = answer(after, " ", messages, True, clips[0])
-    assert kept is after and kept_messages == messages and problem.visible and "question" in problem.value
+    monkeypatch.setattr(chat, "limits", Limits(max_new_tokens=0))
+    *_, (kept, kept_messages, _, problem, _) = answer(after, "Why?", messages, True, clips[0])
+    assert kept is after and kept_messages == messages and problem.visible and "max_new_tokens" in problem.value
+    assert list(answer(after, " ", messages, True, clips[0])) == [[gradio.skip()] * 5]
     *_, (nothing, _, _, problem, _) = answer(None, "What?", [], True, None)
     assert nothing is None and "upload" in problem.value
     file = tmp_path / "<b>.mp4"

@@ -314,8 +314,13 @@ def test_everything_can_be_clicked(
                 for name in browser.js(CLICKABLE)
                 if name not in clicked and any(word in name for word in last) <= removing
             ]:
-                browser.click(browser.js(CLICKABLE, waiting[0]))
+                element = browser.js(CLICKABLE, waiting[0])
                 clicked.append(waiting[0])
+                browser.click(element)
+                if seconds := element.get_attribute("data-seconds"):
+                    shown = "return document.querySelector('#clip video').currentTime"
+                    browser.wait(lambda at=float(seconds): abs(browser.js(shown) - at) < 0.1, f"second {seconds}")
+                    continue
                 browser.settled()
                 assert not browser.find(".error, .toast-body"), (waiting[0], browser.text("body"))
                 assert "Traceback" not in log.read_text(), (waiting[0], log.read_text()[-3000:])
