@@ -55,7 +55,7 @@ CSS = """
 #question .stop-button { background: #b3261e; }
 /* Cutting a video is not for this page: it would load a program from elsewhere. */
 #clip :is(button[aria-label*="rim"], button[aria-label*="eset"], button[aria-label*="ndo"]) { display: none; }
-#clip .controls, #clip .controls * { color: white; }
+#clip .controls, #clip .controls * { color: white !important; }
 .toast-close { color: var(--body-text-color) !important; opacity: 1 !important; }
 #talk .message-content { white-space: pre-wrap; }
 #talk .placeholder-content, #talk .placeholder { opacity: 1; color: var(--body-text-color-subdued); }

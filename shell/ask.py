@@ -4,6 +4,8 @@ What is surprising:
 * With `--json`, standard output gets one JSON object and nothing else; warnings and progress go to standard error.
 * Questions on the command line know nothing of each other; those of a conversation follow one another.
 * `--load` takes the place of the video: what was encoded then is asked now, so settings of encoding are refused.
+* Words in front that are files are what is asked about: one video, or the pictures of a video.
+* A file that cannot be saved (the disk is full) does not cost the answers: they come first, then the error.
 """
 
 import argparse
@@ -12,8 +14,10 @@ import os
 import sys
 import time
 
+from . import pictures
 from .options import (
     DECODE_FIELDS,
+    FAILED,
     FRAME_OPTIONS,
     PREFILL_FIELDS,
     Parser,
@@ -23,9 +27,12 @@ from .options import (
     check_model,
     choose_device,
     errors_as_status,
+    fail,
     generation_settings,
     load_model,
+    rate,
     sampling_of,
+    say,
 )
 from .records import json_line
 
@@ -47,6 +54,10 @@ examples:
   %(prog)s film.mp4 "Tell the plot." --uniform --max-num-frames 1024
       Spreads 1024 frames over the whole film, whatever its length.
 
+  %(prog)s shots/ "What changes?" --fps 0.5
+  %(prog)s a.jpg b.jpg c.jpg "What changes?" --timestamps 0 20 65
+      Pictures as a video: all of a folder in the order of their names and numbers, or those that are named.
+
   %(prog)s film.mp4 "Tell the plot." --model converted/ --device cuda --dtype bfloat16 --json
       Another model folder (convert_weights.py writes them), on a GPU, answering in JSON.
 
@@ -67,17 +78,24 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
         epilog=EPILOG,
-        usage="%(prog)s [options] VIDEO [QUESTION ...]\n       %(prog)s [options] --load FILE [QUESTION ...]\n"
+        usage="%(prog)s [options] VIDEO [QUESTION ...]\n       %(prog)s [options] PICTURES [QUESTION ...]\n"
+        "       %(prog)s [options] --load FILE [QUESTION ...]\n"
         "       %(prog)s [options] --plan VIDEO",
         description="Ask about a video. It is encoded once; every question is answered on the encoded video. Without "
         "a question, a terminal becomes a conversation.",
     )
-    parser.add_argument("video", metavar="VIDEO", nargs="?", help="path of a video file; not with --load")
+    parser.add_argument(
+        "video", metavar="VIDEO", nargs="?", help="a video file, a folder of pictures, or several pictures"
+    )
     parser.add_argument("questions", metavar="QUESTION", nargs="*", help="one question or more, each in quotes")
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="go on with questions from standard input, one a line"
     )
-    add_encoding_options(parser)
+    frames = add_encoding_options(parser)
+    frames.add_argument("--fps", metavar="FPS", type=rate, help="pictures a second, of pictures (default: 1)")
+    frames.add_argument(
+        "--timestamps", metavar="SECONDS", type=float, nargs="+", help="when each picture was taken, of pictures"
+    )
     files = parser.add_argument_group("encoded videos")
     files.add_argument(
         "--save",
@@ -102,6 +120,7 @@ def check_options(options: argparse.Namespace) -> dict:
     Raises:
         FileNotFoundError, ValueError: With what to do.
     """
+    options.pictures = None
     if options.load is not None:
         # Without a VIDEO, all words are questions.
         options.questions[:0] = [] if options.video is None else [options.video]
@@ -110,7 +129,9 @@ def check_options(options: argparse.Namespace) -> dict:
             raise ValueError(f"--{fixed[0].replace('_', '-')} was settled when {options.load} was saved; leave it out")
         check_file(options.load, "file of an encoded video")
     elif options.video is not None:
-        check_file(options.video, "video file")
+        _take_pictures(options)
+    if options.pictures is None and (options.fps is not None or options.timestamps is not None):
+        raise ValueError("--fps and --timestamps are for pictures; a video file has times of its own")
     if options.plan:
         if options.video is None or options.questions or options.interactive:
             raise ValueError("--plan takes a VIDEO and no questions")
@@ -139,6 +160,29 @@ def check_options(options: argparse.Namespace) -> dict:
     return sampling
 
 
+def _take_pictures(options: argparse.Namespace) -> None:
+    """Finds out what the first words are: a video file, or the pictures of a video, with their times.
+
+    Raises:
+        FileNotFoundError, ValueError: If they are neither.
+    """
+    if not os.path.isdir(options.video):
+        check_file(options.video, "video file")
+    words = [options.video, *options.questions]
+    count = next((number for number, word in enumerate(words) if not os.path.isfile(word)), len(words))
+    options.questions[:] = words[max(count, 1) :]
+    options.pictures = pictures.pictures_of(words[: max(count, 1)])
+    if options.pictures is None:
+        return
+    options.video = options.video if count == 0 else f"{count} pictures"
+    most = getattr(options, "max_num_frames", 512)
+    if len(options.pictures) > most:
+        raise ValueError(f"{len(options.pictures)} pictures, of which all are taken; --max-num-frames allows {most}")
+    if given := [name for name in FRAME_OPTIONS if hasattr(options, name) and name != "max_num_frames"]:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for video files; of pictures all are taken, see --fps")
+    options.timestamps = pictures.times_of(len(options.pictures), options.fps, options.timestamps)
+
+
 class Session:
     """A loaded model and an encoded video, to be asked.
 
@@ -150,30 +194,39 @@ class Session:
     """
 
     def __init__(self, options: argparse.Namespace, sampling: dict):
-        started = time.perf_counter()
+        started, self.unsaved = time.perf_counter(), None
+        say("loading the model ...")
         self.options, self.device = options, choose_device(options.device)
         self.model, self.tokenizer = load_model(options, self.device, options.json or not sys.stderr.isatty())
         self.facts = {"model": options.model}
         loaded = time.perf_counter()
         if options.plan:
-            length = {"max_new_tokens": options.max_new_tokens}
-            self.plan = self.model.plan(video_path=options.video, tokenizer=self.tokenizer, **sampling, **length)
+            what = {"video_path": options.video, **sampling}
+            what = what if options.pictures is None else {"num_frames": len(options.pictures)}
+            self.plan = self.model.plan(tokenizer=self.tokenizer, max_new_tokens=options.max_new_tokens, **what)
             return
+        say("reading the video ...")
         if options.load is not None:
             self.video = self.model.load_video(options.load, self.tokenizer)
         else:
-            self.video = self.model.encode_video(options.video, self.tokenizer, **sampling)
+            seen = {"video_path": options.video, **sampling}
+            if options.pictures is not None:
+                seen = {"video_path": options.pictures, "timestamps": options.timestamps}
+            self.video = self.model.encode_video(tokenizer=self.tokenizer, **seen)
         encoded = time.perf_counter()
         if options.save is not None:
-            self.video.save(options.save)
+            try:
+                self.video.save(options.save)
+            except OSError as error:
+                self.unsaved = f"--save {options.save}: the file was not written: {error.strerror or error}"
         sparse = self.model.config.resolve_sparse_attention()
         self.facts |= {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "video": str(self.video),
+            "video": str(self.video) or options.video,
             "loaded_from": options.load,
-            "saved_to": options.save,
+            "saved_to": None if self.unsaved else options.save,
             "duration": round(self.video.duration, 3),
             "num_frames": self.video.num_frames,
             "visual_tokens": self.video.num_visual_tokens,
@@ -238,18 +291,26 @@ def converse(session: Session, history: list | None) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lets `input` edit its line)
 
-    typed = sys.stdin.isatty()
+    typed, interrupted = sys.stdin.isatty(), False
     if typed:
         print(
-            "\nAsk on. /new forgets the conversation (not the video), /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+            "\nAsk on. /new forgets the conversation (not the video), /quit or Ctrl-D ends it. Ctrl-C stops an "
+            "answer, or clears the line; twice ends it."
         )
     while True:
         try:
             question = input(PROMPT if typed else "").strip()
+        except KeyboardInterrupt:
+            if interrupted or not typed:
+                raise
+            interrupted = True
+            print()
+            continue
         except EOFError:
             if typed:
                 print()
             return
+        interrupted = False
         if question == "/quit":
             return
         if question == "/new":
@@ -293,6 +354,9 @@ def run(options: argparse.Namespace, sampling: dict) -> None:
             converse(session, history)
         if options.stats:
             sys.stdout.write(describe_memory(session.peak_memory()))
+    if session.unsaved:
+        sys.stdout.flush()
+        fail(FAILED, session.unsaved)
 
 
 def main(arguments: list[str], prog: str | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Looks at the files of a model folder before anything is loaded: what is damaged is named in a second, with a remedy."""
+"""Looks at the files of a model folder before anything is loaded: a damaged one is named at once, with a remedy."""
 
 import json
 import os
@@ -11,7 +11,10 @@ MAX_HEADER_BYTES = 100_000_000
 
 def check_model_files(folder: Path) -> None:
     """Raises ValueError if a file that loading needs is missing, or cannot be what it should be."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+    # A tokenizer may also be there as a vocabulary and its merges.
+    tokenizer = "vocab.json" if (folder / "vocab.json").is_file() else "tokenizer.json"
+    others = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
+    for name in ("config.json", tokenizer, *(name for name in others if (folder / name).is_file())):
         _read_json(folder / name)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]

@@ -10,9 +10,13 @@ What is surprising:
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
+
+from .model_files import check_model_files
 
 # The bundled checkpoint: the root of a clone, or the installed package.
 BUNDLED = Path(__file__).resolve().parent.parent
@@ -41,11 +45,31 @@ def fail(status: int, message: object) -> NoReturn:
     sys.exit(status)
 
 
+def say(text: str) -> None:
+    """Tells somebody at a terminal what takes its time; what is piped elsewhere is left alone."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted():
+    """Lets a request to end (SIGTERM) clean up as Ctrl-C does: no half-written file stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def errors_as_status():
     """Turns what goes wrong into one line and an exit status."""
     try:
-        yield
+        with terminated_as_interrupted():
+            yield
     except BrokenPipeError:
         # The reader (head, less) has gone. Nothing is left to be said to it, not even when Python flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,8 +101,11 @@ def rate(text: str) -> float | None:
     return value
 
 
-def add_encoding_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of frames and sparse attention. What is not given is no attribute of the result."""
+def add_encoding_options(parser: argparse.ArgumentParser):
+    """Adds the options of frames, whose group is returned, and of sparse attention.
+
+    What is not given is no attribute of the result.
+    """
     frames = parser.add_argument_group("frames")
     frames.add_argument(
         "--max-num-frames", metavar="N", type=positive_int, default=argparse.SUPPRESS, help="at most N (default: 512)"
@@ -111,6 +138,7 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     ):
         kind = kind or {"metavar": "N", "type": positive_int}
         sparse.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+    return frames
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +190,7 @@ def check_model(options: argparse.Namespace) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        check_model_files(folder)
         # Read by huggingface_hub when it is imported, so before transformers is.
         os.environ["HF_HUB_OFFLINE"] = "1"
     elif folder.exists() or options.model.startswith((".", "/", "~")) or options.model.count("/") != 1:

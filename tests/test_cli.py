@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -157,28 +158,53 @@ def test_conversation_from_a_pipe(cli):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are driven through pty")
-def test_conversation_at_a_terminal(root):
+@pytest.mark.parametrize("status", [0, 130], ids=["Ctrl-D", "Ctrl-C twice"])
+def test_conversation_at_a_terminal(root, status):
+    import fcntl
     import pty
+    import termios
 
     main, child = pty.openpty()
     command = [sys.executable, "cli.py", CLIP, "--max-new-tokens", "400", "--max-num-frames", "8"]
-    process = subprocess.Popen(command, cwd=root, stdin=child, stdout=child, stderr=child, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+        # The terminal is the program's own: without that, Ctrl-C is nobody's.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
     os.close(child)
-    killer = threading.Timer(200, process.kill)
+    killer = threading.Timer(60, process.kill)
     killer.start()
     try:
         shown = read_until(main, "you> ")
         assert "Ctrl-D" in shown and "Q  " not in shown
+        # Somebody who waits is told what for.
+        assert shown.index("loading the model") < shown.index("reading the video") < shown.index("decode + encode")
+        interrupt(main)
+        assert "A  " not in read_until(main, "you> "), "Ctrl-C clears the line"
         os.write(main, b"What happens?\n")
         assert re.search(r"A  .*\[\d+\.\d+ s\]", read_until(main, "you> "), re.DOTALL)
-        os.write(main, b"\x04")
+        interrupt(main)
+        read_until(main, "you> ")
+        interrupt(main) if status else os.write(main, b"\x04")
         read_until(main, None)
-        assert process.wait() == 0
+        assert process.wait() == status
     finally:
         killer.cancel()
         process.kill()
         process.wait()
         os.close(main)
+
+
+def interrupt(terminal):
+    """Ctrl-C on a line that is being typed: seen on the terminal, the program waits for more."""
+    os.write(terminal, b"half a quest")
+    read_until(terminal, "half a quest")
+    os.write(terminal, b"\x03")
 
 
 def read_until(terminal, end):
@@ -256,7 +282,7 @@ def test_help_teaches(cli):
     ("arguments", "said"),
     [
         (["missing.mp4", "What?"], "missing.mp4: no such video file"),
-        (["assets", "What?"], "is a folder"),
+        (["assets", "What?"], "is a folder, and demo.mp4 is none"),
         ([CLIP], "QUESTION is missing"),
         ([], "VIDEO and QUESTION are missing"),
         (["https://example.com/a.mp4", "What?"], "is an address"),
@@ -307,15 +333,118 @@ def test_unusable_device_is_bad_input(cli):
     assert "--device abacus" in one_line_error(done)
 
 
-def test_broken_model_is_status_1(cli, root, tmp_path):
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((root / name).read_bytes())
-    for file in root.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    done = cli(root / CLIP, "What?", "--model", tmp_path, "--json")  # no weights
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: OSError: ")
+@pytest.fixture
+def model_folder(root, tmp_path):
+    """A copy of the bundled model's folder, to be damaged."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (*root.glob("*.json"), *root.glob("*.py"), *root.glob("*.jinja"), root / "model.safetensors"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "other"])
+def test_a_damaged_model_is_one_sentence(cli, root, model_folder, name, damage):
+    if (name, damage) == ("tokenizer_config.json", "missing"):
+        pytest.skip("loading does without")
+    file = model_folder / name
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "other": b"[1, 2]" * 99}[damage])
+    done = cli(root / CLIP, "What?", "--model", model_folder, "--json")
+    said = one_line_error(done)
+    assert done.returncode == 2 and name in said
+    assert "copy the folder again" in said or (name, damage) == ("config.json", "missing")
+
+
+def test_a_model_in_pieces_is_looked_at_piece_by_piece(cli, root, model_folder, bundled_model):
+    (model_folder / "model.safetensors").unlink()
+    bundled_model.save_pretrained(model_folder, max_shard_size="3MB")
+    pieces = sorted(model_folder.glob("model-*.safetensors"))
+    assert len(pieces) > 2 and cli(root / CLIP, "--plan", "--model", model_folder).returncode == 0
+    pieces[1].unlink()
+    assert f"{pieces[1].name} is missing" in one_line_error(cli(root / CLIP, "--plan", "--model", model_folder))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are set through ulimit")
+def test_a_full_disk_costs_no_answer_and_names_the_file(root, tmp_path):
+    asked = f"{shlex.quote(sys.executable)} cli.py {CLIP} 'What color is the star?' --save {tmp_path}/a.videoxl"
+    command = f"ulimit -f 100; exec {asked}"
+    done = subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True, timeout=300)
+    assert "A  orange" in done.stdout and "saved to" not in done.stdout
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"error: --save {tmp_path}/a.videoxl: the file was not written") and done.returncode == 1
+    assert list(tmp_path.iterdir()) == [], "a partial file stays behind"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM")
+def test_ended_while_saving_nothing_stays_behind(root, tmp_path):
+    # Saving waits until somebody ends the program.
+    script = (
+        "import sys, time, videoxl\n"
+        "import videoxl.encoded_video_videoxl as code\n"
+        "code._write_digest = lambda path: (print('saving', file=sys.stderr, flush=True), time.sleep(300))\n"
+        "videoxl.register()\n"
+        "from videoxl.shell.ask import main\n"
+        f"main([{CLIP!r}, '--save', {str(tmp_path / 'a.videoxl')!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.PIPE, text=True)
+    killer = threading.Timer(200, process.kill)
+    killer.start()
+    try:
+        while "saving" not in (line := process.stderr.readline()):
+            assert line, "it ended before it saved"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.stderr.read() == "error: interrupted\n" and process.wait() == 130
+    finally:
+        killer.cancel()
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == [], "a partial file stays behind"
+
+
+def test_pictures_are_a_video(cli, root, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    with av.open(str(root / CLIP)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % 8 == 0:
+                frame.to_image().save(folder / f"{number // 8}.png")
+    question = "What is on the card with the purple ring?"
+    done = cli(folder, question, "When does the ring disappear?", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["num_frames"], result["duration"], result["video"]) == (24, 24.0, str(folder))
+    assert result["answers"][0]["answer"] == "egg"
+
+    some = [folder / f"{number}.png" for number in (8, 9, 10, 11)]
+    done = cli(*some, question, "--timestamps", 8, 9, 10, 11, "--json")
+    result = json.loads(done.stdout)
+    assert (result["num_frames"], result["answers"][0]["answer"], result["video"]) == (4, "egg", "4 pictures")
+    plan = json.loads(cli(*some, "--plan", "--json", "--fps", 2).stdout)["plan"]
+    assert (plan["frames"], plan["total_tokens"]) == (4, result["tokens"])
+    assert json.loads(cli(*some, question, "--fps", 2, "--json").stdout)["duration"] == 2.0
+
+    Image.new("RGB", (8, 8)).save(folder / "10b.png")
+    (folder / ".hidden").write_text("")
+    assert json.loads(cli(folder, question, "--json").stdout)["num_frames"] == 25
+    (folder / "notes.txt").write_text("")
+    for arguments, said in (
+        ([folder, question], "notes.txt is none"),
+        ([root / CLIP, some[0], question], "of several files each must be a picture, and demo.mp4 is none"),
+        ([*some, question, "--timestamps", 1, 2], "2 times for 4 pictures"),
+        ([*some, question, "--timestamps", 1, 2, 3, 4, "--fps", 2], "leave one of them out"),
+        ([*some, question, "--uniform"], "--uniform is for video files"),
+        ([*some, question, "--max-num-frames", 3], "4 pictures, of which all are taken"),
+        ([root / CLIP, question, "--fps", 2], "are for pictures"),
+    ):
+        done = cli(*arguments)
+        assert said in one_line_error(done) and done.returncode == 2
 
 
 @pytest.fixture(scope="module")
