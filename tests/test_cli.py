@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import av
 import numpy as np
@@ -201,9 +202,10 @@ def test_conversation_at_a_terminal(root, status):
 
 
 def interrupt(terminal):
-    """Ctrl-C on a line that is being typed: seen on the terminal, the program waits for more."""
-    os.write(terminal, b"half a quest")
-    read_until(terminal, "half a quest")
+    """Ctrl-C on a line that is being typed, and edited: the way back to its start shows that the program reads it."""
+    os.write(terminal, b"half\x01")
+    read_until(terminal, "\b" * 4)
+    time.sleep(0.3)  # readline misses what comes in the instant before it waits
     os.write(terminal, b"\x03")
 
 

@@ -63,6 +63,11 @@ def test_the_path_as_printed(root, published, tmp_path):  # noqa: F811
         assert not pushes or "run `hf auth login`" in done.stderr
         said.append(done.stdout)
     everything = "\n".join(said)
+    # What README.md shows of it; how long things take differs.
+    for block in re.findall(r"^```text newcomer\n(.*?)^```$", text, re.M | re.S):
+        for line in block.splitlines():
+            pattern = re.sub(r"\d+\\\.\d+\\ s\b(?!\\ )", r"\\d+\\.\\d+\\ s", re.escape(line))
+            assert re.search(f"^{pattern}$", everything, re.M), line
     for shown in ("Q  What color is the star?", "Q  What happens?", "Video-XL-2, ", "dry run: nothing was sent",
                   "loads without network and answers"):  # fmt: skip
         assert shown in everything

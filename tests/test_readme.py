@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
-# The README is a model card that people read to the end, in lines.
+# The README is a model card that people read to the end, in lines, without what its examples print.
 README_LINES = 250
 # The published length of an answer, and one that a test can wait for, in tokens.
 PUBLISHED_LENGTH, TEST_LENGTH = '"max_new_tokens": 256', '"max_new_tokens": 8'
@@ -28,17 +28,20 @@ FENCE = r"^```{language}(?P<mark>[^\n]*)\n(?P<code>.*?)^```$"
 PROGRAM = re.compile(r"(?<![\w./])(?P<program>[\w/]+\.py)(?P<arguments>[^#\n]*)")
 # Runs the blocks of a file by page, and writes what went wrong after each page.
 RUN_PAGES = """
-import json, sys, traceback
-jobs, errors = json.load(open(sys.argv[1], encoding="utf-8")), {}
+import contextlib, io, json, sys, traceback
+jobs, ran = json.load(open(sys.argv[1], encoding="utf-8")), {}
 for page, codes in jobs.items():
+    names, printed, error = {"__name__": "__main__"}, [], ""
     try:
-        names, errors[page] = {"__name__": "__main__"}, ""
         for code in codes:
-            exec(compile(code, page, "exec"), names)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(code, page, "exec"), names)
+            printed.append(out.getvalue())
     except Exception:
-        errors[page] = traceback.format_exc()[-3000:]
+        error = traceback.format_exc()[-3000:]
+    ran[page] = {"error": error, "printed": printed}
     with open(sys.argv[2], "w", encoding="utf-8") as file:
-        json.dump(errors, file)
+        json.dump(ran, file)
 """
 
 
@@ -59,26 +62,42 @@ def readme() -> str:
 
 
 @pytest.fixture(scope="module")
-def errors(root, tmp_path_factory) -> dict[str, str]:
-    """By page, the traceback of what went wrong, empty if nothing did; pages behind one that crashed are missing."""
+def ran(root, tmp_path_factory) -> dict[str, dict]:
+    """By page, the traceback of what went wrong, empty if nothing did, and what each block printed.
+
+    Pages behind one that crashed are missing. Under "stderr" there is what all of them wrote there.
+    """
     folder, jobs = tmp_path_factory.mktemp("pages"), {}
     for page in PAGES:
         found = [(line, code) for line, mark, code in blocks(read(page), "python") if not mark]
         # Blank lines in front: errors name the page's lines.
         jobs[page] = ["\n" * (line - 1) + code.replace(PUBLISHED_LENGTH, TEST_LENGTH) for line, code in found]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-c", RUN_PAGES, folder / "jobs.json", folder / "errors.json"]
+    command = [sys.executable, "-c", RUN_PAGES, folder / "jobs.json", folder / "ran.json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
-    assert (folder / "errors.json").exists(), done.stderr[-3000:]
-    return json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+    assert (folder / "ran.json").exists(), done.stderr[-3000:]
+    return json.loads((folder / "ran.json").read_text(encoding="utf-8")) | {"stderr": done.stderr}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page, errors):
+def test_python_blocks_run(page, ran):
     for line, mark, code in blocks(read(page), "python"):
         assert mark in ("", "norun"), f"{page}, line {line}: unknown mark {mark!r}"
         compile(code, page, "exec")
-    assert errors.get(page, "did not finish") == "", errors.get(page)
+    error = ran.get(page, {"error": "did not finish"})["error"]
+    assert error == "", error
+
+
+def test_the_readme_shows_what_its_python_prints(readme, ran):
+    follows = re.compile(
+        FENCE.format(language="python") + r"(?:\s*^```text\n(?P<shown>.*?)^```$)?", re.MULTILINE | re.DOTALL
+    )
+    shown = [found["shown"] for found in follows.finditer(readme) if not found["mark"].strip()]
+    assert shown == ran["README.md"]["printed"]
+
+
+def test_nothing_is_said_of_settings_that_are_dropped(ran):
+    assert "generation flags" not in ran["stderr"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -90,7 +109,7 @@ def test_data_blocks_can_be_read(page):
 
 
 def test_the_readme_is_short_and_has_examples(readme):
-    assert len(readme.splitlines()) <= README_LINES
+    assert len(re.sub(FENCE.format(language="text"), "", readme, flags=re.M | re.S).splitlines()) <= README_LINES
     assert len(blocks(readme, "python")) >= 5, "the README lost its examples"
 
 
