@@ -148,6 +148,33 @@ def sparse_attention(model, mode: Mode, settings: dict) -> Iterator[None]:
         model.config.sparse_attention = before
 
 
+def offered_modes(model, wanted: Iterable[str], settings: dict) -> tuple[list[Mode], list[str]]:
+    """Which of these modes the model has, and the names of those that it has not.
+
+    Members that compress, select or drop visual tokens take no sparse attention.
+
+    Raises:
+        ValueError: If it has none of them, or the settings are wrong for all models.
+    """
+    with sparse_attention(model, MODES["full"], settings):
+        model.config.resolve_sparse_attention()  # every model has it: what is refused here are the settings
+    refused = {name: error for name in wanted if (error := _refused(model, MODES[name], settings))}
+    offered = [MODES[name] for name in dict.fromkeys(wanted) if name not in refused]
+    if not offered:
+        error = next(iter(refused.values()))
+        raise ValueError(f"the mode {' or '.join(refused)} is none of this model's, take full: {error}") from error
+    return offered, list(refused)
+
+
+def _refused(model, mode: Mode, settings: dict) -> ValueError | None:
+    """Why the model does not take a mode."""
+    try:
+        with sparse_attention(model, mode, settings):
+            model.config.resolve_sparse_attention()
+    except ValueError as error:
+        return error
+
+
 def start(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that the flags of `add_model_arguments` name, with torch's threads set."""
     if args.threads:

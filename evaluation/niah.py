@@ -75,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     hay.add_argument("--frame-size", type=int, help="side of the frames in pixels (default: the model's, at most 224)")
     hay.add_argument("--split", default="held_out", help="of the procedural world")
     hay.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", choices=harness.MODES, default="bilevel", help="prefill and decoding")
+    parser.add_argument(
+        "--mode",
+        choices=harness.MODES,
+        help="prefill and decoding (default: bilevel, or full with a model that does not have that)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="result file; pictures beside it")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw pictures")
     return parser
@@ -268,7 +272,11 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: On bad settings or files, with what to do.
     """
     checkpoint = harness.start(args)
-    mode, sparse = harness.MODES[args.mode], harness.sparse_settings(args, checkpoint.model)
+    sparse = harness.sparse_settings(args, checkpoint.model)
+    wanted_modes = ["bilevel", "full"] if args.mode is None else [args.mode]
+    (mode, *_), left_out = harness.offered_modes(checkpoint.model, wanted_modes, sparse)
+    if left_out:
+        print(f"this model does not have the mode {left_out[0]}: {mode.name} is taken", file=sys.stderr)
     settings = Settings(
         seed=args.seed,
         size=harness.frame_size(checkpoint.model, args.frame_size),

@@ -2,6 +2,7 @@
 
 What is surprising:
 * A video is encoded once for each kind of prefill; every question is asked by itself, in all modes.
+* A member of the family that takes no sparse attention is asked in the modes that it has; the others are named.
 * The oracle is told where the evidence is; questions without evidence are left out of its column, and counted.
 * Errors in seconds are measured on open `when` questions. An answer that is no time has an infinite error, so a median
   exists only where more than half of the answers are times.
@@ -288,6 +289,7 @@ def markdown(result: dict) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|---:|" + "---:|" * len(names))
     sparse, checkpoint = configuration["sparse_attention"], configuration["checkpoint"]
+    left_out = configuration.get("modes_left_out", ())
     videos = result["videos"]
     frames = sorted({video["frames"] for video in videos})
     many = f"{frames[0]} to {frames[-1]}" if len(frames) > 1 else str(frames[0])
@@ -296,7 +298,8 @@ def markdown(result: dict) -> str:
         f"({configuration['source']}). Checkpoint {checkpoint['name']}, {checkpoint['parameters'] / 1e6:.1f} M "
         f"parameters, weights {checkpoint['weights_sha256'][:12]}. Prefill: {sparse['chunk_groups']} groups a chunk, "
         f"window {sparse['window_chunks']} chunks. Bi-level: {sparse['decode_chunk_groups']} groups a chunk, pooling "
-        f"by {sparse['pool_size']}, reload {json.dumps(sparse['reload'])}.",
+        f"by {sparse['pool_size']}, reload {json.dumps(sparse['reload'])}."
+        + (f" Modes that this model does not have: {', '.join(left_out)}." if left_out else ""),
         "",
     ]
     return "\n".join(head + lines) + "\n"
@@ -317,8 +320,10 @@ def run(args: argparse.Namespace) -> dict:
         FileNotFoundError, ValueError: On bad settings or files, with what to do.
     """
     checkpoint = harness.start(args)
-    modes = [harness.MODES[name] for name in dict.fromkeys(args.modes)]
     sparse = harness.sparse_settings(args, checkpoint.model)
+    modes, left_out = harness.offered_modes(checkpoint.model, args.modes, sparse)
+    if left_out:
+        print(f"left out, as this model does not have them: {', '.join(left_out)}", file=sys.stderr)
     size = harness.frame_size(checkpoint.model, args.frame_size)
     if args.data is None:
         source, videos = f"procedural world, {args.split}", world_videos(args, size)
@@ -345,6 +350,7 @@ def run(args: argparse.Namespace) -> dict:
         "configuration": {
             "checkpoint": checkpoint.facts,
             "modes": [asdict(mode) for mode in modes],
+            "modes_left_out": left_out,
             "sparse_attention": sparse,
             "max_new_tokens": args.max_new_tokens,
             "source": source,

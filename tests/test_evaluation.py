@@ -408,9 +408,28 @@ def test_niah_on_other_members_of_the_family(tmp_path, member, tokenizer, capsys
         with pytest.raises(SystemExit):
             niah.main(bilevel)
         assert "sparse_attention at its defaults only" in capsys.readouterr().err
+        niah.main(bilevel[:2] + flags[:2] + flags[4:])
+        taken, said = "full", "does not have the mode bilevel: full is taken"
     else:
         niah.main(bilevel)
-        assert json.loads((tmp_path / "other.json").read_text())["questions"]
+        taken, said = "bilevel", ""
+    assert said in capsys.readouterr().err
+    result = json.loads((tmp_path / "other.json").read_text())
+    assert result["questions"] and result["configuration"]["mode"]["name"] == taken
+
+
+def test_the_report_takes_the_modes_that_a_member_has(tmp_path, member, tokenizer, capsys):
+    folder = tmp_path / f"report_{member.config.token_selector}_{member.config.beacon_window}"
+    member.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    flags = ("--model", str(folder), "--clips", "1", "--seconds", "8", "--questions", "1")
+    result, table = run_report(tmp_path / "report.json", *flags)
+    compresses = member.config.beacon_window or member.config.token_selector or member.config.mm_llm_compress
+    left_out = list(harness.MODES)[1:] if compresses else []
+    assert list(result["summary"]) == [name for name in harness.MODES if name not in left_out]
+    assert result["configuration"]["modes_left_out"] == left_out
+    said = f"left out, as this model does not have them: {', '.join(left_out)}"
+    assert (said in capsys.readouterr().err) == bool(left_out) == ("does not have" in table)
 
 
 def test_niah_on_a_video_file(tmp_path, clips, photos):
