@@ -2,7 +2,8 @@
 
     python evaluation/lmms_eval_videoxl.py --model videoxl --tasks videomme --output_path results/ \\
         --model_args pretrained=converted/,preset=videomme
-    accelerate launch --num_processes 8 evaluation/lmms_eval_videoxl.py ...          # one copy of the model a process
+    accelerate launch --num_processes 8 evaluation/lmms_eval_videoxl.py ...          # one copy of the model a GPU
+    torchrun --nproc_per_node 2 evaluation/lmms_eval_videoxl.py ...                  # two processes on a CPU
 
 All arguments are lmms-eval's. `model_args` takes `pretrained`, `preset`, `dtype` (default float16, as published),
 `device`, `reload`, and every field of `presets.Preset`, which wins over the preset.
@@ -11,6 +12,8 @@ What is surprising:
 * The command line puts the settings that a preset stands for into `model_args`, so that lmms-eval writes them into its
   result file. A preset's fields in a result file are what was run.
 * Questions about the same file are asked one after the other, and the video is encoded once for all of them.
+* Several processes share the questions out. A launch that looks like several and is not (each would do all the work,
+  or one alone would run) is refused.
 * An image of a task is an image for the model; several images or videos are shown in their order. A folder is a video
   of numbered pictures, and a task may give a path together with VideoChat-Flash's `media_dict`.
 """
@@ -20,6 +23,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed.nn  # imported after the group is made, it would hold it for ever, as a default argument
 from accelerate import Accelerator
@@ -94,6 +98,7 @@ class VideoXL(lmms):
         if int(batch_size) != 1:
             raise ValueError(f"batch_size must be 1 (questions about one video share it), got {batch_size}")
         self.accelerator = Accelerator()
+        require_all_processes(self.accelerator.num_processes)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": True}
@@ -115,6 +120,7 @@ class VideoXL(lmms):
         visuals = [_flat(request.args[2](doc)) for request, doc in zip(requests, docs, strict=True)]
         order = sorted(range(len(requests)), key=lambda index: str(visuals[index]))
         answers = [""] * len(requests)
+        print(f"process {self.rank + 1} of {self.world_size}: {len(requests)} questions", file=sys.stderr)
         for index in tqdm(order, desc="questions", disable=self.rank != 0):
             context, generation = requests[index].args[:2]
             answers[index] = self._answer(visuals[index], self.prompt(context, docs[index]), generation)
@@ -165,6 +171,39 @@ class VideoXL(lmms):
         return self._encoded[1]
 
 
+def require_all_processes(running: int) -> None:
+    """Raises ValueError if more processes were asked for than work together."""
+    remedy = "on a CPU take `torchrun --nproc_per_node N evaluation/lmms_eval_videoxl.py ...`"
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > running:
+        raise ValueError(
+            f"this is one of {started} processes that know nothing of each other, each would answer all questions: "
+            f"{remedy}, with CUDA `accelerate launch --num_processes N`"
+        )
+    asked = asked_of_accelerate(psutil.Process().parent())
+    if asked > running:
+        raise ValueError(
+            f"accelerate launch was asked for {asked} processes and has started {running}, as it does on a CPU: "
+            f"{remedy}"
+        )
+
+
+def asked_of_accelerate(parent) -> int:
+    """The `--num_processes` of the `accelerate launch` that has started this process; 1 if nothing has."""
+    try:
+        words = [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        return 1
+    if not any("accelerate" in word for word in words[:3]):
+        return 1
+    for place, word in enumerate(words):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            value = value or (words[place + 1] if place + 1 < len(words) else "")
+            return int(value) if value.isdecimal() else 1
+    return 1
+
+
 def _flat(visuals) -> list:
     if visuals is None:
         return []
@@ -192,6 +231,9 @@ def main() -> None:
     from lmms_eval.__main__ import cli_evaluate
 
     register()
+    if not torch.cuda.is_available():
+        # Else accelerate takes processes without a GPU for separate runs.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     for place, argument in enumerate(sys.argv):
         if argument == "--model_args" and place + 1 < len(sys.argv):
             sys.argv[place + 1] = spell_out(sys.argv[place + 1])

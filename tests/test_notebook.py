@@ -58,6 +58,42 @@ def test_it_runs(path, root, tmp_path):
     assert source[0] == source[1]
 
 
+def test_what_was_measured_makes_no_difference(path, root, tmp_path, monkeypatch):
+    pytest.importorskip("nbclient", reason="nbclient is not installed: the notebook is not executed")
+    import nbformat
+
+    monkeypatch.syspath_prepend(str(root / "notebooks"))
+    import execute
+
+    copied = tmp_path / "copied.ipynb"
+    text = path.read_text(encoding="utf-8")
+
+    def slower(saved):
+        return re.sub(r"\[\d+ ms\]", "[12345 ms]", saved)
+
+    def other(saved):
+        return saved.replace("24.0 s of video, 96 frames", "24.0 s of video, 95 frames")
+
+    assert slower(text) != text != other(text)
+    for changed, stays in ((slower(text), True), (other(text), False)):
+
+        class Client:
+            """Gives these outputs."""
+
+            outputs = nbformat.reads(changed, as_version=4).cells
+
+            def __init__(self, notebook, **_):
+                self.notebook = notebook
+
+            def execute(self):
+                self.notebook.cells = self.outputs
+
+        monkeypatch.setattr(execute, "NotebookClient", Client)
+        copied.write_text(text, encoding="utf-8")
+        execute.execute(copied, copied)
+        assert (copied.read_text(encoding="utf-8") == text) == stays
+
+
 def test_it_loads_from_the_hub_and_says_what_is_missing(path, root, tmp_path):
     revision = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub" / "models--someone--video-xl" / "snapshots" / revision
