@@ -3,7 +3,7 @@
     python evaluation/lmms_eval_videoxl.py --model videoxl --tasks videomme --output_path results/ \\
         --model_args pretrained=converted/,preset=videomme
     accelerate launch --num_processes 8 evaluation/lmms_eval_videoxl.py ...          # one copy of the model a GPU
-    torchrun --nproc_per_node 2 evaluation/lmms_eval_videoxl.py ...                  # two processes on a CPU
+    accelerate launch --multi_gpu --num_processes 2 evaluation/lmms_eval_videoxl.py ...      # two, also on a CPU
 
 All arguments are lmms-eval's. `model_args` takes `pretrained`, `preset`, `dtype` (default float16, as published),
 `device`, `reload`, and every field of `presets.Preset`, which wins over the preset.
@@ -173,12 +173,12 @@ class VideoXL(lmms):
 
 def require_all_processes(running: int) -> None:
     """Raises ValueError if more processes were asked for than work together."""
-    remedy = "on a CPU take `torchrun --nproc_per_node N evaluation/lmms_eval_videoxl.py ...`"
+    remedy = "on a CPU take `accelerate launch --multi_gpu` or `torchrun --nproc_per_node N`"
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > running:
         raise ValueError(
             f"this is one of {started} processes that know nothing of each other, each would answer all questions: "
-            f"{remedy}, with CUDA `accelerate launch --num_processes N`"
+            f"{remedy}, on GPUs `accelerate launch`; both with evaluation/lmms_eval_videoxl.py"
         )
     asked = asked_of_accelerate(psutil.Process().parent())
     if asked > running:
@@ -234,6 +234,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         # Else accelerate takes processes without a GPU for separate runs.
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        require_all_processes(int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        sys.exit(f"error: {error}")  # lmms-eval would tell it, and exit as if all were well
     for place, argument in enumerate(sys.argv):
         if argument == "--model_args" and place + 1 < len(sys.argv):
             sys.argv[place + 1] = spell_out(sys.argv[place + 1])

@@ -7,6 +7,7 @@ installed (`pip install lmms-eval`, a heavy package that pins an older PyAV, so 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -164,25 +165,31 @@ def task(tmp_path, clips):
     return tmp_path
 
 
-def run(task, root, program, model, model_args, processes=1):
-    """Runs lmms-eval; what it wrote: (results, samples in the order of the questions)."""
+PLUG_IN = "evaluation/lmms_eval_videoxl.py"
+LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
+
+
+def lmms_eval(root, home, *command):
+    """Runs a Python program in an environment with lmms-eval."""
     if importlib.util.find_spec("lmms_eval") is None:
-        pytest.skip("lmms-eval is not installed: pip install lmms-eval")
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launcher += ["--main_process_port", "0"]
-    command = [*launcher, *program, "--model", model, "--model_args", model_args, "--tasks", NAME]
-    command += ["--include_path", str(task), "--output_path", str(task / "out"), "--log_samples", "--batch_size", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(task / "home"), "HF_DATASETS_OFFLINE": "1"}
+        pytest.skip('lmms-eval is not installed: pip install lmms-eval "filelock<3.30", in an environment of its own')
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_DATASETS_OFFLINE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def run(task, root, program, model, model_args, launch=()):
+    """Runs lmms-eval; what it wrote: (results, samples in the order of the questions), and said."""
+    command = [*launch, *program, "--model", model, "--model_args", model_args, "--tasks", NAME]
+    command += ["--include_path", task, "--output_path", task / "out", "--log_samples", "--batch_size", "1"]
+    done = lmms_eval(root, task / "home", *command)
     files = sorted((task / "out").rglob("*.json*"))
     assert done.returncode == 0 and files, done.stdout[-3000:] + done.stderr[-3000:]
     results = next(json.loads(file.read_text()) for file in files if file.name.endswith("results.json"))
     lines = next(file.read_text().splitlines() for file in files if "samples" in file.name)
     samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
-    return results, samples
+    return results, samples, done.stderr
 
 
 def answers_of(samples):
@@ -192,7 +199,7 @@ def answers_of(samples):
 
 def test_plug_in_answers_as_chat_does(task, root, bundled_model, tokenizer, clips):
     arguments = f"pretrained={root},preset=lvbench-chunk,prompt=task,max_num_frames=12,dtype=float32,device=cpu"
-    results, samples = run(task, root, ["evaluation/lmms_eval_videoxl.py"], "videoxl", arguments)
+    results, samples, _ = run(task, root, [PLUG_IN], "videoxl", arguments)
     bundled_model.config.sparse_attention = {"prefill": "mask", "chunk_groups": 4, "window_chunks": 11}
     options = {"return_history": False, "max_num_frames": 12, "generation_config": {"max_new_tokens": 16}}
     expected = [
@@ -209,26 +216,55 @@ def test_plug_in_answers_as_chat_does(task, root, bundled_model, tokenizer, clip
 
 
 @pytest.mark.slow
-def test_plug_in_with_two_processes(task, root):
+@pytest.mark.parametrize(
+    "launch",
+    [(*LAUNCH, "--multi_gpu"), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")],
+    ids=["accelerate", "torchrun"],
+)
+def test_plug_in_with_two_processes(task, root, launch):
     arguments = f"pretrained={root},preset=mlvu,max_num_frames=8,dtype=float32"
-    program = ["evaluation/lmms_eval_videoxl.py"]
-    _, together = run(task, root, program, "videoxl", arguments, processes=2)
-    _, alone = run(task, root, program, "videoxl", arguments)
+    _, together, said = run(task, root, [PLUG_IN], "videoxl", arguments, launch)
+    shared = [int(number) for number in re.findall(r"process \d of 2: (\d+) questions", said)]
+    assert sorted(shared) in ([2, 3], [3, 3]), said[-3000:]  # lmms-eval may ask one twice, to keep them in step
+    _, alone, said = run(task, root, [PLUG_IN], "videoxl", arguments)
+    assert "process 1 of 1: 5 questions" in said
     assert len(together) == 5 and answers_of(together) == answers_of(alone)
+
+
+@pytest.mark.slow
+def test_launches_that_are_not_what_they_look_like_are_refused(root, tmp_path):
+    demo = [PLUG_IN, "--model", "videoxl", "--tasks", "videoxl_demo", "--include_path", "evaluation/lmms_tasks"]
+    demo += ["--model_args", "pretrained=.,dtype=float32", "--output_path", tmp_path / "out", "--batch_size", "1"]
+    done = lmms_eval(root, tmp_path, *LAUNCH, "--cpu", *demo)
+    assert "asked for 2 processes and has started 1" in done.stderr and done.returncode != 0
+    alone = "import os, sys; os.environ['WORLD_SIZE'] = '2'; sys.path.append('evaluation'); import lmms_eval_videoxl"
+    done = lmms_eval(root, tmp_path, "-c", f"{alone}; lmms_eval_videoxl.require_all_processes(1)")
+    assert "one of 2 processes that know nothing of each other" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_documented_task_runs_without_network(root, tmp_path):
+    page = (root / "docs" / "evaluation.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = re.findall(r"^python (evaluation/lmms_eval_videoxl.py .*videoxl_demo.*)$", page, re.MULTILINE)
+    done = lmms_eval(root, tmp_path, *line.replace("results/", f"{tmp_path}/out").split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("*results.json")
+    assert json.loads(results.read_text())["results"]["videoxl_demo"]["exact_match,none"] == 1
 
 
 @pytest.mark.slow
 def test_plug_in_reads_only_what_it_knows(task, root):
     for arguments, found in (("preset=mlv", "there is no preset"), ("frames=3", "unknown model_args")):
         with pytest.raises(AssertionError, match=found):
-            run(task, root, ["evaluation/lmms_eval_videoxl.py"], "videoxl", f"pretrained={root},{arguments}")
+            run(task, root, [PLUG_IN], "videoxl", f"pretrained={root},{arguments}")
 
 
 @pytest.mark.slow
 def test_lmms_evals_own_huggingface_model(task, root):
     """Unmodified, from its own command line: AutoModel, processor(text=..., videos=...), generate."""
     arguments = f"pretrained={root},trust_remote_code=True,device=cpu,device_map=cpu"
-    _, samples = run(task, root, ["-m", "lmms_eval"], "huggingface", arguments)
+    _, samples, _ = run(task, root, ["-m", "lmms_eval"], "huggingface", arguments)
     assert len(samples) == 5 and all(isinstance(answer, str) for answer in answers_of(samples))
 
 
