@@ -151,7 +151,7 @@ $(VENV)/.page: requirements-demo.txt $(VENV)/.installed
 define torch_for_a_cpu
 	if [ "$$(uname)" = Linux ] && ! [ -e /proc/driver/nvidia ] && ! command -v nvidia-smi > /dev/null && \
 		! $(1) -c 'import torch' 2> /dev/null; then \
-		torch=$$(grep '^torch==' $(2)); \
+		torch=$$(grep -h '^torch==' $(2) requirements.txt | head -1); \
 		if timeout 8 $(1) -c 'import urllib.request; urllib.request.urlopen("$(TORCH_CPU)/torch/", timeout=4)' 2> /dev/null && \
 			$(1) -m pip install -qq --disable-pip-version-check --no-deps --index-url $(TORCH_CPU) $$torch; then \
 			echo "no NVIDIA driver here: $$torch is PyTorch's build for CPUs (200 MB)"; \

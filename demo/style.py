@@ -34,6 +34,9 @@ COLORS = {
     "button_primary_border_color": "transparent",
     "button_primary_border_color_dark": "transparent",
     "button_secondary_shadow": "none",
+    "checkbox_border_color": "#6b7280",
+    "checkbox_border_color_dark": "#aab1bd",
+    "checkbox_border_width": "1px",
     "block_border_width": "1px",
     "block_shadow": "none",
 }
@@ -49,7 +52,7 @@ CSS = """
 .dark #head p.toy { background: #46380f; color: #ffe9b3; }
 #examples { gap: 8px; flex-wrap: wrap; align-items: center; }
 #examples > * { flex: 0 1 auto; width: auto; min-width: 0 !important; }
-#examples .html-container { padding: 0; } #examples button { padding: 6px 12px; font-size: 14px; }
+#examples .html-container { padding: 0; } #examples button { padding: 6px 10px; font-size: 13.5px; }
 #question .submit-button, #question .stop-button { background: #0f7a3c; color: white; border-radius: 6px;
   padding: 4px 14px; }
 #question .stop-button { background: #b3261e; }
@@ -106,8 +109,8 @@ CSS = """
 .timeline summary { cursor: pointer; font-size: 13px; color: var(--body-text-color); }
 .timeline .chips { display: flex; flex-wrap: wrap; gap: 2px; align-items: center; margin-top: 8px; font-size: 13px; }
 .timeline .chips summary { text-decoration: underline; margin-bottom: 4px; }
-#seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 2px 8px; margin: 0 4px 4px 0;
-  border-radius: 6px; border: 1px solid var(--seen); font-variant-numeric: tabular-nums;
+#seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 2px 8px;
+  margin: 0 4px 4px 0 !important; border-radius: 6px; border: 1px solid var(--seen); font-variant-numeric: tabular-nums;
   background: var(--block-background-fill); cursor: pointer; }
 #seen .timeline button.named { border-color: var(--named); }
 @media (max-width: 640px) {
