@@ -110,8 +110,8 @@ CSS = """
 .timeline .chips { display: flex; flex-wrap: wrap; gap: 2px; align-items: center; margin-top: 8px; font-size: 13px; }
 .timeline .chips summary { text-decoration: underline; margin-bottom: 4px; }
 #seen .timeline button { font: inherit; color: inherit; box-shadow: none; padding: 2px 8px;
-  margin: 0 4px 4px 0 !important; border-radius: 6px; border: 1px solid var(--seen); font-variant-numeric: tabular-nums;
-  background: var(--block-background-fill); cursor: pointer; }
+  margin: 0 4px 4px 0 !important; border-radius: 6px; border: 1px solid var(--seen); cursor: pointer;
+  font-variant-numeric: tabular-nums; background: var(--block-background-fill); }
 #seen .timeline button.named { border-color: var(--named); }
 @media (max-width: 640px) {
   .gradio-container { padding: 4px !important; }
