@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -363,28 +364,29 @@ def test_handlers_of_the_page(chat, clips, tmp_path, monkeypatch):
         function["api_visibility"] == "private" for function in page.config["dependencies"] if function["targets"]
     )
     request = gradio.Request(session_hash="ann")
+    clip = str(shutil.copy(clips[0], tmp_path))  # it goes with the visit
 
-    *_, (session, facts, _, _, problem, question, keep, _) = take_video(clips[0], request)
+    *_, (session, facts, _, _, problem, question, keep, _) = take_video(clip, request)
     assert f"0:09 long; {session.video.num_frames} pictures of it were read" in facts
     assert question.interactive and keep.interactive and not problem.visible
-    states = list(answer(session, "What moves?", [], True, clips[0]))
+    states = list(answer(session, "What moves?", [], True, clip))
     after, messages, seen, *_ = states[-1]
-    expected, _, chunks = direct(chat, clips[0], "What moves?")
+    expected, _, chunks = direct(chat, clip, "What moves?")
     assert messages == [{"role": "user", "content": "What moves?"}, {"role": "assistant", "content": expected}]
     assert len(states) > 4 and len(Elements(seen).of("chunk")) == len(chunks)
     assert after.video is session.video and session.history is None and after.history
 
     # Kept in a file, opened again by another visitor, gone with the visit.
-    kept = Path(handlers["keep_video"](session, clips[0], request).value["path"])
+    kept = Path(handlers["keep_video"](session, clip, request).value["path"])
     assert kept.name == "a.videoxl"
     _, again, facts, *_ = handlers["take_saved"](str(kept), gradio.Request(session_hash="bob"))
     assert again.video.timestamps == session.video.timestamps and "0:09 long" in facts
 
     # What goes wrong is said on the page; the conversation stays as it was.
     monkeypatch.setattr(chat, "limits", Limits(max_new_tokens=0))
-    *_, (kept, kept_messages, _, problem, _) = answer(after, "Why?", messages, True, clips[0])
+    *_, (kept, kept_messages, _, problem, _) = answer(after, "Why?", messages, True, clip)
     assert kept is after and kept_messages == messages and problem.visible and "max_new_tokens" in problem.value
-    assert list(answer(after, " ", messages, True, clips[0])) == [[gradio.skip()] * 5]
+    assert list(answer(after, " ", messages, True, clip)) == [[gradio.skip()] * 5]
     *_, (nothing, _, _, problem, _) = answer(None, "What?", [], True, None)
     assert nothing is None and "upload" in problem.value
     file = tmp_path / "<b>.mp4"
@@ -395,4 +397,4 @@ def test_handlers_of_the_page(chat, clips, tmp_path, monkeypatch):
     _, nothing, facts, *_ = handlers["take_saved"](str(file), request)
     assert nothing is None and "&lt;b&gt;.mp4 is not a video that this page has saved" in facts
     handlers["leave"](request)
-    assert not file.exists()
+    assert not file.exists() and not Path(clip).exists()
