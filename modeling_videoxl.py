@@ -49,10 +49,11 @@ from .prefill_videoxl import (
     positions_of,
     prefill_rows,
     require_context,
+    run_packed,
     run_without_cache,
     waits_for_question,
 )
-from .sparse_attention import prompt_rows, register_attention
+from .sparse_attention import packed_samples, prompt_rows, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
 from .vision_videoxl import build_vision_tower, encode_videos
@@ -228,6 +229,9 @@ class VideoXLModel(VideoXLPreTrainedModel):
     def _forward_videos(self, input_ids, attention_mask, position_ids, cache, pixels, options, call):
         past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
+            samples = packed_samples(position_ids)
+            if samples is not None and len(samples) > 1:
+                return self._forward_packed(input_ids, position_ids, samples, past, pixels, options, call)
             attention_mask = torch.ones(input_ids.shape[0], past + input_ids.shape[1], device=input_ids.device)
         if attention_mask.shape != (input_ids.shape[0], past + input_ids.shape[1]):
             raise ValueError(
@@ -248,6 +252,21 @@ class VideoXLModel(VideoXLPreTrainedModel):
         position_ids = positions_of(attention_mask)[:, past:] if position_ids is None else position_ids
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         return self.language_model(**inputs, **{CACHE_NAME: cache}, **options)
+
+    def _forward_packed(self, input_ids, position_ids, samples, past, pixels, options, call):
+        """Several samples in one sequence [1, L], of which none sees another: whole, without a cache."""
+        if past or options["use_cache"] or call.in_force.text_only:
+            raise ValueError(
+                "position_ids that start anew pack several prompts into one sequence, which goes without a cache "
+                "(use_cache=False) and where all tokens have outputs: with beacon memory, a token selector, "
+                "mm_llm_compress or decode='bilevel' give one prompt a row"
+            )
+        require_context(self, int(samples.sum(dim=1).max()))
+        features = self.get_video_features(pixels).pooler_output
+        timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
+        rows = prompt_rows(self.config, input_ids.expand(len(samples), -1), samples, features, timed)
+        embeds = self._merge(input_ids, torch.ones_like(input_ids), features, None)
+        return run_packed(self, embeds, position_ids, rows, call.in_force.policy)
 
     def _embed_videos(self, input_ids, attention_mask, pixels, use_cache, call):
         """Embeddings [B, L, hidden] of prompts with the visual tokens in place, a `PromptRow` each, and the call."""
@@ -376,12 +395,14 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
                 `config.video_token_id`.
             attention_mask: [B, past + L], 0 on padding.
             position_ids: [B, L]; by default counted over the attention mask. Prompts with videos are always counted.
+                Without a mask, positions [1, L] that start anew pack several prompts, of which none sees another.
             past_key_values: A cache; prompts with videos fill it in place. `cache` is its other name.
             inputs_embeds: [B, L, hidden] instead of input_ids, for text.
             pixel_values_videos: [V, F, 3, H, W] or a list in order of appearance: [F_i, 3, H, W] for a video,
                 [T_i, 1, 3, H, W] for an image of T_i tiles, each a group without a timestamp (with an overview
                 [1 + rows, columns, 3, H, W], see `get_video_features`).
-            labels: [B, L], -100 where there is no loss; visual positions never have any.
+            labels: [B, L], -100 where there is no loss; visual positions never have any. With a tensor
+                `logits_to_keep` the loss is over the labels behind these positions.
             num_items_in_batch: What the loss is divided by, where it is accumulated over several batches; by default
                 the labels of this one.
             output_attentions, output_hidden_states: As in transformers, for whole sequences and decode steps.
@@ -407,9 +428,9 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         refuse_unknown("forward", unknown)
         whole = isinstance(logits_to_keep, int)
         keep = logits_to_keep if whole and labels is None else 0
-        call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks)
-        if labels is not None or pixel_values_videos is not None:
-            _require_fitting_logits(call.in_force, labels is not None, whole)
+        call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks, labels)
+        if labels is not None:
+            _require_trainable(call.in_force, whole, logits_to_keep)
         checkpointed = _checkpointed_layers(self.model.language_model) if self.training else []
         if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
             use_cache = False
@@ -417,23 +438,27 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         with _without_checkpointing(checkpointed if has_cache else ()):
             tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values_videos)
             outputs = self.model(*tokens, use_cache, cache, output_attentions, output_hidden_states, call)
-        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        # Positions in front of the first output, if only the sequence's end has some.
+        first = (inputs_embeds if input_ids is None else input_ids).shape[1] - outputs.last_hidden_state.shape[1]
+        kept = slice(-logits_to_keep, None) if whole else _behind(first, logits_to_keep)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            given = labels
             if input_ids is not None:
                 is_visual = input_ids == self.config.video_token_id
                 if call.in_force.text_only:
                     # The last visual token, which would predict what follows it, has no output.
                     is_visual = is_visual | is_visual.roll(1, dims=1)
-                given, labels = labels, labels.masked_fill(is_visual, -100)[:, -logits.shape[1] :]
-                if num_items_in_batch is not None and _predicted(given) != _predicted(labels):
-                    logger.warning_once(
-                        "some labels stand where there is no loss (visual positions, or in front of what has logits), "
-                        "and the trainer counts them in what it divides the loss by: set them to -100"
-                    )
+                labels = labels.masked_fill(is_visual, -100)
+            following = nn.functional.pad(labels[:, first:], (0, 1), value=-100)[:, 1:]
+            if num_items_in_batch is not None and (given[:, 1:] != -100).sum() != (following != -100).sum():
+                logger.warning_once(
+                    "some labels stand where there is no loss (visual positions, or in front of what has logits), and "
+                    "the trainer counts them in what it divides the loss by: set them to -100"
+                )
             sizes = {"vocab_size": self.config.text_config.vocab_size, "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, **sizes)
+            loss = self.loss_function(logits, labels=None, shift_labels=following[:, kept].contiguous(), **sizes)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -547,26 +572,24 @@ def _holds_cache(value) -> bool:
     return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
 
 
-def _require_fitting_logits(in_force: InForce, trains: bool, whole: bool) -> None:
-    """Raises ValueError where logits are asked for that do not exist, or labels do not go with the settings."""
-    if in_force.text_only and not whole:
-        raise ValueError(
-            "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the last "
-            "video only: give logits_to_keep a number"
-        )
-    if not trains:
-        return
-    if not whole:
-        raise ValueError("labels are for all positions: leave logits_to_keep out")
+def _require_trainable(in_force: InForce, whole: bool, logits_to_keep) -> None:
+    """Raises ValueError where labels do not go with the settings."""
+    if whole and logits_to_keep:
+        raise ValueError("labels are for all positions: leave logits_to_keep out, or give the positions as a tensor")
     if in_force.decoding.text_only:
         raise ValueError("labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'")
     if in_force.policy.untrainable:
         raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
 
 
-def _predicted(labels) -> int:
-    """How many labels [B, L] are some position's next token."""
-    return int((labels[:, 1:] != -100).sum())
+def _behind(first: int, positions) -> torch.Tensor:
+    """Positions [n] of a sequence as places among its outputs, which begin with position `first`."""
+    if first and len(positions) and int(positions.min()) < first:
+        raise ValueError(
+            "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the last "
+            f"video only, from position {first} on; logits_to_keep asks for {positions.tolist()!r:.90}"
+        )
+    return positions - first
 
 
 def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:

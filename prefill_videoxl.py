@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
-from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
+from .sparse_attention import AttentionPlan, AttentionStep, GroupSpan, PromptRow, VisualLayout, plan_prefill
 
 logger = logging.get_logger(__name__)
 
@@ -111,6 +111,7 @@ class Call:
         keep_hidden: How many of the last positions' hidden states are wanted; 0 for all.
         dense_chunks: Bi-level decoding: chunks that the caller named, one list a video; None for none.
         required_chunks: Chunks, numbered over all videos, that the automatic choice must include.
+        labels: [B, L] what is trained, -100 elsewhere: the question ends where that begins; None if nothing is.
         asked: How many of the first tokens behind the videos are the question; None for all.
         before: Tokens in front of these, without padding; None for all that the cache counts.
     """
@@ -121,6 +122,7 @@ class Call:
     keep_hidden: int = 0
     dense_chunks: Any = None
     required_chunks: tuple = ()
+    labels: Any = None
     asked: int | None = None
     before: int | None = None
 
@@ -134,7 +136,8 @@ class Call:
             dense = dense[sum(counts[:row]) : sum(counts[: row + 1])]
         if required and isinstance(required[0], tuple):
             required = required[row]
-        return replace(self, dense_chunks=dense, required_chunks=required)
+        labels = None if self.labels is None else self.labels[row]
+        return replace(self, dense_chunks=dense, required_chunks=required, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -445,12 +448,14 @@ def prefill_rows(model, embeds, rows: list[PromptRow], cache, call: Call) -> Bas
     elif length > len(rows[0].columns):
         for layer in cache.layers:
             layer.hidden += length - len(rows[0].columns)
-    if not call.in_force.text_only and not call.keep_hidden:
-        hidden = embeds.new_zeros(len(rows), length, embeds.shape[2])
-        for number, (row, part) in enumerate(zip(rows, states, strict=True)):
-            hidden[number, row.columns] = part[0]
-    else:
-        hidden = _pad_left(states)
+    if call.keep_hidden:
+        return _expanded(_pad_left(states), cache, call)
+    # Of all columns, or of those from the first on that has an output in some row.
+    places = [row.columns[-part.shape[1] :] for row, part in zip(rows, states, strict=True)]
+    first = min(int(columns[0]) for columns in places) if call.in_force.text_only else 0
+    hidden = embeds.new_zeros(len(rows), length - first, embeds.shape[2])
+    for number, (columns, part) in enumerate(zip(places, states, strict=True)):
+        hidden[number, columns - first] = part[0].to(hidden.dtype)
     return _expanded(hidden, cache, call)
 
 
@@ -468,6 +473,9 @@ def _prefill_row(model, embeds, row: PromptRow, cache, call: Call):
     extend_cache(model, embeds[:, : layout.end - begin], videos, cache, call.in_force.policy, keep_hidden=None)
     if call.prompt_length is not None:
         call = replace(call, asked=int((row.columns < call.prompt_length).sum()) + begin - layout.end)
+    elif call.labels is not None:  # as when it is asked: the choice of tokens knows the question, not the answer
+        answer = (call.labels[row.columns][layout.end - begin :] != -100).nonzero()
+        call = replace(call, asked=int(answer[0]) if len(answer) and answer[0] else None)
     return ask(model, cache, embeds[:, layout.end - begin :], call)
 
 
@@ -515,6 +523,16 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
         states = run_steps(model, embeds[number : number + 1, row.columns], positions, steps, None)
         outputs.append(embeds.new_zeros(embeds.shape[1:]).index_copy(0, row.columns, states[0]))
     return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
+
+
+def run_packed(model, embeds, positions, rows: list[PromptRow], policy) -> BaseModelOutputWithPast:
+    """As `run_without_cache`, of prompts that stand one behind the other in one sequence [1, L, hidden]."""
+    steps, plan = [], SequencePolicy.facts(policy)
+    for row in rows:
+        whole = [AttentionStep(0, row.layout.length)]
+        own = whole if policy.prefill == "full" else plan_prefill(row.layout, **plan, device=embeds.device)
+        steps += [step.moved(int(row.columns[0])) for step in own]
+    return BaseModelOutputWithPast(last_hidden_state=run_steps(model, embeds, positions, steps, None))
 
 
 @contextmanager

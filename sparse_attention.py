@@ -191,6 +191,15 @@ def prompt_rows(config, input_ids, attention_mask, features, timed, prompt_lengt
     return rows
 
 
+def packed_samples(position_ids) -> torch.Tensor | None:
+    """[samples, L] the samples of a sequence [1, L] whose positions start anew, 1 where each stands; else None."""
+    if position_ids is None or len(position_ids) != 1:
+        return None
+    begins = torch.cat([position_ids.new_ones(1), (position_ids[0].diff() <= 0).long()])
+    numbers = begins.cumsum(0)
+    return (numbers == torch.arange(1, int(numbers[-1]) + 1, device=numbers.device)[:, None]).long()
+
+
 @dataclass(frozen=True)
 class AttentionStep:
     """Queries at [start, stop) see the positions `gathered`, and causally everything from `window_start` on."""
@@ -200,6 +209,13 @@ class AttentionStep:
     window_start: int = 0
     gathered: torch.Tensor | None = None  # before `window_start`, ascending; None if there are none
     wide: torch.Tensor | None = None  # positions of queries that see their whole past instead; None if there are none
+    origin: int = 0  # where the past begins
+
+    def moved(self, places: int) -> "AttentionStep":
+        """This step of a sequence that stands so many places further on, behind others that it does not see."""
+        gathered, wide = (None if index is None else index + places for index in (self.gathered, self.wide))
+        edges = (edge + places for edge in (self.start, self.stop, self.window_start))
+        return AttentionStep(*edges, gathered, wide, self.origin + places)
 
 
 @dataclass(frozen=True)
@@ -371,8 +387,9 @@ def planned_attention(query, key, value, steps, dropout=0.0, scaling=None, layer
         output = _causal_attention(step_query, *seen, dropout, scaling)
         if step.wide is not None:
             wide = step.wide.to(query.device)
-            past = (key[:, :, : step.stop], value[:, :, : step.stop]) if layer is None else layer.whole(step.stop)
-            hidden = torch.arange(step.stop, device=query.device) > wide[:, None]
+            reach = slice(step.origin, step.stop)
+            past = (key[:, :, reach], value[:, :, reach]) if layer is None else layer.whole(step.stop)
+            hidden = torch.arange(step.origin, step.stop, device=query.device) > wide[:, None]
             wide_query = query.index_select(2, wide - first)
             wide_output = _masked_attention(wide_query, *past, hidden, dropout, scaling)
             output = output.index_copy(2, wide - step.start, wide_output)
