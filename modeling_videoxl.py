@@ -263,7 +263,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
             )
         require_context(self, int(samples.sum(dim=1).max()))
         features = self.get_video_features(pixels).pooler_output
-        timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
+        timed = [video.ndim < 5 or self.config.image_timestamps for video in pixels]
         rows = prompt_rows(self.config, input_ids.expand(len(samples), -1), samples, features, timed)
         embeds = self._merge(input_ids, torch.ones_like(input_ids), features, None)
         return run_packed(self, embeds, position_ids, rows, call.in_force.policy)
@@ -272,7 +272,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         """Embeddings [B, L, hidden] of prompts with the visual tokens in place, a `PromptRow` each, and the call."""
         past, repeats = attention_mask.shape[1] - input_ids.shape[1], call.num_expanded
         features = self.get_video_features(pixels).pooler_output
-        timed = [video.ndim == 4 or self.config.image_timestamps for video in pixels]
+        timed = [video.ndim < 5 or self.config.image_timestamps for video in pixels]
         prompts, masks = input_ids[::repeats], attention_mask[::repeats]
         rows = prompt_rows(self.config, prompts, masks, features, timed, call.prompt_length)
         if repeats > 1 and not use_cache:

@@ -69,7 +69,8 @@ def encode_videos(
     Args:
         model: A `VideoXLModel`: its `vision_tower`, `compressor` and `multi_modal_projector` run.
         pixel_values_videos: [V, F, 3, H, W], or a list of [F_i, 3, H, W] (a video) and [T_i, 1, 3, H, W] (an image;
-            with an overview [1 + rows, columns, 3, H, W]); any device and float dtype.
+            with an overview [1 + rows, columns, 3, H, W]); any device and float dtype. A video may come as its
+            `tower_features` [F_i, P, C] instead, in whole groups.
         output_tower_features: Also return the tower's output.
         return_dict: False returns a plain tuple.
 
@@ -89,7 +90,7 @@ def encode_videos(
         parts = [part for _, part in chunk]
         pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
         copies, frames = size if pixels.ndim == 5 else 1, [len(part) for part in parts]
-        visual, tower = _encode_frames(model, pixels.flatten(0, -4), copies)
+        visual, tower = _encode_frames(model, pixels if pixels.ndim == 3 else pixels.flatten(0, -4), copies)
         for (video, _), part in zip(
             chunk, visual.split([-(-count * copies // size) for count in frames]), strict=True
         ):
@@ -116,6 +117,13 @@ def _require_pixels(config, pixel_values_videos) -> None:
         )
     for pixels in pixel_values_videos:
         columns = pixels.shape[1] if tiled and pixels.ndim == 5 else 1
+        if pixels.ndim == 3 and pixels.shape[2] == config.vision_config.hidden_size:
+            if len(pixels) == 0 or len(pixels) % config.frames_per_group:
+                raise ValueError(
+                    f"tower features of a video come in whole groups of {config.frames_per_group} frames, got "
+                    f"{len(pixels)}; repeat the last frame in front of the tower"
+                )
+            continue
         if 0 in pixels.shape or tuple(pixels.shape[1:]) not in (frame, (columns, *frame)):
             raise ValueError(
                 f"each video in pixel_values_videos must be [frames, {channels}, {side}, {side}] with at least one "
@@ -153,7 +161,7 @@ def _share_chunks(config, videos):
 
 
 def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames [F, 3, S, S] (the last group may be partial) -> visual tokens [G, N, hidden], tower [F, P, C].
+    """Frames [F, 3, S, S] (the last group may be partial) or tower [F, P, C] -> visual tokens [G, N, hidden], tower.
 
     The compressor sees every frame's features `copies` times.
     """
@@ -162,7 +170,8 @@ def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tens
     pixels = pixels.to(device=device, dtype=patch_embedding.dtype)
     if model.config.sees_clips:
         return _encode_clips(model, pixels, 1 if copies > 1 else model.config.frames_per_group)
-    features = TOWERS[model.config.vision_config.model_type](model.vision_tower, pixels)
+    tower = TOWERS[model.config.vision_config.model_type]
+    features = pixels if pixels.ndim == 3 else tower(model.vision_tower, pixels)
     repeated = features.repeat_interleave(copies, dim=0) if copies > 1 else features
     return model.multi_modal_projector(model.compressor(repeated)), features
 
@@ -170,7 +179,7 @@ def _encode_frames(model, pixels: torch.Tensor, copies: int) -> tuple[torch.Tens
 def _encode_clips(model, pixels: torch.Tensor, clip_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_encode_frames`, clip by clip; the last clip is filled by repeating the last frame."""
     clips = pad_to_whole_groups(pixels, clip_frames).split(clip_frames)
-    towers = [model.vision_tower(clip[None]) for clip in clips]
+    towers = [clip.flatten(0, 1)[None] if clip.ndim == 3 else model.vision_tower(clip[None]) for clip in clips]
     tokens = torch.cat([model.multi_modal_projector(model.compressor(tower)) for tower in towers])
     return tokens, torch.cat(towers).unflatten(1, (clip_frames, -1)).flatten(0, 1)[: len(pixels)]
 

@@ -17,10 +17,11 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from training_setup import CLIPS, tiny_recipe, write_tiny_folder
 from videoxl.training.batches import Collator, videos_of
-from videoxl.training.data import IGNORE, MixtureDataset, load_mixture
-from videoxl.training.recipe import MODULES, check_recipe, load_recipe
+from videoxl.training.collator import IGNORE
+from videoxl.training.data import MixtureDataset, load_mixture
+from videoxl.training.recipe import MODULES, check_recipe, load_recipe, module_of
 from videoxl.training.train import build_model, newest_checkpoint, run, training_arguments
-from videoxl.training.trainer import BrokenReport, VideoXLTrainer, module_of
+from videoxl.training.trainer import BrokenReport, VideoXLTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,15 +121,17 @@ def test_stretched_positions_reach_the_model(tiny, tmp_path, attention):
     )
 
 
+# Of the bundled architecture.
+EVERYTHING = {"vision_tower", "compressor", "projector", "language_model"}
 STAGES = {
     "2 alignment": (
         {"modules": dict.fromkeys(("vision_tower", "compressor", "language_model"), "frozen")},
         {"projector"},
     ),
-    "3 captions": ({}, set(MODULES)),
+    "3 captions": ({}, EVERYTHING),
     "4 instructions": (
         {"sparse_attention": PLANS, "modules": {"vision_tower": 1e-3}, "gradient_checkpointing": True, "bf16": True},
-        set(MODULES),
+        EVERYTHING,
     ),
 }
 

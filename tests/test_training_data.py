@@ -8,14 +8,8 @@ import torch
 import yaml
 from PIL import Image
 from videoxl.training.batches import Collator, EpochSampler, videos_of
-from videoxl.training.data import (
-    IGNORE,
-    BrokenSample,
-    MixtureDataset,
-    answer_spans,
-    choose_samples,
-    stretch_positions,
-)
+from videoxl.training.collator import IGNORE, answer_spans
+from videoxl.training.data import BrokenSample, MixtureDataset, choose_samples, stretch_positions
 
 TURNS = [
     {"from": "human", "value": "<image>\nWhat moves?"},

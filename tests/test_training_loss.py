@@ -9,7 +9,8 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from training_setup import tiny_recipe, write_tiny_folder
 from transformers import Qwen2ForCausalLM, Trainer, TrainingArguments
-from videoxl.training.data import IGNORE, MixtureDataset
+from videoxl.training.collator import IGNORE
+from videoxl.training.data import MixtureDataset
 from videoxl.training.train import build_model, training_arguments
 from videoxl.training.trainer import VideoXLTrainer
 
@@ -100,10 +101,10 @@ def test_our_trainer_and_the_librarys_agree(tiny, model_and_processor, samples, 
         def _get_train_sampler(self, train_dataset=None):
             return Trainer._get_train_sampler(self, train_dataset)
 
-        def token_losses(self, model, inputs, plan):
+        def token_losses(self, model, inputs, plan, entries=None):
             videos = inputs["pixel_values_videos"]
             facts = {"pixels": torch.cat(videos), "shapes": [tuple(video.shape[:1]) for video in videos]}
-            return super().token_losses(model, inputs | facts, plan)
+            return super().token_losses(model, inputs | facts, plan, entries)
 
     own = {"kind": Ours, "recipe": recipe, "data_collator": collate_with_facts}
     for size, steps in SPLITS[::2]:

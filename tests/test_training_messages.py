@@ -5,7 +5,8 @@ import json
 import numpy as np
 import torch
 from PIL import Image
-from videoxl.training.data import IGNORE, BrokenSample, MixtureDataset
+from videoxl.training.collator import IGNORE
+from videoxl.training.data import BrokenSample, MixtureDataset
 
 VIDEO = {"max_num_frames": 8, "sample_fps": 1, "max_sample_fps": None}
 TURNS = [{"from": "human", "value": "<image>\nWhat moves?"}, {"from": "gpt", "value": "A red ball."}]

@@ -3,8 +3,7 @@
 What is surprising:
 * Nothing is replaced and nothing is cut. A sample that cannot be used (missing file, malformed conversation, longer
   than `max_length`) comes out of the dataset as a `BrokenSample`; see `batches.py` for what becomes of it.
-* Prompts come from the processor alone, so training sees exactly the ids that `generate` sees. The published code
-  differs: it writes the newline behind the video twice in training.
+* How a conversation becomes a sample with masked labels stands in `collator.py`.
 * A folder of frames is read in the order of the numbers at the ends of their names, as `chat` reads it.
 * An image is cut in tiles and has no timestamp, as in the published code; see the processor.
 * Everything random is drawn from (seed, entry, index), never from a worker's state, so a resumed run sees the same
@@ -26,15 +25,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 from videoxl import open_video
 from videoxl.shell.records import json_lines, read_json
-
-# What the loss leaves out (PyTorch's and transformers' convention).
-IGNORE = -100
+from videoxl.training.collator import SOURCES, conversation_of, encode_messages, visual_items
+from videoxl.training.features import identity_of
 
 MEDIA_MARKER = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-# Where an item of a message names its source.
-_SOURCES = {"video": ("video", "video_path", "path", "url"), "image": ("image", "path", "url")}
 
 _ENTRY_KEYS = {"json_path", "sampling_strategy", "source", "root", "sample_fps"}
 _WORLD_ENTRY_KEYS = {"world", "source"}
@@ -49,6 +45,10 @@ class BrokenSample:
     source: str
     name: str
     reason: str
+
+
+class UnusableSample(ValueError):
+    """Why a sample that could be read cannot be trained."""
 
 
 def load_mixture(mixture: dict | list | str | Path) -> tuple[list[dict], Path]:
@@ -162,83 +162,6 @@ def read_conversation(record: dict, num_media: int) -> tuple[list[dict], list[st
     return messages, types
 
 
-def read_training_messages(messages, read_item, answers=True) -> tuple[list[dict], list[str]]:
-    """Checks a conversation of `{"role", "content"}` messages, whose videos and images stand where they belong.
-
-    Args:
-        messages: Content is text or a list of items; a user's message may carry a `type` (of the question).
-        read_item: What becomes of a video or image item.
-        answers: False where only the items count.
-
-    Returns:
-        Messages, and per assistant message the type of the question before it ("" if there is none).
-
-    Raises:
-        ValueError: If there is no answer, the last message is none, or an answer is empty or holds a video.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages must be a list of {'role': ..., 'content': text or items}")
-    read, types, kind = [], [], ""
-    for number, message in enumerate(messages):
-        content, visuals = message.get("content"), visual_items({"content": message.get("content")})
-        if isinstance(content, (list, tuple)):
-            content = [read_item(item) if any(item is visual for visual in visuals) else item for item in content]
-        read.append({"role": message.get("role"), "content": content})
-        if message.get("role") == "assistant":
-            texts = [content] if isinstance(content, str) else [item.get("text") for item in content or ()]
-            if visuals or not any(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError(f"message {number} of the assistant must be text that is not empty")
-            types.append(kind)
-        kind = message.get("type") or "" if message.get("role") == "user" else kind
-    if answers and (not types or read[-1]["role"] != "assistant"):
-        raise ValueError("messages must end with the assistant's answer")
-    return read, types
-
-
-def answer_spans(ids: list[int], tokenizer, messages: list[dict]) -> list[tuple[int, int]]:
-    """Where the assistant's tokens stand in an expanded prompt, each answer with its `<|im_end|>`.
-
-    Args:
-        ids: Token ids of the whole conversation.
-        tokenizer: The checkpoint's.
-        messages: The conversation that `ids` were rendered from.
-
-    Returns:
-        (start, stop) per assistant message.
-
-    Raises:
-        ValueError: If a text holds chat markers, so that turns cannot be told apart.
-    """
-    begin, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
-    header = [begin, *tokenizer("assistant\n", add_special_tokens=False)["input_ids"]]
-    total = len(messages) + (messages[0]["role"] != "system")
-    if ids.count(begin) != total or ids.count(end) != total:
-        raise ValueError("a text of the conversation contains <|im_start|> or <|im_end|>; remove it")
-    spans, cursor = [], 0
-    for message in messages:
-        if message["role"] != "assistant":
-            continue
-        while ids[cursor : cursor + len(header)] != header:
-            cursor = ids.index(begin, cursor + 1)
-        start = cursor + len(header)
-        cursor = ids.index(end, start) + 1
-        spans.append((start, cursor))
-    return spans
-
-
-def mask_labels(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:
-    """Labels [L]: the ids inside the spans, `IGNORE` elsewhere.
-
-    Only what the model has to write carries loss: the assistant's content and its `<|im_end|>`. The published code
-    also supervises `<|im_start|>`, `<|im_end|>` and the newline behind it of every turn, system and user included;
-    that teaches nothing that is ever generated.
-    """
-    labels = torch.full((len(ids),), IGNORE)
-    for start, stop in spans:
-        labels[start:stop] = torch.tensor(ids[start:stop])
-    return labels
-
-
 def stretch_positions(input_ids: torch.Tensor, processor, limit: int, rng: np.random.Generator) -> torch.Tensor:
     """Positions with random jumps behind groups of frames, as if frames were missing there (our augmentation).
 
@@ -280,14 +203,20 @@ class MixtureDataset(Dataset):
         video: `max_num_frames`, `sample_fps`, `max_sample_fps` for video files; missing ones are the processor's.
         position_stretch: See `stretch_positions`; 0 for plain positions.
         answers: False for videos alone: conversations are not read and may be missing.
+        behind_videos: Whether answers must stand behind the last video, where alone some members have outputs.
+        features: A `FeatureCache` of the model's frozen tower; None reads every video anew.
 
     Raises:
         ValueError: On a malformed mixture or file.
         FileNotFoundError: If a JSON file is missing.
     """
 
-    def __init__(self, mixture, processor, seed=0, max_length=None, video=None, position_stretch=0, answers=True):
+    def __init__(
+        self, mixture, processor, seed=0, max_length=None, video=None, position_stretch=0, answers=True,
+        behind_videos=False, features=None,
+    ):  # fmt: skip
         self.processor = processor
+        self.behind_videos, self.features = behind_videos, features
         self.seed = seed
         self.max_length = max_length
         self.video = video or {}
@@ -331,37 +260,57 @@ class MixtureDataset(Dataset):
         number, inner = self.locate(index)
         samples = self._samples[number]
         source, name = self.entries[number].get("source") or samples.name, samples.sample_name(inner)
-        if isinstance(samples, _WorldSamples):
-            # An error here is a bug of the world, not a broken file.
-            return self._prepare(*samples.load(inner), source, name, index)
         try:
-            return self._prepare(*samples.load(inner, self._open_scaled, self.answers), source, name, index)
+            sample = self._cached(samples, inner) or self._read(samples, inner)
+            self._require_usable(sample)
+        except UnusableSample as error:
+            return BrokenSample(source, name, str(error))
         except Exception as error:  # decoders raise what they like; the reason is reported by name
+            if isinstance(samples, _WorldSamples):
+                raise  # a bug of the world, not a broken file
             return BrokenSample(source, name, f"{type(error).__name__}: {error}")
+        sample["answers"] = [(start, stop, kind or source) for start, stop, kind in sample["answers"]]
+        if self.position_stretch:
+            rng = np.random.default_rng([self.seed, index])
+            sample["position_ids"] = stretch_positions(sample["input_ids"], self.processor, self.position_stretch, rng)
+        return sample | {"source": source, "name": name}
 
-    def _prepare(self, messages, types, source, name, index):
+    def _read(self, samples, inner):
+        messages, types = samples.load(inner, self._open_scaled, self.answers)
         if not self.answers:
             items = [item for message in messages for item in visual_items(message)]
             if not items:
                 raise ValueError("the sample has neither a video nor an image")
             messages, types = [{"role": "user", "content": items}], []
-        inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **self.video)
-        ids = inputs["input_ids"][0]
-        if self.max_length is not None and len(ids) > self.max_length:
-            return BrokenSample(source, name, f"{len(ids)} tokens, max_length is {self.max_length}")
-        spans = answer_spans(ids, self.processor.tokenizer, messages)
-        sample = {
-            "input_ids": torch.tensor(ids),
-            "labels": mask_labels(ids, spans),
-            "pixel_values_videos": list(inputs.get("pixel_values_videos", ())),
-            "answers": [(*span, kind or source) for span, kind in zip(spans, types, strict=True)],
-            "source": source,
-            "name": name,
-        }
-        if self.position_stretch:
-            rng = np.random.default_rng([self.seed, index])
-            sample["position_ids"] = stretch_positions(sample["input_ids"], self.processor, self.position_stretch, rng)
-        return sample
+        sample = encode_messages(self.processor, messages, **self.video)
+        spans = sample.pop("spans")
+        return sample | {"answers": [(*span, kind) for span, kind in zip(spans, types, strict=True)]}
+
+    def _cached(self, samples, inner):
+        """A sample whose videos come as features, or with keys under which these are to be kept; None without."""
+        if self.features is None:
+            return None
+        identities, record = samples.identities(inner)
+        if identities is None:
+            return None
+        keys = [self.features.key(identity) for identity in identities]
+        own = self.features.key([record, keys])
+        if sample := self.features.load_sample(own):
+            return sample
+        sample = self._read(samples, inner)
+        self.features.save_sample(own, sample, keys)
+        return sample | {"keys": keys}
+
+    def _require_usable(self, sample):
+        count = len(sample["input_ids"])
+        if self.max_length is not None and count > self.max_length:
+            raise UnusableSample(f"{count} tokens, max_length is {self.max_length}")
+        places = (sample["input_ids"] == self.processor.video_token_id).nonzero().flatten()
+        if self.behind_videos and len(places) and any(start <= places[-1] for start, *_ in sample["answers"]):
+            raise UnusableSample(
+                "an answer stands in front of a video, and this model (with beacon memory or a token selector) has "
+                "outputs behind the last video only: make two samples of it"
+            )
 
     def _open_scaled(self, path, scale):
         """Frames of a file with scaled timestamps, as a video item."""
@@ -369,13 +318,6 @@ class MixtureDataset(Dataset):
         batches = list(open_video(path, sampling=sampling, **self.processor.frame_options))
         frames = torch.cat([batch.frames for batch in batches]).permute(0, 2, 3, 1)
         return {"video": frames, "timestamps": [scale * time for batch in batches for time in batch.timestamps]}
-
-
-def visual_items(message: dict) -> list[dict]:
-    """The videos and images of a message."""
-    content = message["content"]
-    listed = content if isinstance(content, (list, tuple)) else []
-    return [item for item in listed if isinstance(item, dict) and item.get("type") in _SOURCES]
 
 
 class _JsonSamples:
@@ -416,10 +358,15 @@ class _JsonSamples:
         record = self.records[index]
         if isinstance(record, dict):
             record = {key: value for key, value in record.items() if value is not None}
-        if not isinstance(record, dict) or ("messages" in record) == bool({"conversations", *_SOURCES} & set(record)):
-            raise ValueError("a sample is a dict with messages, or with conversations and its image or video")
+        if isinstance(record, dict) and "conversations" in record and {"videos", "images"} & set(record):
+            record = dict(record)
+            record["messages"] = _renamed_turns(record.pop("conversations"))
+        if not isinstance(record, dict) or ("messages" in record) == bool({"conversations", *SOURCES} & set(record)):
+            raise ValueError(
+                "a sample is a dict with messages (and videos, images), or with conversations and its image or video"
+            )
         if "messages" in record:
-            return read_training_messages(record["messages"], self._read_item, answers)
+            return conversation_of(record, self._read_item, answers)
         media = self._published_media(record, open_scaled)
         if not answers:
             return [{"role": "user", "content": media}], []
@@ -428,8 +375,16 @@ class _JsonSamples:
             item.update(found)
         return messages, types
 
+    def identities(self, index):
+        """What tells the sample's videos from others, and the sample; (None, None) if it cannot be kept on disk."""
+        messages, _ = self.load(index, lambda path, scale: {"video": path, "scale": scale}, False)
+        items = [item for message in messages for item in visual_items(message)]
+        if not items or any(item["type"] == "image" for item in items):
+            return None, None
+        return [identity_of(item) for item in items], self.records[index]
+
     def _published_media(self, record, open_scaled) -> list[dict]:
-        given = {kind: record[kind] for kind in _SOURCES if kind in record}
+        given = {kind: record[kind] for kind in SOURCES if kind in record}
         if len(given) > 1:
             raise ValueError("a sample with conversations has at most one of image and video; use messages for both")
         scale, media = float(record.get("scale", 1.0)), []
@@ -448,7 +403,7 @@ class _JsonSamples:
         """An item with its paths counted from the root, and the frames of a folder or list with their times."""
         kind = item["type"]
         given = {key: value for key, value in item.items() if value is not None}
-        for key in _SOURCES[kind]:
+        for key in SOURCES[kind]:
             source = given.get(key)
             if isinstance(source, str) and "://" not in source and not source.startswith("data:"):
                 source = given[key] = str(self.root / source)
@@ -464,6 +419,13 @@ class _JsonSamples:
                 if "timestamps" not in given and "fps" not in given:
                     given["timestamps"] = [number / self.sample_fps for number in range(len(source))]
         return given
+
+
+def _renamed_turns(turns) -> list[dict]:
+    """Turns `{"from", "value"}` as messages `{"role", "content"}`."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.get("from") in ROLES for turn in turns):
+        raise ValueError("conversations must be a list of {'from': 'human' or 'gpt', 'value': text}")
+    return [{"role": ROLES[turn["from"]], "content": turn.get("value")} for turn in turns]
 
 
 def _are_pictures(sources) -> bool:
@@ -511,7 +473,11 @@ class _WorldSamples:
     def sample_name(self, index):
         return f"{self.split}:{self.first_seed + index}"
 
-    def load(self, index):
+    def identities(self, index):
+        told = [self.split, self.first_seed + index, self.clip, self.rates, self.time_offset_max, self.seed, index]
+        return [told], told
+
+    def load(self, index, open_scaled=None, answers=True):
         from videoxl.video_world import make_clip
 
         rng = random.Random(f"{self.seed}-{index}")

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
-from videoxl.training.data import IGNORE  # noqa: E402
+from videoxl.training.collator import IGNORE  # noqa: E402
 from videoxl.training.looks import LOOKS, Queries  # noqa: E402
 from videoxl.training.muon import is_matrix, make_optimizer  # noqa: E402
 from videoxl.training.reading_data import ClipBatches  # noqa: E402

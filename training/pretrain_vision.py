@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
 from videoxl.training.muon import is_matrix, make_optimizer  # noqa: E402
+from videoxl.training.recipe import module_of  # noqa: E402
 from videoxl.training.slots import FRAMES, STARTS, SlotCode, confused, facts_of, shows, told_right  # noqa: E402
 from videoxl.training.small_stages import (  # noqa: E402
     NothingBroken,
@@ -34,7 +35,7 @@ from videoxl.training.small_stages import (  # noqa: E402
     stage_arguments,
 )
 from videoxl.training.train import main_of  # noqa: E402
-from videoxl.training.trainer import Journal, JournalCallback, module_of  # noqa: E402
+from videoxl.training.trainer import Journal, JournalCallback  # noqa: E402
 from videoxl.video_world import make_clip  # noqa: E402
 
 # In the loss: a fact of a slot that shows nothing, and what tokens hold beside facts.

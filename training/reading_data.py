@@ -9,7 +9,8 @@ import random
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from videoxl.training.data import IGNORE, stretch_positions
+from videoxl.training.collator import IGNORE
+from videoxl.training.data import stretch_positions
 from videoxl.training.looks import LOOKS, looks_of, option_lines
 from videoxl.training.pretrain_vision import normalise
 from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of

@@ -1,6 +1,6 @@
 """Trains a Video-XL model as a recipe says.
 
-    python training/train.py RECIPE.yaml [--set key=value ...] [--resume]
+    python training/train.py RECIPE.yaml [--set key=value key=value ...] [--resume]
     accelerate launch --config_file training/accelerate/fsdp.yaml training/train.py RECIPE.yaml
 
 The output folder holds the trained model with its code, tokenizer and processor (it loads through the Auto classes),
@@ -12,6 +12,7 @@ continues from the newest complete checkpoint, and starts from the beginning if 
 import argparse
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,10 +30,18 @@ if str(ROOT) not in sys.path:
 from videoxl.training.batches import Collator  # noqa: E402
 from videoxl.training.data import MixtureDataset  # noqa: E402
 from videoxl.training.dts import DTSPretraining, DTSTrainer  # noqa: E402
-from videoxl.training.recipe import MODULES, learning_rates, load_recipe  # noqa: E402
-from videoxl.training.trainer import VideoXLTrainer, module_of  # noqa: E402
+from videoxl.training.features import FeatureCache  # noqa: E402
+from videoxl.training.recipe import (  # noqa: E402
+    MODULES,
+    behind_videos_only,
+    learning_rates,
+    load_recipe,
+    module_of,
+    require_trainable,
+)
+from videoxl.training.trainer import VideoXLTrainer  # noqa: E402
 
-# Part of the SigLIP architecture, of no effect: Video-XL takes the features in front of this norm.
+# Part of SigLIP and CLIP, of no effect: Video-XL takes the features in front of this norm.
 _UNUSED = ("model.vision_tower.post_layernorm.",)
 
 
@@ -57,12 +66,27 @@ def build_model(recipe: dict) -> tuple[torch.nn.Module, object]:
     else:
         source = recipe["model"]
         # Master weights in float32; with bf16 the products run in bfloat16 (autocast), the sums do not.
-        model = AutoModel.from_pretrained(source, dtype=torch.float32, **options, **attention)
+        options_of_weights = {"dtype": torch.float32, **attention, **_quantised(recipe["lora"] or {})}
+        model = AutoModel.from_pretrained(source, **options_of_weights, **options)
+        if Path(source).is_dir():
+            model.name_or_path = str(Path(source).resolve())  # an adapter says so, whichever folder it is read from
     for module, part in recipe["load"].items():
         load_part(model, module, **({"path": part} if isinstance(part, str) else part))
     if recipe["vision_chunk_frames"]:
         model.config.vision_chunk_frames = recipe["vision_chunk_frames"]
     return model, AutoProcessor.from_pretrained(source, **options)
+
+
+def _quantised(lora: dict) -> dict:
+    """What `from_pretrained` is told for a language model in few bits; the rest of the model stays as it is."""
+    if not lora.get("bits"):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kept = ["vision_tower", "compressor", "multi_modal_projector", "token_selector", "beacon_embed_tokens", "lm_head"]
+    return {
+        "quantization_config": BitsAndBytesConfig(**{f"load_in_{lora['bits']}bit": True}, llm_int8_skip_modules=kept)
+    }
 
 
 def load_part(model, module: str, path: str, strip: str = "") -> int:
@@ -110,6 +134,8 @@ def load_part(model, module: str, path: str, strip: str = "") -> int:
 def freeze(model, recipe: dict) -> None:
     """Freezes what the recipe does not train."""
     rates = learning_rates(recipe)
+    if recipe["member"].get("beacon_ratio", model.config.beacon_ratio) in (None, "none"):
+        rates["beacons"] = None  # they never run
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(rates[module_of(name)] is not None and not name.startswith(_UNUSED))
 
@@ -119,8 +145,9 @@ def add_lora(model, lora: dict):
 
     Args:
         model: The model.
-        lora: `target` (regular expression of module names), `r`, `alpha`, `dropout`, `train_also` (modules that are
-            trained in full and saved with the adapter).
+        lora: `target` (names of `MODULES`, whose linear layers are adapted, or a regular expression of module names),
+            `r`, `alpha`, `dropout`, `dora`, `train_also` (names of `MODULES` or of modules that are trained in full
+            and saved with the adapter).
 
     Returns:
         The peft model.
@@ -130,13 +157,28 @@ def add_lora(model, lora: dict):
     except ImportError as error:
         raise ImportError("lora needs peft: pip install peft") from error
     settings = LoraConfig(
-        target_modules=lora["target"],
+        target_modules=_linear_layers(model, lora["target"]) if isinstance(lora["target"], list) else lora["target"],
         r=lora.get("r", 16),
         lora_alpha=lora.get("alpha", 2 * lora.get("r", 16)),
         lora_dropout=lora.get("dropout", 0.0),
-        modules_to_save=lora.get("train_also"),
+        modules_to_save=[name for also in lora.get("train_also") or () for name in _module_names(model, also)] or None,
+        use_dora=bool(lora.get("dora")),
     )
     return get_peft_model(model, settings)
+
+
+def _linear_layers(model, modules: list[str]) -> list[str]:
+    """Names of all linear layers of some of `MODULES`, without the head."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    return [name for name, module in layers if module is not head and module_of(f"{name}.weight") in modules]
+
+
+def _module_names(model, also: str) -> list[str]:
+    """What peft calls one of `MODULES`, or the name as it is."""
+    if also == "beacons":
+        return sorted({name.split(".")[-2] for name, _ in model.named_parameters() if module_of(name) == also})
+    return [MODULES[also][0].strip(".").removeprefix("model.")] if also in MODULES else [also]
 
 
 def training_arguments(recipe: dict) -> TrainingArguments:
@@ -212,6 +254,10 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     output.mkdir(parents=True, exist_ok=True)
     model, processor = build_model(recipe)
     pretraining = recipe["stage"] == "dts"
+    require_trainable(recipe, model)
+    features = None
+    if recipe["feature_cache"]:
+        features = FeatureCache(recipe["feature_cache"], model, processor, recipe["video"])
     if pretraining:
         trained = DTSPretraining(model, recipe["dts"])
         trained.vision_tower.requires_grad_(False)
@@ -221,22 +267,26 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
         trained = model
         freeze(model, recipe)
     options = {"seed": recipe["seed"], "max_length": recipe["max_length"], "video": recipe["video"]}
-    options["answers"] = not pretraining
+    options |= {"answers": not pretraining, "features": features}
+    options["behind_videos"] = not pretraining and behind_videos_only(model.config, recipe)
     dataset = MixtureDataset(recipe["data"], processor, position_stretch=recipe["position_stretch"], **options)
     evaluation = MixtureDataset(recipe["eval"]["data"], processor, **options) if recipe["eval"] else None
     needs_video = pretraining or arguments.world_size > 1
     trainer = (DTSTrainer if pretraining else VideoXLTrainer)(
         recipe=recipe,
+        features=features,
         model=trained,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluation,
-        data_collator=Collator(processor, always_video=needs_video),
-        eval_collator=Collator(processor, always_video=pretraining),
+        data_collator=Collator(processor, always_video=needs_video, packing=recipe["packing"]),
+        eval_collator=Collator(processor, always_video=pretraining, packing=recipe["packing"]),
         processing_class=processor,
     )
     if pretraining and trainer.is_fsdp_enabled:
         raise ValueError("stage dts is small and runs with plain data parallelism: launch it without FSDP")
+    if features is not None and trainer.is_fsdp_enabled:
+        raise ValueError("feature_cache runs the tower outside of the sharded model: launch it without FSDP")
     if arguments.process_index == 0:
         (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         if not checkpoint:
@@ -281,20 +331,37 @@ def main_of(description: str, load_recipe, run) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's entry")
+    parser.add_argument("more", nargs="*", default=[], metavar="KEY=VALUE", help="further ones")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
-        recipe = load_recipe(arguments.recipe, arguments.set)
+        recipe = load_recipe(arguments.recipe, [*arguments.set, *arguments.more])
     except (FileNotFoundError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     try:
         trainer = run(recipe, arguments.resume)
         if trainer.args.process_index == 0:
-            print(f"{trainer.state.global_step} steps; the model is in {recipe['output_dir']}")
+            kind = "adapter" if recipe.get("lora") else "model"
+            print(f"{trainer.state.global_step} steps; the {kind} is in {recipe['output_dir']}")
         trainer.accelerator.wait_for_everyone()  # the first process keeps the store that the others leave by
         del trainer
+    except Exception as error:
+        if not disk_is_full(error, recipe["output_dir"]):
+            raise
+        parser.exit(
+            1, f"{recipe['output_dir']}: the disk is full ({error}); make room, then run again with --resume\n"
+        )
     finally:
         end_process_group()
+
+
+def disk_is_full(error: Exception, folder: str | Path) -> bool:
+    """Whether writing failed for want of room: safetensors and torch say so in words of their own, or not at all."""
+    if "No space left" in str(error):
+        return True
+    folder = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.is_dir())
+    writes = "write" in str(error) or "writing" in str(error)
+    return writes and shutil.disk_usage(folder).free < 2**20
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ What is surprising:
 """
 
 import math
-import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -20,10 +19,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from videoxl.shell.records import json_line, json_lines
-from videoxl.training.batches import EpochSampler, videos_of
-from videoxl.training.data import IGNORE
+from videoxl.training.batches import BudgetBatches, EpochSampler, measure_lengths, videos_of
+from videoxl.training.collator import IGNORE, labelled_columns
 from videoxl.training.muon import is_matrix, make_optimizer
-from videoxl.training.recipe import MODULES, learning_rates, plans
+from videoxl.training.recipe import drawn, in_force, learning_rates, module_of
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
 MIN_SEEN = 50
@@ -35,15 +34,15 @@ class VideoXLTrainer(Trainer):
     Args:
         recipe: See `recipe.py`.
         eval_collator: Makes the batches of the held-out evaluation, if `eval_dataset` is given.
+        features: The `FeatureCache` that the samples' keys are of; None without one.
         **kwargs: The library's.
     """
 
-    def __init__(self, *, recipe: dict, eval_collator=None, **kwargs):
+    def __init__(self, *, recipe: dict, eval_collator=None, features=None, **kwargs):
         super().__init__(**kwargs)
-        self.recipe = recipe
+        self.recipe, self.features = recipe, features
         self.eval_collator = eval_collator
         self.model_accepts_loss_kwargs = True  # the loss below is a mean over the whole accumulated batch
-        self.plans = plans(recipe["sparse_attention"])
         output = Path(self.args.output_dir)
         self.journal = Journal(output / "log.jsonl") if self.args.process_index == 0 else None
         self.broken = BrokenReport(output / "broken_samples.jsonl", recipe["max_broken"], self.args.process_index)
@@ -53,8 +52,38 @@ class VideoXLTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         block = self.args.per_device_train_batch_size * self.args.world_size if self.recipe["group_by_source"] else 1
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = None
+        if self.recipe["group_by_length"]:
+            lengths, block = self._lengths(), self.args.per_device_train_batch_size * self.args.world_size
+        return EpochSampler(dataset, self._data_seed, self._epoch, block, lengths)
+
+    @property
+    def _data_seed(self):
+        return self.args.data_seed or self.args.seed
+
+    def _epoch(self):
         # The library counts epochs as a float that is whole when an epoch begins.
-        return EpochSampler(dataset, self.args.data_seed or self.args.seed, lambda: self.state.epoch or 0, block)
+        return self.state.epoch or 0
+
+    def _lengths(self):
+        """The samples' lengths in tokens, which one process measures and all read."""
+        with self.args.main_process_first(desc="measuring the lengths of samples"):
+            return measure_lengths(self.train_dataset, Path(self.args.output_dir), self.args.dataloader_num_workers)
+
+    # override: batches of as many samples as fit a number of tokens
+    def get_train_dataloader(self):
+        budget = self.recipe["token_budget"]
+        if budget is None:
+            return super().get_train_dataloader()
+        place = (self.args.process_index, self.args.world_size)
+        batches = BudgetBatches(self._lengths(), budget, self.recipe["packing"], self._data_seed, self._epoch, place)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     # override: learning rates per module
     def create_optimizer(self, model=None):
@@ -82,8 +111,8 @@ class VideoXLTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.broken.take(inputs.pop("broken"), inputs.pop("samples"), self.state.global_step)
         inputs.pop("answers")
-        plan = self.plans[random.Random(f"{self.args.seed}-{self.state.global_step}").randrange(len(self.plans))]
-        total, _ = self.token_losses(model, inputs, plan)
+        entries = drawn(self.recipe, f"{self.args.seed}-{self.state.global_step}")
+        total, _ = self.token_losses(model, inputs, entries.pop("sparse_attention"), entries)
         if num_items_in_batch is None:
             num_items_in_batch = inputs["labels"].ne(IGNORE).sum()
         # The library averages gradients over processes; the divisor already counts the tokens of all of them.
@@ -91,41 +120,47 @@ class VideoXLTrainer(Trainer):
         loss = total * scale / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (loss, None) if return_outputs else loss
 
-    def token_losses(self, model, inputs: dict, plan: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_losses(self, model, inputs: dict, plan: dict, entries=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a batch.
 
         Args:
             model: The model, wrapped or not.
             inputs: A collator's batch.
             plan: `config.sparse_attention` during the call.
+            entries: Further entries of the config, see `drawn`.
 
         Returns:
             The summed loss of all labels, and [B, L] bool: where the most likely token is the label.
         """
         labels = inputs["labels"]
-        # Column i predicts column i + 1.
-        columns = labels[:, 1:].ne(IGNORE).any(dim=0).nonzero().flatten()
-        if len(columns) == 0:
-            columns = columns.new_zeros(1)  # no labels: a zero loss that still reaches every parameter
-        arguments = {"input_ids": inputs["input_ids"], "logits_to_keep": columns, "use_cache": False}
-        if videos := videos_of(inputs):
-            arguments["pixel_values_videos"] = videos
-        if "position_ids" in inputs and plan.get("prefill", "full") == "full":
-            arguments["position_ids"] = inputs["position_ids"]
+        columns = labelled_columns(labels)
+        arguments = {"input_ids": inputs["input_ids"], "labels": labels, "logits_to_keep": columns, "use_cache": False}
         config = self.accelerator.unwrap_model(model, keep_torch_compile=False).config
-        before = config.sparse_attention
-        config.sparse_attention = plan
-        try:
-            logits = model(**arguments).logits
-        finally:
-            config.sparse_attention = before
-        targets = labels[:, columns + 1]
+        with in_force(config, {"sparse_attention": plan, **(entries or {})}):
+            if videos := self._videos(inputs):
+                arguments["pixel_values_videos"] = videos
+            if "position_ids" in inputs and (self.recipe["packing"] or plan.get("prefill", "full") == "full"):
+                arguments["position_ids"] = inputs["position_ids"]
+            output = model(**arguments, num_items_in_batch=1)
+        targets = F.pad(labels, (0, 1), value=IGNORE)[:, columns + 1]
         labelled = targets != IGNORE
-        logits, targets = logits[labelled].float(), targets[labelled]
+        logits, targets = output.logits[labelled], targets[labelled]
         right = torch.zeros_like(labels, dtype=torch.bool)
         right[:, 1:][labels[:, 1:] != IGNORE] = logits.detach().argmax(dim=-1) == targets
-        smoothing = self.args.label_smoothing_factor
-        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), right
+        if smoothing := self.args.label_smoothing_factor:
+            return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing), right
+        return output.loss, right
+
+    def _videos(self, inputs):
+        """A batch's videos; those whose features are to be kept go through the tower here."""
+        videos, keys = videos_of(inputs), inputs.get("keys", ())
+        if not any(keys):
+            return videos
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return [
+            video if key is None else self.features.features(model, video, key)
+            for video, key in zip(videos, keys, strict=True)
+        ]
 
     # override: teacher-forced accuracy of whole answers
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -151,7 +186,8 @@ class VideoXLTrainer(Trainer):
             for batch in loader:
                 batch = self._prepare_inputs(batch)
                 broken += len(batch["broken"])
-                losses, right = self.token_losses(model, batch, settings.get("sparse_attention") or {})
+                entries = drawn(self.recipe, "eval", settings.get("sparse_attention") or {})
+                losses, right = self.token_losses(model, batch, entries.pop("sparse_attention"), entries)
                 total, tokens = total + losses.item(), tokens + int(batch["labels"].ne(IGNORE).sum())
                 for row, start, stop, kind in batch["answers"]:
                     hits[kind].append(bool(right[row, start:stop].all()))
@@ -176,14 +212,6 @@ class VideoXLTrainer(Trainer):
             logs["broken"] = self.broken.count
             logs["samples"] = self.broken.seen
         super().log(logs, start_time)
-
-
-def module_of(name: str) -> str | None:
-    """The module of `MODULES` that a parameter belongs to, also behind wrappers' prefixes."""
-    for module, prefixes in MODULES.items():
-        if any(name.startswith(prefix) or f".{prefix}" in f".{name}" for prefix in prefixes):
-            return module
-    return None
 
 
 class BrokenReport:
