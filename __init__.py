@@ -5,6 +5,7 @@ What is surprising:
 * Importing it changes nothing in transformers: `Auto*` takes the code in a checkpoint's own folder, which needs
   `trust_remote_code=True`. After `videoxl.register()` it takes the code here, for every folder, and needs no trust.
 * `pip install .` makes this package; in a clone, `videoxl.py` does. The Hub needs neither.
+* `VideoXLCollator` is not remote code: who trains has this package, and the files that others have to trust stay few.
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ PUBLIC = {
     "open_video": "video_processing_videoxl",
     "times_in_text": "messages_videoxl",
     "Sampling": "frame_sampling_videoxl",
+    "VideoXLCollator": "training.collator",
 }
 __all__ = [*PUBLIC, "register"]
 

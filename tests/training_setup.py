@@ -47,3 +47,65 @@ def tiny_recipe(folder: Path, output: Path, **changes) -> dict:
         "save_steps": 100,
     }
     return check_recipe(recipe | changes)
+
+
+# The six members, as their published checkpoints at tiny size, by folders of goldens. March is made of two: the vision
+# and the selector of April, the language model of Video-XL.
+MEMBERS = {
+    "videoxl2": "videoxl2/checkpoint",
+    "pro_april": "videoxlpro/checkpoint",
+    "pro_march": "videoxlpro/checkpoint",
+    "videoxl": "videoxl1/checkpoint",
+    "flash_umt": "videochatflash/checkpoint_res224",
+    "flash_internvideo2": "videochatflash/checkpoint_internvideo2",
+}
+# Words of the bundled tokenizer; the goldens have 256.
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def member_folder(name: str, goldens: Path, folder: Path, scale: float = 1.0) -> Path:
+    """A member's golden checkpoint with the bundled tokenizer, through the converter.
+
+    Args:
+        name: Of `MEMBERS`.
+        goldens: The folder of goldens.
+        folder: To be made; it must be called as no other folder of code.
+        scale: Of the standard deviation of the words that the golden does not have.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+    from videoxl.hub.convert import convert
+
+    root = Path(__file__).resolve().parent.parent
+    source, published = folder.with_name(f"{folder.name}_published"), goldens / MEMBERS[name]
+    source.mkdir(parents=True)
+    config, tensors = json.loads((published / "config.json").read_text()), load_file(published / "model.safetensors")
+    if name == "pro_march":
+        other = goldens / MEMBERS["videoxl"]
+        vision = ("model.vision_tower.", "model.sae.", "model.mm_projector.", "model.text_mlp.")
+        language = load_file(other / "model.safetensors")
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(vision)}
+        tensors |= {key: tensor for key, tensor in language.items() if not key.startswith(vision)}
+        keys = ("vision_config", "mm_vision_tower", "mm_hidden_size", "image_grid_pinpoints")
+        beacon = json.loads((other / "config.json").read_text())
+        config = beacon | {key: config[key] for key in keys if key in config} | {"beacon_ratio": [4]}
+    for file in _TOKENIZER:
+        shutil.copy(root / file, source)
+    words = len(AutoTokenizer.from_pretrained(root, trust_remote_code=True))
+    generator = torch.Generator().manual_seed(0)
+    for key in _VOCABULARY:
+        if key in tensors:
+            known = tensors[key]
+            more = torch.randn(words - len(known), known.shape[1], generator=generator) * known.std() * scale
+            tensors[key] = torch.cat([known, more.to(known.dtype)])
+    own = json.loads((root / "config.json").read_text())
+    for key in ("video_token_id", "time_start_token_id", "time_end_token_id"):
+        if key in config:
+            config[key] = own[key]
+    for key in ("bos_token_id", "eos_token_id"):
+        config.pop(key, None)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": words}))
+    return Path(convert(source, folder))

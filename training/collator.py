@@ -116,7 +116,7 @@ def labelled_columns(labels: torch.Tensor) -> torch.Tensor:
 def conversation_of(example: dict, read_item=dict, answers: bool = True) -> tuple[list[dict], list[str]]:
     """The messages of an example, its media in their places; see `read_training_messages`."""
     if not isinstance(example, dict) or not isinstance(example.get("messages"), list):
-        raise ValueError("an example is a dict with messages, a list of {'role': ..., 'content': text or items}")
+        raise ValueError("messages must be a list of {'role': ..., 'content': text or items}, in a dict")
     media = {kind: example.get(f"{kind}s") for kind in SOURCES}
     messages = example["messages"]
     if any(sources is not None for sources in media.values()):

@@ -2,7 +2,8 @@
 
     python training/merge_lora.py ADAPTER OUTPUT [--model BASE]
 
-OUTPUT is a folder that the Auto classes load, without peft.
+OUTPUT is a folder that the Auto classes load, without peft. Its model card has the base's metadata (licence, tags) and
+a text that says what it is.
 
 What is surprising:
 * peft (0.21) takes kernels of 1 x 1 x 1 for those of 1 x 1 when it merges, and fails. The compressor has some; what
@@ -10,11 +11,14 @@ What is surprising:
 """
 
 import argparse
+import shutil
 from functools import partial
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import cached_file
 
 
 def merge(adapter: str | Path, output: str | Path, base: str | Path | None = None) -> None:
@@ -41,6 +45,31 @@ def merge(adapter: str | Path, output: str | Path, base: str | Path | None = Non
             module.get_delta_weight = partial(pointwise_gain, module)
     adapted.merge_and_unload(safe_merge=True).save_pretrained(output)
     AutoProcessor.from_pretrained(base, trust_remote_code=True).save_pretrained(output)
+    write_card(adapter, output, base)
+
+
+def write_card(adapter: str | Path, output: str | Path, base: str | Path) -> None:
+    """Gives the merged model its base's card, with a text of its own, and its base's licences."""
+    found = {}
+    for name in ("README.md", "LICENSE", "LICENSE-CODE"):
+        found[name] = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+    for name in ("LICENSE", "LICENSE-CODE"):
+        if found[name] is not None:
+            shutil.copyfile(found[name], Path(output) / name)
+    card = ModelCard.load(found["README.md"], ignore_metadata_errors=True) if found["README.md"] else None
+    if card is None:
+        return
+    local = Path(base).is_dir()
+    if not local:
+        card.data.base_model = str(base)
+    named = Path(base).resolve().name if local else base
+    name, of = Path(output).resolve().name, Path(adapter).resolve().name
+    card.text = (
+        f"\n# {name}\n\n{named} with the LoRA adapter {of} merged into its weights. It loads and answers as its base "
+        "does:\n\n```python\nfrom transformers import AutoModel\n\n"
+        'model = AutoModel.from_pretrained("this repository", trust_remote_code=True)\n```\n'
+    )
+    card.save(Path(output) / "README.md")
 
 
 def pointwise_gain(layer, adapter: str):

@@ -136,8 +136,10 @@ def freeze(model, recipe: dict) -> None:
     rates = learning_rates(recipe)
     if recipe["member"].get("beacon_ratio", model.config.beacon_ratio) in (None, "none"):
         rates["beacons"] = None  # they never run
+    # Nobody reads what beacons ask for in the last layer: only their keys and values stay.
+    last = f"model.language_model.layers.{model.config.text_config.num_hidden_layers - 1}.self_attn.beacon_q_proj."
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates[module_of(name)] is not None and not name.startswith(_UNUSED))
+        parameter.requires_grad_(rates[module_of(name)] is not None and not name.startswith((*_UNUSED, last)))
 
 
 def add_lora(model, lora: dict):
