@@ -5,6 +5,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 RAY := .venv-ray
+TRL := .venv-trl
 SERVING := .venv-serving
 # PyTorch's own index of builds for machines without a GPU.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
@@ -30,7 +31,7 @@ DEMO_ANSWERS = "orange / right / large / egg / At 9 seconds"
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
-test test-all test-browser test-oldest test-newest test-ray test-serving test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-newest test-ray test-serving test-trl test-without: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo page notebook screenshot train-small evaluate style format clean
@@ -68,6 +69,9 @@ test-processors: $(VENV)/.installed ## tests that compare numbers, computed as o
 
 test-ray: $(RAY)/.installed ## many videos with Ray: actors and drivers that are killed (not part of CI)
 	$(RAY)/bin/python -m pytest tests/test_ray_batch.py -m "not cuda" $(PYTEST_ARGS)
+
+test-trl: $(TRL)/.installed ## trl's trainer, in an environment of its own (not part of CI; needs VIDEOXL_TEST_DATA)
+	$(TRL)/bin/python -m pytest tests/test_training_trl.py -m slow $(PYTEST_ARGS)
 
 test-serving: $(SERVING)/.plugin ## the vLLM plug-in, with vLLM on the CPU (3.4 GB, minutes to install; not part of CI)
 	$(SERVING)/bin/python -m pytest tests/test_serving_vllm.py $(PYTEST_ARGS)
@@ -123,9 +127,10 @@ clean: ## remove caches (not the environments)
 
 $(VENV)/.installed: requirements.txt
 $(OLDEST)/.installed: requirements-oldest.txt
+$(TRL)/.installed: requirements-trl.txt requirements.txt
 $(RAY)/.installed: requirements-ray.txt
 $(SERVING)/.installed: requirements-serving.txt
-$(VENV)/.installed $(OLDEST)/.installed $(RAY)/.installed $(SERVING)/.installed:
+$(VENV)/.installed $(OLDEST)/.installed $(RAY)/.installed $(SERVING)/.installed $(TRL)/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)

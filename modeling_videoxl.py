@@ -181,7 +181,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
         if input_ids is not None and input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length], got {tuple(input_ids.shape)}")
         use_cache = use_cache if use_cache is not None else self.config.text_config.use_cache
-        call = Call(InForce(self.config)) if call is None else call
+        direct, call = call is None, Call(InForce(self.config)) if call is None else call
         past, prompt_length = 0 if cache is None else cache.get_seq_length(), call.prompt_length
         new = (inputs_embeds if input_ids is None else input_ids).shape[1]
         _require_whole_past(past, new, attention_mask, position_ids, prompt_length)
@@ -198,7 +198,8 @@ class VideoXLModel(VideoXLPreTrainedModel):
             if input_ids is None:
                 raise ValueError("pixel_values_videos needs input_ids, whose placeholders say where visual tokens go")
             pixels = pixel_values_videos
-            return self._forward_videos(input_ids, attention_mask, position_ids, cache, pixels, options, call)
+            output = self._forward_videos(input_ids, attention_mask, position_ids, cache, pixels, options, call)
+            return _of_whole_length(output, new) if direct else output
         if new > 1 and (prompt_length is None or past < prompt_length):
             padded = attention_mask is not None and attention_mask.ndim == 2
             end = min(past + new, prompt_length or past + new)
@@ -580,6 +581,14 @@ def _require_trainable(in_force: InForce, whole: bool, logits_to_keep) -> None:
         raise ValueError("labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'")
     if in_force.policy.untrainable:
         raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
+
+
+def _of_whole_length(output: BaseModelOutputWithPast, length: int) -> BaseModelOutputWithPast:
+    """An output with a row for each of `length` tokens, as other trainers expect: zeros where there is none."""
+    missing = length - output.last_hidden_state.shape[1]
+    if missing:
+        output.last_hidden_state = nn.functional.pad(output.last_hidden_state, (0, 0, missing, 0))
+    return output
 
 
 def _behind(first: int, positions) -> torch.Tensor:
