@@ -1,10 +1,14 @@
 """Training of every member: what moves, adapters, what cannot be trained, packing, kept features, other trainers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
@@ -21,7 +25,8 @@ from videoxl.training.recipe import check_recipe, drawn, module_of, require_trai
 from videoxl.training.train import build_model, newest_checkpoint, run
 from videoxl.training.trainer import BrokenReport
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 CLIP = {"seconds": 4, "num_questions": 2}
 BEACONS = ("pro_march", "videoxl")
 TEXT_ONLY = (*BEACONS, "pro_april")
@@ -283,3 +288,29 @@ def test_answers_in_front_of_a_video_are_broken_where_they_have_no_loss(folders,
 
 def number_of(file):
     return int(file.split("_")[1].split(".")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMBERS)
+def test_two_processes_with_fsdp_give_the_losses_of_one(folders, tmp_path, name):
+    """FSDP 2 on two CPU processes. Every process has to call every layer equally often, so all clips are alike."""
+    entries = {"keep_ratio": 0.8} if name.startswith("pro") else {}
+    changes = {"max_steps": 2, "learning_rate": 0.1, "trainer": {"optim": "sgd"}, "member": entries}
+    run(recipe_for(folders(name), tmp_path / "one", batch_size=2, **changes))
+    recipe = recipe_for(folders(name), tmp_path / "two", batch_size=1, **changes)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    config, program = ROOT / "training" / "accelerate" / "fsdp.yaml", ROOT / "training" / "train.py"
+    command = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port=0", program]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), str(tmp_path / "r.yaml")], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def told(folder):
+        lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert told("two") == pytest.approx(told("one"), rel=1e-3)
+    one, two = (load_file(tmp_path / part / "model.safetensors") for part in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(two[key], one[key], atol=1e-3) for key in one)

@@ -27,14 +27,15 @@ from videoxl import open_video
 from videoxl.shell.records import json_lines, read_json
 from videoxl.training.collator import SOURCES, conversation_of, encode_messages, visual_items
 from videoxl.training.features import identity_of
+from videoxl.video_world import grounding_moments, grounding_question, make_clip
 
 MEDIA_MARKER = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
-_ENTRY_KEYS = {"json_path", "sampling_strategy", "source", "root", "sample_fps"}
+_ENTRY_KEYS = {"json_path", "sampling_strategy", "source", "root", "sample_fps", "grounding"}
 _WORLD_ENTRY_KEYS = {"world", "source"}
-_WORLD_KEYS = {"split", "size", "first_seed", "clip", "sample_fps", "time_offset_max"}
+_WORLD_KEYS = {"split", "size", "first_seed", "clip", "sample_fps", "time_offset_max", "grounding"}
 _VIDEO_KEYS = {"max_num_frames", "sample_fps", "max_sample_fps"}
 
 
@@ -336,6 +337,7 @@ class _JsonSamples:
         self.records = [records[index] for index in chosen]
         self.root = folder / entry["root"] if entry.get("root") else path.parent
         self.sample_fps = entry.get("sample_fps", 1)
+        self.grounding = entry.get("grounding", "charades")
 
     def __len__(self):
         return len(self.records)
@@ -358,6 +360,11 @@ class _JsonSamples:
         record = self.records[index]
         if isinstance(record, dict):
             record = {key: value for key, value in record.items() if value is not None}
+        if isinstance(record, dict) and "query" in record:
+            question = grounding_question(record["query"], record.get("spans", [record.get("span")]), self.grounding)
+            item, text = self._read_item({"type": "video", "video": record.get("video")}), {"type": "text"}
+            user = {"role": "user", "content": [item, text | {"text": question.text}]}
+            return [user, {"role": "assistant", "content": question.answer}], [question.type]
         if isinstance(record, dict) and "conversations" in record and {"videos", "images"} & set(record):
             record = dict(record)
             record["messages"] = _renamed_turns(record.pop("conversations"))
@@ -459,6 +466,7 @@ class _WorldSamples:
         self.split = world.get("split", "train")
         self.first_seed = int(world.get("first_seed", 0))
         self.clip = world.get("clip") or {}
+        self.grounding = world.get("grounding")  # a prompt: when is something, instead of the clip's questions
         rates = world.get("sample_fps", 1)
         self.rates = [float(rate) for rate in (rates if isinstance(rates, list) else [rates])]
         # The clip's first second is drawn from 0 .. this, so that timestamps do not always begin at 0.
@@ -474,12 +482,19 @@ class _WorldSamples:
         return f"{self.split}:{self.first_seed + index}"
 
     def identities(self, index):
-        told = [self.split, self.first_seed + index, self.clip, self.rates, self.time_offset_max, self.seed, index]
+        told = [
+            self.split,
+            self.first_seed + index,
+            self.clip,
+            self.grounding,
+            self.rates,
+            self.time_offset_max,
+            self.seed,
+            index,
+        ]
         return [told], told
 
     def load(self, index, open_scaled=None, answers=True):
-        from videoxl.video_world import make_clip
-
         rng = random.Random(f"{self.seed}-{index}")
         rate = rng.choice(self.rates)
         # Whole seconds, so that answers about time stay short.
@@ -488,8 +503,13 @@ class _WorldSamples:
         first = start.get("start", float(self.clip.get("start", 0)))
         times = [first + number / rate for number in range(max(int(clip.seconds * rate), 1))]
         video, messages = {"type": "video", "video": clip.frames(times), "timestamps": times}, []
-        for number, question in enumerate(clip.questions):
+        for number, question in enumerate(self._questions(clip)):
             text = {"type": "text", "text": question.text}
             messages.append({"role": "user", "content": [video, text] if number == 0 else question.text})
             messages.append({"role": "assistant", "content": question.answer})
-        return messages, [question.type for question in clip.questions]
+        return messages, [question.type for question in self._questions(clip)]
+
+    def _questions(self, clip):
+        if self.grounding is None:
+            return clip.questions
+        return [grounding_question(moment.query, moment.spans, self.grounding) for moment in grounding_moments(clip)]

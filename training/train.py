@@ -257,6 +257,9 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
     model, processor = build_model(recipe)
     pretraining = recipe["stage"] == "dts"
     require_trainable(recipe, model)
+    # What FSDP shards by itself: of the layers that any member has, this one's.
+    kinds = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = [kind for kind in model._no_split_modules if kind in kinds]
     features = None
     if recipe["feature_cache"]:
         features = FeatureCache(recipe["feature_cache"], model, processor, recipe["video"])

@@ -12,6 +12,7 @@ evaluation both draw from here; nothing here knows of models.
 
 from .clips import SPLITS, Card, Clip, Item, haystack_frames, make_clip
 from .drawing import COLORS, DIGITS, SHAPES, SIZES, WORDS, draw_needle
+from .grounding import GROUNDING_PROMPTS, Moment, grounding_moments, grounding_question
 from .questions import CHOICE_PROMPT, NEEDLE_KINDS, TEXTS, Question, needle_questions, render_choices
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Card",
     "Clip",
     "DIGITS",
+    "GROUNDING_PROMPTS",
     "Item",
+    "Moment",
     "NEEDLE_KINDS",
     "Question",
     "SHAPES",
@@ -29,6 +32,8 @@ __all__ = [
     "TEXTS",
     "WORDS",
     "draw_needle",
+    "grounding_moments",
+    "grounding_question",
     "haystack_frames",
     "make_clip",
     "needle_questions",
