@@ -468,7 +468,10 @@ def test_two_processes_with_fsdp(tiny, tmp_path):
     trainer = run(tiny_recipe(tiny, tmp_path / "one", batch_size=4, **settings))
     recipe = tiny_recipe(tiny, tmp_path / "two", batch_size=2, save_steps=2, **settings)
     config = ROOT / "training" / "accelerate" / "fsdp.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port=0")
+    options = ("--config_file", str(config), "--cpu", "--num_processes=2", "--main_process_port=0")
+    launcher = ("-m", "accelerate.commands.launch", *options)
+    assert "shards nothing here" in start(recipe, tmp_path / "r.yaml", launcher=launcher).communicate()[1]
+    launcher = (*launcher, str(ROOT / "tests" / "sharded.py"))
     finish(start(recipe, tmp_path / "r.yaml", launcher=launcher))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = trainer.model.state_dict(), load_file(tmp_path / "two" / "model.safetensors")

@@ -300,7 +300,8 @@ def test_two_processes_with_fsdp_give_the_losses_of_one(folders, tmp_path, name)
     recipe = recipe_for(folders(name), tmp_path / "two", batch_size=1, **changes)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     config, program = ROOT / "training" / "accelerate" / "fsdp.yaml", ROOT / "training" / "train.py"
-    command = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port=0", program]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--cpu", "--num_processes=2"]
+    command = [*launcher, "--main_process_port=0", ROOT / "tests" / "sharded.py", program]
     done = subprocess.run(
         [sys.executable, *map(str, command), str(tmp_path / "r.yaml")], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500,

@@ -12,6 +12,7 @@ continues from the newest complete checkpoint, and starts from the beginning if 
 import argparse
 import gc
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -288,6 +289,11 @@ def run(recipe: dict, resume: bool = False) -> VideoXLTrainer:
         eval_collator=Collator(processor, always_video=pretraining, packing=recipe["packing"]),
         processing_class=processor,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "accelerate was launched with FSDP and shards nothing here (it does not on CPUs): launch with torchrun, "
+            "for plain data parallelism"
+        )
     if pretraining and trainer.is_fsdp_enabled:
         raise ValueError("stage dts is small and runs with plain data parallelism: launch it without FSDP")
     if features is not None and trainer.is_fsdp_enabled:
