@@ -1,7 +1,8 @@
 """Runs a program with FSDP 2 on CPUs: `accelerate launch ... tests/sharded.py PROGRAM ARGUMENTS`.
 
 accelerate (1.15) shards nothing on CPUs, whatever its config says: it trains data-parallel instead, without a word.
-Told that these are GPUs it shards over gloo, as it would over NCCL. The program fails unless all parameters are sharded.
+Told that these are GPUs it shards over gloo, as it would over NCCL. The program fails unless all parameters are in
+shards.
 """
 
 import runpy

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
-from training_setup import CLIPS, tiny_recipe, write_tiny_folder
+from training_setup import CLIPS, fsdp_launcher, tiny_recipe, write_tiny_folder
 from videoxl.training.batches import Collator, videos_of
 from videoxl.training.collator import IGNORE
 from videoxl.training.data import MixtureDataset, load_mixture
@@ -467,11 +467,9 @@ def test_two_processes_with_fsdp(tiny, tmp_path):
     settings = {"max_steps": 3, "learning_rate": 0.1, "trainer": {"optim": "sgd"}}
     trainer = run(tiny_recipe(tiny, tmp_path / "one", batch_size=4, **settings))
     recipe = tiny_recipe(tiny, tmp_path / "two", batch_size=2, save_steps=2, **settings)
-    config = ROOT / "training" / "accelerate" / "fsdp.yaml"
-    options = ("--config_file", str(config), "--cpu", "--num_processes=2", "--main_process_port=0")
-    launcher = ("-m", "accelerate.commands.launch", *options)
+    launcher = fsdp_launcher(ROOT, tmp_path)
     assert "shards nothing here" in start(recipe, tmp_path / "r.yaml", launcher=launcher).communicate()[1]
-    launcher = (*launcher, str(ROOT / "tests" / "sharded.py"))
+    launcher.append(str(ROOT / "tests" / "sharded.py"))
     finish(start(recipe, tmp_path / "r.yaml", launcher=launcher))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = trainer.model.state_dict(), load_file(tmp_path / "two" / "model.safetensors")

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from margins import TIE
 from PIL import Image
 from safetensors.torch import load_file
-from training_setup import MEMBERS, member_folder
+from training_setup import MEMBERS, fsdp_launcher, member_folder
 from transformers import AutoModel, AutoProcessor
 from videoxl.training.batches import Collator, videos_of
 from videoxl.training.collator import IGNORE
@@ -299,9 +299,8 @@ def test_two_processes_with_fsdp_give_the_losses_of_one(folders, tmp_path, name)
     run(recipe_for(folders(name), tmp_path / "one", batch_size=2, **changes))
     recipe = recipe_for(folders(name), tmp_path / "two", batch_size=1, **changes)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    config, program = ROOT / "training" / "accelerate" / "fsdp.yaml", ROOT / "training" / "train.py"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--cpu", "--num_processes=2"]
-    command = [*launcher, "--main_process_port=0", ROOT / "tests" / "sharded.py", program]
+    program = [ROOT / "tests" / "sharded.py", ROOT / "training" / "train.py"]
+    command = [*fsdp_launcher(ROOT, tmp_path), *program]
     done = subprocess.run(
         [sys.executable, *map(str, command), str(tmp_path / "r.yaml")], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500,

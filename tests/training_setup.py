@@ -49,6 +49,14 @@ def tiny_recipe(folder: Path, output: Path, **changes) -> dict:
     return check_recipe(recipe | changes)
 
 
+def fsdp_launcher(root: Path, folder: Path) -> list[str]:
+    """Arguments of Python that launch a program with the shipped config of FSDP, on two CPU processes."""
+    text = (root / "training" / "accelerate" / "fsdp.yaml").read_text()
+    config = folder / "fsdp.yaml"
+    config.write_text(text.replace("use_cpu: false", "use_cpu: true").replace("num_processes: 8", "num_processes: 2"))
+    return ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port=0"]
+
+
 # The six members, as their published checkpoints at tiny size, by folders of goldens. March is made of two: the vision
 # and the selector of April, the language model of Video-XL.
 MEMBERS = {
