@@ -13,7 +13,6 @@ What is surprising:
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,6 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -44,18 +42,27 @@ from .prefill_videoxl import (
     SEGMENT_TOKENS,
     Call,
     InForce,
+    SequencePolicy,
     continue_rows,
     extend_cache,
     positions_of,
     prefill_rows,
     require_context,
-    run_packed,
+    run_steps,
     run_without_cache,
     waits_for_question,
 )
-from .sparse_attention import packed_samples, prompt_rows, register_attention
+from .sparse_attention import plan_packed, prompt_rows, register_attention
 from .token_dropping_videoxl import TokenDropping
 from .token_selector_videoxl import TokenSelection
+from .training_videoxl import (
+    among_outputs,
+    checkpointed_layers,
+    of_whole_length,
+    packed_samples,
+    require_trainable,
+    without_checkpointing,
+)
 from .vision_videoxl import build_vision_tower, encode_videos
 
 logger = logging.get_logger(__name__)
@@ -199,7 +206,7 @@ class VideoXLModel(VideoXLPreTrainedModel):
                 raise ValueError("pixel_values_videos needs input_ids, whose placeholders say where visual tokens go")
             pixels = pixel_values_videos
             output = self._forward_videos(input_ids, attention_mask, position_ids, cache, pixels, options, call)
-            return _of_whole_length(output, new) if direct else output
+            return of_whole_length(output, new) if direct else output
         if new > 1 and (prompt_length is None or past < prompt_length):
             padded = attention_mask is not None and attention_mask.ndim == 2
             end = min(past + new, prompt_length or past + new)
@@ -267,7 +274,9 @@ class VideoXLModel(VideoXLPreTrainedModel):
         timed = [video.ndim < 5 or self.config.image_timestamps for video in pixels]
         rows = prompt_rows(self.config, input_ids.expand(len(samples), -1), samples, features, timed)
         embeds = self._merge(input_ids, torch.ones_like(input_ids), features, None)
-        return run_packed(self, embeds, position_ids, rows, call.in_force.policy)
+        plan = SequencePolicy.facts(call.in_force.policy)
+        steps = plan_packed(rows, **plan, device=embeds.device)
+        return BaseModelOutputWithPast(last_hidden_state=run_steps(self, embeds, position_ids, steps, None))
 
     def _embed_videos(self, input_ids, attention_mask, pixels, use_cache, call):
         """Embeddings [B, L, hidden] of prompts with the visual tokens in place, a `PromptRow` each, and the call."""
@@ -431,17 +440,17 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         keep = logits_to_keep if whole and labels is None else 0
         call = Call(InForce(self.config), prompt_length, num_expanded, keep, dense_chunks, required_chunks, labels)
         if labels is not None:
-            _require_trainable(call.in_force, whole, logits_to_keep)
-        checkpointed = _checkpointed_layers(self.model.language_model) if self.training else []
+            require_trainable(call.in_force, whole, logits_to_keep)
+        checkpointed = checkpointed_layers(self.model.language_model) if self.training else []
         if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
             use_cache = False
         has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
-        with _without_checkpointing(checkpointed if has_cache else ()):
+        with without_checkpointing(checkpointed if has_cache else ()):
             tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values_videos)
             outputs = self.model(*tokens, use_cache, cache, output_attentions, output_hidden_states, call)
         # Positions in front of the first output, if only the sequence's end has some.
         first = (inputs_embeds if input_ids is None else input_ids).shape[1] - outputs.last_hidden_state.shape[1]
-        kept = slice(-logits_to_keep, None) if whole else _behind(first, logits_to_keep)
+        kept = slice(-logits_to_keep, None) if whole else among_outputs(first, logits_to_keep)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
@@ -573,34 +582,6 @@ def _holds_cache(value) -> bool:
     return isinstance(value, Cache) or isinstance(value, (list, tuple)) and any(map(_holds_cache, value))
 
 
-def _require_trainable(in_force: InForce, whole: bool, logits_to_keep) -> None:
-    """Raises ValueError where labels do not go with the settings."""
-    if whole and logits_to_keep:
-        raise ValueError("labels are for all positions: leave logits_to_keep out, or give the positions as a tensor")
-    if in_force.decoding.text_only:
-        raise ValueError("labels cannot be used with decode='bilevel': train with a prefill plan and decode='full'")
-    if in_force.policy.untrainable:
-        raise ValueError(f"labels cannot be used with {in_force.policy.untrainable}")
-
-
-def _of_whole_length(output: BaseModelOutputWithPast, length: int) -> BaseModelOutputWithPast:
-    """An output with a row for each of `length` tokens, as other trainers expect: zeros where there is none."""
-    missing = length - output.last_hidden_state.shape[1]
-    if missing:
-        output.last_hidden_state = nn.functional.pad(output.last_hidden_state, (0, 0, missing, 0))
-    return output
-
-
-def _behind(first: int, positions) -> torch.Tensor:
-    """Positions [n] of a sequence as places among its outputs, which begin with position `first`."""
-    if first and len(positions) and int(positions.min()) < first:
-        raise ValueError(
-            "with decode='bilevel', beacon memory, a token selector or mm_llm_compress logits exist behind the last "
-            f"video only, from position {first} on; logits_to_keep asks for {positions.tolist()!r:.90}"
-        )
-    return positions - first
-
-
 def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, prompt_length) -> None:
     """Raises ValueError if a call speaks of other tokens than its cache holds and it brings."""
     known = past_length + new_tokens
@@ -613,29 +594,6 @@ def _require_whole_past(past_length, new_tokens, attention_mask, position_ids, p
             f"{new_tokens} came with this call: pass the cache of the earlier tokens as past_key_values or cache, and "
             "a mask of [batch, cached and new tokens]"
         )
-
-
-def _checkpointed_layers(language_model) -> list[GradientCheckpointingLayer]:
-    """The layers whose activations would be computed again in the backward pass of what runs now."""
-    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [layer for layer in layers if layer.training and layer.gradient_checkpointing]
-
-
-@contextmanager
-def _without_checkpointing(layers: list[GradientCheckpointingLayer]):
-    """Meanwhile these layers fill a cache: checkpointed they would get none, or fill it twice."""
-    if layers and torch.is_grad_enabled():
-        logger.warning_once(
-            "gradient checkpointing does not reach the language model where its activations pass through a cache "
-            "(use_cache=True, beacon memory, a token selector): they stay in memory"
-        )
-    try:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 __all__ = ["VideoXLForConditionalGeneration", "VideoXLModel", "VideoXLPreTrainedModel"]

@@ -12,7 +12,6 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
-from .sparse_attention import AttentionPlan, AttentionStep, GroupSpan, PromptRow, VisualLayout, plan_prefill
+from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
+from .training_videoxl import evaluating
 
 logger = logging.get_logger(__name__)
 
@@ -523,29 +523,6 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
         states = run_steps(model, embeds[number : number + 1, row.columns], positions, steps, None)
         outputs.append(embeds.new_zeros(embeds.shape[1:]).index_copy(0, row.columns, states[0]))
     return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
-
-
-def run_packed(model, embeds, positions, rows: list[PromptRow], policy) -> BaseModelOutputWithPast:
-    """As `run_without_cache`, of prompts that stand one behind the other in one sequence [1, L, hidden]."""
-    steps, plan = [], SequencePolicy.facts(policy)
-    for row in rows:
-        whole = [AttentionStep(0, row.layout.length)]
-        own = whole if policy.prefill == "full" else plan_prefill(row.layout, **plan, device=embeds.device)
-        steps += [step.moved(int(row.columns[0])) for step in own]
-    return BaseModelOutputWithPast(last_hidden_state=run_steps(model, embeds, positions, steps, None))
-
-
-@contextmanager
-def evaluating(model):
-    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @torch.no_grad()

@@ -191,15 +191,6 @@ def prompt_rows(config, input_ids, attention_mask, features, timed, prompt_lengt
     return rows
 
 
-def packed_samples(position_ids) -> torch.Tensor | None:
-    """[samples, L] the samples of a sequence [1, L] whose positions start anew, 1 where each stands; else None."""
-    if position_ids is None or len(position_ids) != 1:
-        return None
-    begins = torch.cat([position_ids.new_ones(1), (position_ids[0].diff() <= 0).long()])
-    numbers = begins.cumsum(0)
-    return (numbers == torch.arange(1, int(numbers[-1]) + 1, device=numbers.device)[:, None]).long()
-
-
 @dataclass(frozen=True)
 class AttentionStep:
     """Queries at [start, stop) see the positions `gathered`, and causally everything from `window_start` on."""
@@ -284,6 +275,17 @@ def plan_prefill(
             add(chunk[0].start, chunk[-1].end, window_start, gathered, stamps if prefill == "mask" else ())
         cursor = video[-1].end
     add(cursor, layout.length)
+    return steps
+
+
+def plan_packed(rows, prefill: str, chunk_groups: int, window_chunks: int, device) -> list[AttentionStep]:
+    """Steps for whole prompts (`PromptRow`s) that stand one behind the other in one sequence; none sees another."""
+    steps = []
+    for row in rows:
+        plan = plan_prefill(row.layout, prefill, chunk_groups, window_chunks, device=device)
+        if prefill == "full":  # as one step, which needs no mask
+            plan = [AttentionStep(0, row.layout.length)]
+        steps += [step.moved(int(row.columns[0])) for step in plan]
     return steps
 
 
