@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from videoxl.shell.records import json_line, json_lines
 from videoxl.training.batches import BudgetBatches, EpochSampler, measure_lengths, videos_of
 from videoxl.training.collator import IGNORE, labelled_columns
 from videoxl.training.muon import is_matrix, make_optimizer
-from videoxl.training.recipe import drawn, in_force, learning_rates, module_of
+from videoxl.training.recipe import behind_videos_only, drawn, in_force, learning_rates, module_of
 
 # Samples of which `max_broken` is a share at least: one bad file among the first three is no reason to stop.
 MIN_SEEN = 50
@@ -119,6 +120,19 @@ class VideoXLTrainer(Trainer):
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = total * scale / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (loss, None) if return_outputs else loss
+
+    # override: with beacon memory or a token selector gradients reach a layer's earlier calls through the cache, unseen
+    # by FSDP, which would have given the layer's weights away by then
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        sharded = []
+        if self.is_fsdp_enabled and behind_videos_only(self.accelerator.unwrap_model(model).config, self.recipe):
+            sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_reshard_after_backward(False, recurse=False)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for module in sharded:
+            module.reshard()
+        return loss
 
     def token_losses(self, model, inputs: dict, plan: dict, entries=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a batch.
