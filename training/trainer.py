@@ -121,8 +121,8 @@ class VideoXLTrainer(Trainer):
         loss = total * scale / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (loss, None) if return_outputs else loss
 
-    # override: with beacon memory or a token selector gradients reach a layer's earlier calls through the cache, unseen
-    # by FSDP, which would have given the layer's weights away by then
+    # override: with beacon memory or a token selector gradients reach earlier calls of a layer through the cache. FSDP
+    # does not see that, and would have given the layer's weights away by then
     def training_step(self, model, inputs, num_items_in_batch=None):
         sharded = []
         if self.is_fsdp_enabled and behind_videos_only(self.accelerator.unwrap_model(model).config, self.recipe):
