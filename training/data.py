@@ -369,9 +369,7 @@ class _JsonSamples:
             record = dict(record)
             record["messages"] = _renamed_turns(record.pop("conversations"))
         if not isinstance(record, dict) or ("messages" in record) == bool({"conversations", *SOURCES} & set(record)):
-            raise ValueError(
-                "a sample is a dict with messages (and videos, images), or with conversations and its image or video"
-            )
+            raise ValueError("a sample is a dict with messages, or with conversations and its image or video")
         if "messages" in record:
             return conversation_of(record, self._read_item, answers)
         media = self._published_media(record, open_scaled)
