@@ -312,5 +312,6 @@ def test_two_processes_with_fsdp_give_the_losses_of_one(folders, tmp_path, name)
         return [line["loss"] for line in lines if "loss" in line]
 
     assert told("two") == pytest.approx(told("one"), rel=1e-3)
-    one, two = (load_file(tmp_path / part / "model.safetensors") for part in ("one", "two"))
+    # As loaded: of two tied weights either may be the one that is saved.
+    one, two = (load(tmp_path / part).state_dict() for part in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.allclose(two[key], one[key], atol=1e-3) for key in one)
