@@ -134,6 +134,16 @@ class VideoXLTrainer(Trainer):
             module.reshard()
         return loss
 
+    # override: FSDP gives a module a class of its own, whose file would be saved as the model's code
+    def _save(self, output_dir=None, state_dict=None):
+        kind = type(self.model)
+        if isinstance(self.model, FSDPModule):
+            self.model.__class__ = next(base for base in kind.__bases__ if base is not FSDPModule)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = kind
+
     def token_losses(self, model, inputs: dict, plan: dict, entries=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs a batch.
 
