@@ -194,6 +194,8 @@ def test_a_budget_trains_and_resumes_bitwise(tiny, tmp_path, monkeypatch):
 def test_kept_features_give_the_same_training(tiny, tmp_path, mixed, monkeypatch):
     data = [{"json_path": str(mixed / "good.json")}, {"world": {"size": 3, "clip": {"seconds": 4}}}]
     changes = {"data": data, "modules": {"vision_tower": "frozen"}, "video": {"max_num_frames": 7}, "max_steps": 5}
+    # Not Adam: its first steps turn the rounding noise of vanishing gradients into whole steps.
+    changes |= {"learning_rate": 0.1, "trainer": {"optim": "sgd"}}
     plain = run(tiny_recipe(tiny, tmp_path / "plain", **changes))
     cached = {"feature_cache": str(tmp_path / "cache"), **changes}
     first = run(tiny_recipe(tiny, tmp_path / "first", **cached))
