@@ -35,7 +35,7 @@ test test-all test-browser test-oldest test-newest test-ray test-serving test-tr
 
 .DEFAULT_GOAL := help
 .PHONY: help demo page notebook screenshot train-small evaluate style format clean
-.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-serving test-without
+.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-serving test-trl test-without
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

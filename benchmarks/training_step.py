@@ -25,7 +25,7 @@ examples:
   python benchmarks/training_step.py --out training_cpu
       Width 512, two CPU threads (minutes).
 
-  python benchmarks/training_step.py --preset videoxl2-7b --device cuda --samples 32 --out training_h200
+  python benchmarks/training_step.py --preset video-xl-2-8b --device cuda --samples 32 --out training_h200
       A published model's sizes on a GPU (bfloat16 weights, so one of 141 GB holds them, gradients and activations).
 """
 WAYS = {
