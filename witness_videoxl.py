@@ -32,7 +32,7 @@ _LIBRARY_KEYS = (
 _CALL_TIME_KEYS = (
     "sparse_attention|enable_sparse|sparse_mode|sparse_config|enable_chunk_prefill|prefill_config|vision_chunk_frames"
     "|beacon_ratio|keep_ratio|keep_seed|mm_llm_compress|llm_compress_.*|llm_image_token_ratio_list"
-    "|tokenizer_model_max_length"
+    "|tokenizer_model_max_length|max_source_bytes"
 )
 _VOLATILE_KEY = re.compile(f"{_LIBRARY_KEYS}|{_CALL_TIME_KEYS}")
 
