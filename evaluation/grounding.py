@@ -188,7 +188,9 @@ def run(args) -> dict:
         chosen = [record for record in records if kind in ("all", record["kind"])]
         unread = sum(not record["told"] for record in chosen)
         summary[kind] = summarize([record["iou"] for record in chosen], unread)
-    configuration = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    # Where files lie is this machine's matter.
+    said = {key: value for key, value in vars(args).items() if key not in ("model", "out", "videos")}
+    configuration = {key: value.name if isinstance(value, Path) else value for key, value in said.items()}
     return {
         "format": "videoxl-grounding",
         "configuration": {**configuration, "checkpoint": checkpoint.facts},
