@@ -149,6 +149,7 @@ $(SERVING)/.plugin: $(SERVING)/.installed pyproject.toml
 $(VENV)/.page: requirements-demo.txt $(VENV)/.installed
 	@echo "installing $< into $(@D)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r $<
+	@$(BIN)/python -m pip install -qqq --disable-pip-version-check --no-deps $$(grep '^pillow==' requirements.txt)
 	@touch $@
 
 # Linux's usual torch comes with CUDA: where there is no driver for it, the build without it is taken, if its index is
