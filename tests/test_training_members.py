@@ -142,6 +142,23 @@ def test_an_adapter_saves_merges_loads_and_answers_as_trained(folders, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_an_adapter_over_quantised_weights_learns(folders, tmp_path, name, bits):
+    """QLoRA: weights of the language model in few bits, which stay, and an adapter that loads over them again."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    recipe = recipe_for(folders(name), tmp_path, lora={**lora_for(name), "bits": bits}, max_steps=8, batch_size=2)
+    trainer = run(recipe)
+    found = losses(trainer)
+    assert found[-1] < found[0]
+    kinds = {type(part).__name__ for part in trainer.model.modules()}
+    assert any("bit" in kind for kind in kinds), kinds
+    moved = {key for key, part in trainer.model.named_parameters() if part.requires_grad}
+    assert moved and all("lora_" in key for key in moved)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_lora_on_twenty_clips_halves_the_loss(folders, tmp_path, name):
     """The last five steps against the first five, and the loss on clips that were never seen."""
@@ -155,7 +172,9 @@ def test_lora_on_twenty_clips_halves_the_loss(folders, tmp_path, name):
     assert held_out[-1] < held_out[0]
 
 
-@pytest.mark.parametrize("name", [*TEXT_ONLY, pytest.param("flash_umt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [*TEXT_ONLY, *(pytest.param(name, marks=pytest.mark.slow) for name in ("flash_umt", "flash_internvideo2"))]
+)
 def test_an_interrupted_run_goes_on_bitwise(folders, tmp_path, monkeypatch, name):
     """What a step draws (ratios of beacons, share of tokens) hangs on the step alone."""
     entries = {"keep_ratio": [0.7, 0.99]} if name != "videoxl" else {}
