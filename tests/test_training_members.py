@@ -177,7 +177,7 @@ def test_lora_on_twenty_clips_halves_the_loss(folders, tmp_path, name):
 )
 def test_an_interrupted_run_goes_on_bitwise(folders, tmp_path, monkeypatch, name):
     """What a step draws (ratios of beacons, share of tokens) hangs on the step alone."""
-    entries = {"keep_ratio": [0.7, 0.99]} if name != "videoxl" else {}
+    entries = {"keep_ratio": [0.7, 0.99]} if name.startswith("pro") else {}
 
     def recipe(output):
         return recipe_for(folders(name), output, max_steps=4, save_steps=2, member=entries)
