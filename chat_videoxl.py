@@ -46,9 +46,8 @@ from .messages_videoxl import (
     video_request,
     visual_items,
 )
-from .prefill_videoxl import InForce, prefill_text, require_context
+from .prefill_videoxl import InForce, evaluating, prefill_text, require_context
 from .processing_videoxl import VideoXLProcessor
-from .training_videoxl import evaluating
 from .video_processing_videoxl import open_video
 
 logger = logging.get_logger(__name__)

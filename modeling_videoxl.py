@@ -13,6 +13,7 @@ What is surprising:
 B batch, V videos, F frames, G groups of frames, N visual tokens per group, P patches, C tower channels, L sequence.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -445,7 +446,7 @@ class VideoXLForConditionalGeneration(VideoXLPreTrainedModel, VideoXLChatMixin, 
         if use_cache is None and (labels is not None or checkpointed and torch.is_grad_enabled()):
             use_cache = False
         has_cache = use_cache is not False or pixel_values_videos is not None and call.in_force.text_only
-        with without_checkpointing(checkpointed if has_cache else ()):
+        with without_checkpointing(checkpointed) if checkpointed and has_cache else nullcontext():
             tokens = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values_videos)
             outputs = self.model(*tokens, use_cache, cache, output_attentions, output_hidden_states, call)
         # Positions in front of the first output, if only the sequence's end has some.

@@ -12,6 +12,7 @@ What is surprising:
 B batch, L sequence, n new tokens; "hidden" is the language model's width.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
 from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
-from .training_videoxl import evaluating
 
 logger = logging.get_logger(__name__)
 
@@ -159,11 +159,8 @@ class SequencePolicy:
     text_only = False
     # Whether questions are run by its settings, too, so that later ones do not reach a video that was encoded before.
     runs_questions = False
-    # Why it cannot be trained; None if it can.
-    untrainable = None
-
-    # The entry of `facts`, or of the config, that asks for it.
-    switch = None
+    untrainable = None  # why it cannot be trained; None if it can
+    switch = None  # the entry of `facts`, or of the config, that asks for it
 
     @classmethod
     def apply(cls, config, facts: dict, policy: "SequencePolicy") -> "SequencePolicy":
@@ -270,8 +267,7 @@ class SequencePolicy:
 class Decoding:
     """How a question sees the videos in front of it: this one, as they are. The base of other ways."""
 
-    # As of `SequencePolicy`.
-    text_only = False
+    text_only = False  # as of `SequencePolicy`
 
     def waits(self, cache: VideoXLCache) -> bool:
         """Whether the next question changes what is kept."""
@@ -424,8 +420,8 @@ def run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden=0, prob
 def _steps_at_once(steps, keep_from, limit) -> int:
     """How many of the next steps make a segment: `limit` tokens at most, all or none of them before `keep_from`."""
     unread, count = steps[0].stop <= keep_from, 1
-    while count < len(steps) and steps[count].stop - steps[0].start <= limit:
-        if (steps[count].stop <= keep_from) != unread:
+    for step in steps[1:]:
+        if step.stop - steps[0].start > limit or (step.stop <= keep_from) != unread:
             break
         count += 1
     return count
@@ -487,9 +483,8 @@ def continue_rows(model, embeds, attention_mask, cache, call: Call) -> BaseModel
             f"{len(embeds)} prompts cannot follow a cache of {cache.rows} rows; give one prompt a row, or one row"
         )
     embeds, count, past = embeds[::repeats], embeds.shape[1], cache.get_seq_length()
-    valid = torch.ones(len(embeds), count, dtype=torch.bool, device=embeds.device)
-    if attention_mask is not None:
-        valid = attention_mask[::repeats, -count:].bool()
+    mask = embeds.new_ones(len(embeds), count) if attention_mask is None else attention_mask[::repeats, -count:]
+    valid = mask.bool()
     asked = None if call.prompt_length is None else call.prompt_length - past
     states, caches = [], []
     for row in range(len(embeds)):
@@ -525,6 +520,19 @@ def run_without_cache(model, embeds, rows: list[PromptRow], policy) -> BaseModel
     return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs))
 
 
+@contextmanager
+def evaluating(model):
+    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def prefill_text(model, cache, ids, in_force: InForce):
     """Runs text behind a cached sequence, without outputs.
@@ -545,8 +553,7 @@ def prefill_text(model, cache, ids, in_force: InForce):
     if ids:
         embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))
         layout = VisualLayout(cache.layout.videos, cache.layout.length + len(ids))
-        with evaluating(model):
-            extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
+        extend_cache(model, embeds, layout, cache, in_force.policy, keep_hidden=None)
     return cache
 
 
@@ -576,8 +583,7 @@ def prefill_frames(model, cache, pixels, time_ids, policy, continues=True) -> li
     videos = (*earlier[:-1], earlier[-1] + tuple(groups)) if continues else (*earlier, tuple(groups))
     embeds = model.embed_prompt(torch.tensor([ids], device=model.device))
     is_visual = torch.tensor(ids, device=embeds.device) == model.config.video_token_id
-    visual = tokens.to(embeds.device, embeds.dtype)
-    embeds = embeds.index_put((is_visual[None],), visual.flatten(0, 1))
+    embeds = embeds.index_put((is_visual[None],), tokens.to(embeds.device, embeds.dtype).flatten(0, 1))
     with evaluating(model):
         extend_cache(model, embeds, VisualLayout(videos, position), cache, policy, keep_hidden=None)
     return ids

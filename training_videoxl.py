@@ -1,4 +1,4 @@
-"""What training needs beside a model's usual ways: labels, packed prompts, checkpointing, and answers meanwhile.
+"""What training needs beside a model's usual ways: labels, packed prompts, checkpointing.
 
 What is surprising:
 * Where of a video nothing but key-values is left, only the sequence's end has outputs: positions are counted from it.
@@ -75,16 +75,3 @@ def without_checkpointing(layers: list[GradientCheckpointingLayer]):
     finally:
         for layer in layers:
             layer.gradient_checkpointing = True
-
-
-@contextmanager
-def evaluating(model):
-    """Meanwhile a model runs as it answers, without dropout and gradient checkpointing; its mode is left as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
