@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
-from training_setup import CLIPS, fsdp_launcher, tiny_recipe, write_tiny_folder
+from training_setup import CLIPS, fsdp_launcher, interrupted, tiny_recipe, write_tiny_folder
 from videoxl.training.batches import Collator, videos_of
 from videoxl.training.collator import IGNORE
 from videoxl.training.data import MixtureDataset, load_mixture
 from videoxl.training.recipe import MODULES, check_recipe, load_recipe, module_of
 from videoxl.training.train import build_model, newest_checkpoint, run, training_arguments
-from videoxl.training.trainer import BrokenReport, VideoXLTrainer
+from videoxl.training.trainer import VideoXLTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -285,17 +285,8 @@ def test_resume_is_bitwise(tiny, tmp_path, monkeypatch, own):
     """Interrupted in step 6 (in the third epoch) with a half-written checkpoint beside: the weights of one go."""
     run(resumable(tiny, tmp_path / "whole", **own))
 
-    take = BrokenReport.take
-
-    def interrupt(self, broken, samples, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        take(self, broken, samples, step)
-
-    monkeypatch.setattr(BrokenReport, "take", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 5):
         run(resumable(tiny, tmp_path / "parts", **own))
-    monkeypatch.undo()
     half = tmp_path / "parts" / "checkpoint-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from margins import TIE
 from PIL import Image
 from safetensors.torch import load_file
-from training_setup import MEMBERS, fsdp_launcher, member_folder
+from training_setup import MEMBERS, fsdp_launcher, interrupted, member_folder
 from transformers import AutoModel, AutoProcessor
 from videoxl.training.batches import Collator, videos_of
 from videoxl.training.collator import IGNORE
@@ -23,7 +23,6 @@ from videoxl.training.data import BrokenSample, MixtureDataset
 from videoxl.training.merge_lora import merge
 from videoxl.training.recipe import check_recipe, drawn, module_of, require_trainable
 from videoxl.training.train import build_model, newest_checkpoint, run
-from videoxl.training.trainer import BrokenReport
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -183,17 +182,8 @@ def test_an_interrupted_run_goes_on_bitwise(folders, tmp_path, monkeypatch, name
         return recipe_for(folders(name), output, max_steps=4, save_steps=2, member=entries)
 
     run(recipe(tmp_path / "whole"))
-    take = BrokenReport.take
-
-    def interrupt(self, broken, samples, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        take(self, broken, samples, step)
-
-    monkeypatch.setattr(BrokenReport, "take", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 3):
         run(recipe(tmp_path / "parts"))
-    monkeypatch.undo()
     assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-2"
     run(recipe(tmp_path / "parts"), resume=True)
     whole, parts = (load_file(tmp_path / part / "model.safetensors") for part in ("whole", "parts"))

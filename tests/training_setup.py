@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from videoxl.training.recipe import check_recipe
+from videoxl.training.trainer import BrokenReport
 
 CLIPS = {"world": {"size": 8, "clip": {"seconds": 4, "num_questions": 2}, "sample_fps": 2}, "source": "clips"}
 
@@ -117,3 +120,18 @@ def member_folder(name: str, goldens: Path, folder: Path, scale: float = 1.0) ->
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": words}))
     return Path(convert(source, folder))
+
+
+@contextmanager
+def interrupted(monkeypatch, at):
+    """What trains meanwhile is interrupted when it takes its samples in this step."""
+    take = BrokenReport.take
+
+    def interrupt(self, broken, samples, step):
+        if step == at:
+            raise KeyboardInterrupt
+        take(self, broken, samples, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BrokenReport, "take", interrupt)
+        yield
