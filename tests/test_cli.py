@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import av
 import numpy as np
@@ -205,6 +206,7 @@ def interrupt(terminal):
     """Ctrl-C on a line that is being typed, and edited: the way back to its start shows that the program reads it."""
     os.write(terminal, b"half\x01")
     read_until(terminal, "\b" * 4)
+    time.sleep(0.3)
     os.write(terminal, b"\x03")
     # Python hears of one that comes in the instant before readline waits at the next key.
     while not select.select([terminal], [], [], 2)[0]:
