@@ -7,6 +7,7 @@ NEWEST := .venv-newest
 RAY := .venv-ray
 TRL := .venv-trl
 SERVING := .venv-serving
+PEERS := .venv-peers
 # PyTorch's own index of builds for machines without a GPU.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
@@ -20,6 +21,8 @@ EVERY_VERSION_TESTS = $(wildcard tests/test_golden_*.py) $(addprefix tests/test_
 # What compares numbers, so what another processor could change.
 NUMERIC_TESTS = $(EVERY_VERSION_TESTS) $(addprefix tests/test_, $(addsuffix .py, bundle clips evaluation flash_doors \
 	flash_sampling modeling selection slow_members sparse_attention training training_slots))
+# What uses other readers of files, and torchvision.
+PEER_TESTS = $(addprefix tests/test_, $(addsuffix .py, clients left_out video_file video_formats))
 # Packages of requirements.txt that only some things need.
 OPTIONAL = accelerate peft matplotlib
 
@@ -31,11 +34,11 @@ DEMO_ANSWERS = "orange / right / large / egg / At 9 seconds"
 # Nothing here may reach out for models; the tests are offline.
 export HF_HUB_OFFLINE := 1
 
-test test-all test-browser test-oldest test-newest test-ray test-serving test-trl test-without: export OMP_NUM_THREADS := 1
+test test-all test-browser test-oldest test-newest test-ray test-serving test-trl test-without test-peers: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo page notebook screenshot train-small evaluate style format clean
-.PHONY: test test-all test-browser test-oldest test-newest test-processors test-ray test-serving test-trl test-without
+.PHONY: test test-all test-browser test-oldest test-newest test-peers test-processors test-ray test-serving test-trl test-without
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +79,9 @@ test-trl: $(TRL)/.installed ## trl's trainer, in an environment of its own (not 
 test-serving: $(SERVING)/.plugin ## the vLLM plug-in, with vLLM on the CPU (3.4 GB, minutes to install; not part of CI)
 	$(SERVING)/bin/python -m pytest tests/test_serving_vllm.py $(PYTEST_ARGS)
 
+test-peers: $(PEERS)/.installed ## what is skipped without torchvision, torchcodec and decord (5 GB, minutes to install; not part of CI)
+	$(PEERS)/bin/python -m pytest $(PEER_TESTS) $(PYTEST_ARGS)
+
 test-browser: $(VENV)/.page browser ## the demo page in a headless Chromium (Debian's, installed if it lacks)
 	$(BIN)/python -m pytest tests/test_demo.py tests/test_demo_browser.py -m "not cuda" $(PYTEST_ARGS)
 
@@ -94,6 +100,13 @@ browser:
 	@command -v chromium && command -v chromedriver || \
 		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) || \
 		echo "chromium and chromium-driver are missing and could not be installed; install them as root"
+
+# torchcodec runs with the FFmpeg of the system. Without the right to install, it says so when it is imported.
+.PHONY: ffmpeg
+ffmpeg:
+	@command -v ffmpeg > /dev/null || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends ffmpeg) || \
+		echo "ffmpeg is missing and could not be installed; install it as root"
 
 page: $(VENV)/.page ## serve the demo page, with the bundled checkpoint
 	$(BIN)/python -m videoxl.demo $(PAGE_ARGS)
@@ -135,6 +148,12 @@ $(VENV)/.installed $(OLDEST)/.installed $(RAY)/.installed $(SERVING)/.installed 
 	@echo "installing $< into $(@D) (a few minutes on first use)"
 	@$(PYTHON) -m venv $(@D)
 	@$(call torch_for_a_cpu,$(@D)/bin/python,$<)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+$(PEERS)/.installed: requirements-peers.txt | ffmpeg
+	@echo "installing $< into $(@D) (5 GB, a few minutes)"
+	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
 	@touch $@
 
