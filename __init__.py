@@ -16,7 +16,7 @@ PUBLIC = {
     "VideoXLForConditionalGeneration": "modeling_videoxl",
     "VideoXLProcessor": "processing_videoxl",
     "EncodedVideo": "encoded_video_videoxl",
-    "VideoDecodeError": "video_decoding_videoxl",
+    "VideoDecodeError": "video_index_videoxl",
     "open_video": "video_processing_videoxl",
     "times_in_text": "messages_videoxl",
     "Sampling": "frame_sampling_videoxl",

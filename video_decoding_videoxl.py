@@ -1,16 +1,12 @@
-"""Video files, GIFs and folders of pictures as upright RGB frames with the seconds at which they are shown.
+"""Video files as upright RGB frames with the seconds at which they are shown.
 
 What is surprising:
 * Every frame is found by its presentation time, never by counting, because edit lists, variable rates and reordered
   frames make the n-th decoded picture another one than expected.
 * Behind a packet that cannot be decoded, decoding goes on at the next keyframe. Which pictures are keyframes only the
   decoder knows: containers flag all of them where their table of keyframes is missing.
-* Frames that were chosen several times are decoded once.
-* A GIF read as "gif" shows each of its frames for a second, as the public VideoChat-Flash code has it; read as "file",
-  for as long as it says.
-* A folder of pictures stores no times. The public VideoChat-Flash code takes its pictures to be a second apart, and
-  three to the second where the path contains "tvqa" (that data set's frames); so does this. Pictures are ordered by
-  the number at the end of their names, not alphabetically, and numbers may be missing.
+* Where there are keyframes enough, several decoders work at once, each from keyframe to keyframe: FFmpeg's own threads
+  wait for each other's pictures.
 
 A new decoder is one function with the signature of `open_pyav` and one line in `BACKENDS`.
 
@@ -19,11 +15,11 @@ Shapes: F frames of the source, H x W its size.
 
 import math
 import os
-import re
 import struct
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -31,11 +27,10 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from av.video.frame import PictureType
 from transformers.utils import logging
 
-from .frame_sampling_videoxl import Sampling, choose_frames, choose_numbered_frames
-from .image_processing_videoxl import is_heif, load_image
 from .video_index_videoxl import (
     SERIES_FORMAT,
     AnyFile,
@@ -44,9 +39,7 @@ from .video_index_videoxl import (
     VideoDecodeError,
     VideoIndex,
     open_file,
-    read_index,
     read_packets,
-    size_of,
     video_stream,
 )
 
@@ -58,17 +51,18 @@ except (ImportError, OSError):  # OSError: a wheel whose shared libraries this s
 logger = logging.get_logger(__name__)
 
 # Seconds. decord rounds its times to float32 (0.25 ms at one hour); another frame is further away than this.
-_DECORD_SECONDS = 5e-3
+_FOREIGN_SECONDS = 5e-3
 # Decoders that show nothing until they met a picture that needs no other, whatever its packet is flagged as.
 _STRICT_DECODERS = {"h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9"}
-# Endings of a folder's pictures; other files in it are left alone. How many are a second, by what the path contains.
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-FOLDER_RATES = (("tvqa", 3.0), ("", 1.0))
-_PICTURE_NUMBER = re.compile(r"(\d+)\.\w+$")
+# Decoders of one file at once: each holds the pictures that others refer to.
+_MOST_DECODERS = 4
+# Chosen frames that one of them reads in one go: it ends at the first keyframe behind so many. What it made of them is
+# held, so with more than the most in one go a single decoder reads the file.
+_RUN_FRAMES, _MOST_RUN_FRAMES = 8, 48
+DECODER_THREADS = "video-decoder"  # how their names begin
 
-
-# Reads the chosen frames, once a call: uint8 [H, W, 3] and the second of each.
-FrameReader = Callable[[], Iterator[tuple[np.ndarray, float]]]
+# Reads the chosen frames, once a call: what its argument makes of each (uint8 [H, W, 3]), and its second.
+FrameReader = Callable[[Callable[[np.ndarray], Any]], Iterator[tuple[Any, float]]]
 
 
 class _Misled(Exception):
@@ -261,37 +255,125 @@ def pick_frames(decoded: Iterator[tuple[int, Any]], places: Sequence[int], lean=
             passed = place, frame
 
 
-def _read_runs(
-    path: AnyFile, index: VideoIndex, wanted: Sequence[int], careful: bool, lean: bool
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields positions and uint8 [H, W, 3]; ends early where the file does.
+def _in_order(jobs: Iterable[Callable[[], Any]], threads: int) -> Iterator[Any]:
+    """Runs jobs in threads and yields their results in order, at most one job more ahead than there are threads.
 
-    Args:
-        careful: See `_decode`.
-        lean: Leave out frames that are not needed, where that can be told.
+    What `jobs` itself raises comes behind the results of those before.
+    """
+    waiting: deque[Future] = deque()
 
-    Raises:
+    def started() -> Iterator[Future]:
+        try:
+            yield from (pool.submit(job) for job in jobs)
+        except Exception as error:
+            failed = Future()
+            failed.set_exception(error)
+            yield failed
+
+    with ThreadPoolExecutor(threads, DECODER_THREADS) as pool:
+        try:
+            for future in started():
+                waiting.append(future)
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a file is read.
+
+    Attributes:
+        path, index: The file.
+        finish: Makes of uint8 [H, W, 3] what is yielded.
+        careful, needed: See `_decode`.
+
+    All methods raise:
         _LeftOut: A frame that was left out is needed.
         av.FFmpegError: A packet cannot be decoded, unless `careful`.
         _Misled: A seek led elsewhere, so the index of the container is not to be trusted.
     """
-    matrix: tuple[int, int, int, int] | None = None
-    with open_file(path, whole=bool(index.parts)) as container:
-        stream = video_stream(container, path)
-        stream.thread_type = "NONE" if careful else "AUTO"
-        # Where a packet has no picture of its own, the one before is shown.
-        needed = {place - before for place in wanted for before in (0, 1)} if lean else None
-        decoded = _decode(container, stream, index, careful, needed)
-        for start, places in index.runs(wanted):
+
+    path: AnyFile
+    index: VideoIndex
+    finish: Callable[[np.ndarray], Any]
+    careful: bool
+    needed: set[int] | None
+
+    def open(self, files: ExitStack, threads: int) -> tuple[Any, Any]:
+        """Opens the file for a decoder with so many threads, 0 for as many as there are cores."""
+        container = files.enter_context(open_file(self.path, whole=bool(self.index.parts)))
+        stream = video_stream(container, self.path)
+        stream.thread_type = "NONE" if threads == 1 else "AUTO"
+        stream.codec_context.thread_count = threads
+        return container, stream
+
+    def decode(self, file: tuple[Any, Any], runs: Iterable[tuple[int | None, list[int]]]) -> Iterator:
+        """Yields positions and frames of runs; ends early where the file does."""
+        decoded = _decode(*file, self.index, self.careful, self.needed)
+        for start, places in runs:
             if start is not None:
-                decoded = _seek(container, stream, index, start, careful, needed)
-            for place, frame in pick_frames(decoded, places, lean):
-                matrix = matrix or display_matrix(frame)
-                yield place, upright_rgb(frame, matrix)
+                decoded = _seek(*file, self.index, start, self.careful, self.needed)
+            yield from pick_frames(decoded, places, lean=self.needed is not None)
+
+    def finished(self, place: int, frame: av.VideoFrame, matrix: tuple[int, int, int, int]) -> tuple[int, Any]:
+        return place, self.finish(upright_rgb(frame, matrix))
+
+    def in_one_go(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Yields positions and finished frames, read by one decoder; another thread finishes them."""
+        with ExitStack() as files:
+            decoded = self.decode(self.open(files, int(self.careful)), self.index.runs(wanted))
+            if first := next(decoded, None):
+                matrix = display_matrix(first[1])
+                yield from _in_order((partial(self.finished, *found, matrix) for found in chain([first], decoded)), 1)
+
+    def apart(self, runs: Sequence[tuple[int | None, list[int]]], decoders: int) -> Iterator[tuple[int, Any]]:
+        """Yields the same, read by several decoders."""
+        threads, idle = max(_cores() // decoders, 1), []
+
+        def read(file, decoded) -> list[tuple[int, Any]]:
+            found = [self.finished(*one, matrix) for one in decoded]
+            idle.append(file)
+            return found
+
+        def read_run(run) -> list[tuple[int, Any]]:
+            try:
+                file = idle.pop()
+            except IndexError:
+                file = self.open(files, threads)
+            return read(file, self.decode(file, [run]))
+
+        with ExitStack() as files:
+            file = self.open(files, threads)
+            decoded = self.decode(file, runs[:1])
+            first = next(decoded, None)
+            if first is None:
+                raise _LeftOut
+            matrix = display_matrix(first[1])
+            jobs = [partial(read, file, chain([first], decoded)), *(partial(read_run, run) for run in runs[1:])]
+            yield from chain.from_iterable(_in_order(jobs, decoders))
 
 
-def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
-    """Yields uint8 [H, W, 3] and seconds of the wanted positions that the file has.
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_runs(reading: _Reading, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Yields positions and finished frames, read in the fastest way."""
+    runs = [run for run in reading.index.runs(wanted, _RUN_FRAMES) if run[1]]
+    # With fewer runs than two for each the last one is waited for too long.
+    decoders = min(_cores(), _MOST_DECODERS, len(runs) // 2)
+    if reading.needed is None or decoders < 2 or max(len(places) for _, places in runs) > _MOST_RUN_FRAMES:
+        return reading.in_one_go(wanted)
+    return reading.apart(runs, decoders)
+
+
+def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int], finish: Callable) -> Iterator:
+    """Yields what `finish` makes of the wanted positions that the file has, and their seconds.
 
     Raises:
         av.FFmpegError: Behind the last frame, if some packet could not be decoded.
@@ -302,13 +384,16 @@ def _read_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Itera
     for ahead, first, places in index.stretches(wanted):
         left, last, careful = deque(places), first - 1, False
         while left:
+            # Where a packet has no picture of its own, the one before is shown.
+            needed = {place - before for place in left for before in (0, 1)} if lean and not careful else None
             try:
-                for place, pixels in _read_runs(path, index, list(left), careful, lean and not careful):
-                    while left and left[0] <= place:
-                        left.popleft()
-                    if place > last:
-                        last = place
-                        yield pixels, index.times[place + ahead]
+                with closing(_read_runs(_Reading(path, index, finish, careful, needed), list(left))) as found:
+                    for place, finished in found:
+                        while left and left[0] <= place:
+                            left.popleft()
+                        if place > last:
+                            last = place
+                            yield finished, index.times[place + ahead]
                 break
             except _Misled:  # they are read in order, from the start
                 index = replace(index, keyframes=[])
@@ -328,10 +413,30 @@ def open_pyav(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> FrameR
     return partial(_read_pyav, path, index, wanted)
 
 
+def _refuse_for(backend: str, path: AnyFile, index: VideoIndex) -> None:
+    """Refuses the files of which other decoders ignore the display matrix or the edit list, or on which they hang."""
+    if isinstance(path, MemoryFile):
+        raise ValueError(f'backend="{backend}" reads local files only, not what is in memory; use backend="pyav".')
+    with open_file(path) as container:
+        misread = any(name in container.format.name for name in ("mpegts", SERIES_FORMAT))
+        stream = video_stream(container, path)
+        # Two copies of a codec's own library in one process, PyAV's and the system's, crash (libdav1d).
+        misread = misread or (backend != "decord" and stream.codec_context.codec.name.startswith("lib"))
+        _, frame = next(_decode(container, stream, index), (0, None))
+    if index.numbered or index.parts or misread or (frame is not None and display_matrix(frame)[0] <= 0):
+        raise ValueError(f'{path}: {backend} crashes on, misplaces or does not turn such files; use backend="pyav".')
+
+
+def _refuse_times(backend: str, path: AnyFile, index: VideoIndex, count: int, off: float) -> None:
+    if count != len(index.times) or off > _FOREIGN_SECONDS:
+        raise ValueError(
+            f"{path}: {backend} sees {count} frames at other times than the {len(index.times)} that the file "
+            'displays; use backend="pyav".'
+        )
+
+
 def open_decord(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> FrameReader:
     """As `open_pyav`, but opened at once and only for files whose frames decord provably finds.
-
-    decord ignores display matrices and edit lists, and hangs on MPEG-TS.
 
     Raises:
         VideoDecodeError: A file that decord cannot read.
@@ -339,31 +444,61 @@ def open_decord(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Fram
     """
     if decord is None:
         raise ValueError('backend="decord" needs the package decord, which is not installed; use backend="pyav".')
-    if isinstance(path, MemoryFile):
-        raise ValueError('backend="decord" reads local files only, not what is in memory; use backend="pyav".')
-    with open_file(path) as container:
-        misread = any(name in container.format.name for name in ("mpegts", SERIES_FORMAT))
-        _, frame = next(_decode(container, video_stream(container, path), index), (0, None))
-    if index.numbered or index.parts or misread or (frame is not None and display_matrix(frame)[0] <= 0):
-        raise ValueError(f'{path}: decord hangs on, misplaces or does not turn such files; use backend="pyav".')
+    _refuse_for("decord", path, index)
     failure = f'{path}: decord cannot read this file; use backend="pyav".'
     try:
         reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0))
         starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
     except (RuntimeError, decord.DECORDError) as error:
         raise VideoDecodeError(failure) from error
-    if len(starts) != len(index.times) or np.abs(starts - starts[0] - index.times).max() > _DECORD_SECONDS:
-        raise ValueError(
-            f"{path}: decord sees {len(starts)} frames at other times than the {len(index.times)} that the file "
-            'displays; use backend="pyav".'
-        )
+    same = len(starts) == len(index.times)
+    _refuse_times("decord", path, index, len(starts), np.abs(starts - starts[0] - index.times).max() if same else 0)
 
-    def read() -> Iterator[tuple[np.ndarray, float]]:
+    def read(finish: Callable) -> Iterator[tuple[Any, float]]:
         try:
             for place in wanted:
-                yield reader[place].asnumpy(), index.times[place]
+                yield finish(reader[place].asnumpy()), index.times[place]
         except decord.DECORDError as error:
             raise VideoDecodeError(failure) from error
+
+    return read
+
+
+def open_torchcodec(path: AnyFile, index: VideoIndex, wanted: Sequence[int], device: str = "cpu") -> FrameReader:
+    """As `open_decord`, with torchcodec; on a GPU's own decoder the colours are not the same to the bit.
+
+    Raises:
+        VideoDecodeError: A file that torchcodec cannot read.
+        ValueError: torchcodec does not load, or would not give the frames that the file displays; the latter may show
+            when a frame is read.
+    """
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: this system lacks FFmpeg's libraries
+        raise ValueError(
+            'backend="torchcodec" needs the package torchcodec and FFmpeg\'s libraries, and one of them is not '
+            f'installed ({str(error).strip().splitlines()[0]}); use backend="pyav".'
+        ) from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('backend="torchcodec:cuda" needs a CUDA device, there is none; use "torchcodec" or "pyav".')
+    _refuse_for("torchcodec", path, index)
+    failure = f'{path}: torchcodec cannot read this file{f" on {device}" * (device != "cpu")}; use backend="pyav".'
+    try:
+        reader = VideoDecoder(os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=0, device=device)
+    except (RuntimeError, ValueError) as error:
+        raise VideoDecodeError(failure) from error
+    begin = reader.metadata.begin_stream_seconds
+    _refuse_times("torchcodec", path, index, len(reader), 0)
+
+    def read(finish: Callable) -> Iterator[tuple[Any, float]]:
+        for place in wanted:
+            try:
+                frame = reader.get_frame_at(place)
+            except (RuntimeError, IndexError) as error:
+                raise VideoDecodeError(failure) from error
+            off = abs(frame.pts_seconds - begin - index.times[place])
+            _refuse_times("torchcodec", path, index, len(reader), off)
+            yield finish(frame.data.cpu().numpy()), index.times[place]
 
     return read
 
@@ -371,131 +506,6 @@ def open_decord(path: AnyFile, index: VideoIndex, wanted: Sequence[int]) -> Fram
 BACKENDS: dict[str, Callable[[AnyFile, VideoIndex, Sequence[int]], FrameReader]] = {
     "pyav": open_pyav,
     "decord": open_decord,
+    "torchcodec": open_torchcodec,
+    "torchcodec:cuda": partial(open_torchcodec, device="cuda"),
 }
-
-
-def list_pictures(folder: AnyFile) -> list[str]:
-    """The paths of a folder's pictures, in the order of their numbers.
-
-    Raises:
-        FileNotFoundError: No such folder.
-        VideoDecodeError: A file, or a folder without numbered pictures.
-    """
-    if isinstance(folder, MemoryFile):
-        raise VideoDecodeError(f"{folder} is no folder of pictures; its video_read_type is 'decord' or 'gif'.")
-    if not os.path.exists(folder):
-        raise FileNotFoundError(f"{folder:.300}: no such folder (looked from {os.getcwd()}).")
-    if not os.path.isdir(folder):
-        raise VideoDecodeError(
-            f"{folder} is a file, expected a folder of pictures. For a video file the video_read_type is 'decord'."
-        )
-    names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
-    numbers = {name: _PICTURE_NUMBER.search(name) for name in names}
-    if not names or (unnumbered := sorted(name for name in names if numbers[name] is None)):
-        found = f"{unnumbered[0]} has none" if names else "there is no picture in it"
-        raise VideoDecodeError(
-            f"{folder}: expected pictures whose names end in their number, such as frame_1.jpg; {found}. Rename them, "
-            "or pass the frames as a list of PIL images with timestamps."
-        )
-    # The text in front of the number only orders pictures of the same number.
-    ordered = sorted(names, key=lambda name: (int(numbers[name][1]), name))
-    return [os.path.join(folder, name) for name in ordered]
-
-
-def open_pictures(paths: Sequence[str], seconds: Sequence[float], wanted: Sequence[int]) -> FrameReader:
-    """The reader of the pictures at positions `wanted`: uint8 [H, W, 3], and the second of each."""
-
-    def read() -> Iterator[tuple[np.ndarray, float]]:
-        for place in wanted:
-            yield np.array(load_image(paths[place])), seconds[place]
-
-    return read
-
-
-@dataclass(frozen=True)
-class ChosenFrames:
-    """Which frames of a source are read, and how.
-
-    Attributes:
-        read: Gives the frames.
-        seconds: Of the frames, as planned; some come several times.
-        start: Seconds at which the part begins that they are from.
-        duration: Seconds of that part.
-        damage: What is wrong with a file, if its packets show it.
-    """
-
-    read: FrameReader
-    seconds: list[float]
-    start: float
-    duration: float
-    damage: str | None = None
-
-
-def open_path(path: AnyFile, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
-    """Chooses frames of what a path leads to.
-
-    Args:
-        path: Of a local file or folder, or a file's content.
-        sampling: What is wanted of it.
-        backend: Of a file, a name in `BACKENDS`.
-
-    Raises:
-        FileNotFoundError, ValueError, VideoDecodeError: If there is nothing that can be read, or nothing of the part.
-    """
-    damage = None
-    if sampling.read_as == "folder":
-        pictures, rate = list_pictures(path), next(rate for part, rate in FOLDER_RATES if part in path)
-        times = [number / rate for number in range(len(pictures))]
-        choice = choose_numbered_frames(len(pictures), rate, sampling)
-        duration, opener = choice.seconds, partial(open_pictures, pictures, times)
-    elif is_heif(_local_file(path)):
-        load_image(path)  # refused now, not when it is read
-        times = [0.0]
-        choice = choose_numbered_frames(1, 1.0, sampling)
-        duration, opener = choice.seconds, partial(open_pictures, [path], times)
-    else:
-        index = read_index(path)
-        if sampling.read_as == "gif":
-            times = [float(number) for number in range(len(index.times))]
-            index = replace(index, times=times, rate=1.0, duration=float(len(times)))
-        times, damage = index.times, index.damage
-        choice = choose_frames(times, index.duration, index.rate, sampling)
-        whole = sampling.sampler.mode == "fps" and not sampling.has_part
-        duration, opener = index.duration if whole else choice.seconds, partial(BACKENDS[backend], path, index)
-    counts = Counter(choice.indices)
-    read = opener(list(counts))
-    if len(counts) < len(choice.indices):
-        read = partial(_read_again, read, {times[place]: count for place, count in counts.items()})
-    return ChosenFrames(read, [times[place] for place in choice.indices], choice.start, duration, damage)
-
-
-def _read_again(read: FrameReader, counts: dict[float, int]) -> Iterator[tuple[np.ndarray, float]]:
-    with closing(read()) as reader:
-        for pixels, second in reader:
-            # A damaged file may give another frame than the chosen one.
-            for _ in range(counts.get(second, 1)):
-                yield pixels, second
-
-
-def _local_file(path: AnyFile) -> AnyFile:
-    if not isinstance(path, MemoryFile):
-        _require_file(path)
-    if size_of(path) == 0:
-        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
-    return path
-
-
-def _require_file(path: str) -> None:
-    if not os.path.exists(path):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
-            raise ValueError(
-                f"{path:.100} is an address; only local files are opened. Download it and pass the path, or its bytes."
-            )
-        raise FileNotFoundError(f"{path:.300}: no such video file (looked from {os.getcwd()}).")
-    if os.path.isdir(path):
-        raise VideoDecodeError(
-            f"{path} is a folder, expected a video file. Pass its frames as a list of PIL images, or, for numbered "
-            "pictures, media_dict={'video_read_type': 'img'}."
-        )
-    if not os.path.isfile(path):
-        raise VideoDecodeError(f"{path} is not a regular file; expected a video file.")

@@ -11,6 +11,7 @@ What is surprising:
 Shapes: F frames of the source.
 """
 
+import math
 import os
 import re
 import struct
@@ -27,16 +28,12 @@ logger = logging.get_logger(__name__)
 
 # Frames. A seek empties the decoder's pipeline (up to 16 frames in flight), so it must skip more than that to pay.
 _SEEK_SAVES_FRAMES = 16
-# Seconds. Decoding times that fall back further than muxer noise are a second recording glued to the first.
-_TIME_JUMP = 1.0
-# Packets. So many in a row may have a wrong time; more are a second recording.
-_WRONG_TIMES = 4
+_TIME_JUMP = 1.0  # seconds; decoding times that fall back further are a second recording glued to the first
+_WRONG_TIMES = 4  # packets in a row that may have a wrong time; more are a second recording
 _CLOCK_LEAP = 86_400.0  # seconds: no picture is shown for a day, so the time of the next is wrong
 _REORDERED = 4  # pictures that are commonly decoded behind one that is shown later
-# Seconds. How far the length in a header may be off: rounding, and the unknown duration of the last frame.
-_TIME_SLACK = 0.5
-# Seconds. Edit lists count in other ticks than the pictures; what is closer than this is meant to be equal.
-_EDIT_SLACK = 2e-3
+_TIME_SLACK = 0.5  # seconds that the length in a header may be off: rounding, the unknown duration of the last frame
+_EDIT_SLACK = 2e-3  # seconds; edit lists count in other ticks than the pictures, what is closer is meant to be equal
 # What an honest file stays far below: boxes of an MP4 at one level, pictures that an edit list shows.
 _MOST_BOXES, _MOST_PICTURES = 100_000, 10_000_000
 # By FFmpeg's format: what begins as an encrypted piece, and what as any, in transport streams (their packets of 188
@@ -49,8 +46,7 @@ _SCRAMBLED = {
 _SCRAMBLED_BYTES = 1_000_000  # read to find them
 # How Matroska files say how long a stream is.
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)$", re.ASCII)
-# How often to try behind a place of a file that cannot be read, before the rest counts as lost.
-_READ_TRIES = 8
+_READ_TRIES = 8  # behind a place of a file that cannot be read, before the rest counts as lost
 # Containers whose seeks go by an index. Others (MPEG-TS, AVI, …) are read in order.
 _SEEKABLE_FORMATS = {"mov", "mp4", "matroska", "webm"}
 # What FFmpeg may take a file for, by its names: containers, streams of pictures, formats of games, single pictures and
@@ -149,13 +145,17 @@ class VideoIndex:
         place = bisect_right(self.keys, key) - 1
         return place if place >= 0 and self.keys[place] == key else None
 
-    def runs(self, wanted: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-        """Splits increasing positions into runs to decode in one go, each with the keyframe to seek to, if any."""
+    def runs(self, wanted: Sequence[int], enough: float = math.inf) -> list[tuple[int | None, list[int]]]:
+        """Splits increasing positions into runs to decode in one go, each with the keyframe to seek to, if any.
+
+        A run ends where a seek saves time, and with `enough` positions at any keyframe.
+        """
         runs: list[tuple[int | None, list[int]]] = [(None, [])]
         last = -1
         for place in wanted:
             before = bisect_right(self.keyframes, place) - 1
-            if before >= 0 and self.keyframes[before] - last > _SEEK_SAVES_FRAMES:
+            saved = self.keyframes[before] - last if before >= 0 else 0
+            if saved > _SEEK_SAVES_FRAMES or (saved > 0 and len(runs[-1][1]) >= enough):
                 runs.append((self.keyframes[before], []))
             runs[-1][1].append(place)
             last = place

@@ -1,8 +1,15 @@
-"""Videos and frame lists to uint8 frames of one size with the seconds at which they are shown.
+"""Videos, GIFs, folders of pictures and frame lists to uint8 frames of one size with the seconds they are shown at.
 
-Surprising here: a frame is resized as soon as it is decoded, in a background thread, so memory does not grow with the
-length or the size of the video and decoding overlaps with the consumer. Files that break off give what is readable and
-one warning.
+What is surprising:
+* A frame is resized as soon as it is decoded, in background threads, so memory does not grow with the length or the
+  size of the video and decoding overlaps with the consumer.
+* Files that break off give what is readable and one warning.
+* Frames that were chosen several times are decoded once.
+* A GIF read as "gif" shows each of its frames for a second, as the public VideoChat-Flash code has it; read as "file",
+  for as long as it says.
+* A folder of pictures stores no times. The public VideoChat-Flash code takes its pictures to be a second apart, and
+  three to the second where the path contains "tvqa" (that data set's frames); so does this. Pictures are ordered by
+  the number at the end of their names, not alphabetically, and numbers may be missing.
 
 Shapes: F frames of the source, n frames of a batch, H x W the size of the source, S the edge of the square result.
 """
@@ -10,11 +17,12 @@ Shapes: F frames of the source, n frames of a batch, H x W the size of the sourc
 import atexit
 import math
 import os
+import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from queue import SimpleQueue
@@ -27,10 +35,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.utils import logging
 
-from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count
-from .image_processing_videoxl import existing_image, is_image_file, load_image, reading_image, to_rgb
-from .video_decoding_videoxl import BACKENDS, ChosenFrames, VideoDecodeError, open_path
-from .video_index_videoxl import AnyFile, MemoryFile
+from .frame_sampling_videoxl import SAMPLE_FPS, Sampling, check_count, choose_frames, choose_numbered_frames
+from .image_processing_videoxl import existing_image, is_heif, is_image_file, load_image, reading_image, to_rgb
+from .video_decoding_videoxl import BACKENDS, DECODER_THREADS, FrameReader
+from .video_index_videoxl import AnyFile, MemoryFile, VideoDecodeError, read_index, size_of
 
 __all__ = ["FrameBatch", "VideoDecodeError", "VideoFrames", "normalize_frames", "open_video", "resize_frames"]
 
@@ -40,6 +48,10 @@ logger = logging.get_logger(__name__)
 _QUEUED_BATCHES = 2
 # Of a damaged file, in a warning.
 _NAMED_SPANS = 3
+# Endings of a folder's pictures; other files in it are left alone. How many are a second, by what the path contains.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FOLDER_RATES = (("tvqa", 3.0), ("", 1.0))
+_PICTURE_NUMBER = re.compile(r"(\d+)\.\w+$")
 # How a frame becomes a square, see `resize_frames`.
 FITS = ("stretch", "crop")
 
@@ -143,7 +155,7 @@ def _check_memory_frames(source: Any) -> None:
         raise ValueError("Expected at least one frame, got none.")
 
 
-def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.ndarray, float]]:
+def _read_memory(source: Any, seconds: Sequence[float], finish: Callable) -> Iterator[tuple[Any, float]]:
     for number, (frame, second) in enumerate(zip(source, seconds, strict=True)):
         pixels = frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame
         if isinstance(pixels, Image.Image):
@@ -151,7 +163,7 @@ def _read_memory(source: Any, seconds: Sequence[float]) -> Iterator[tuple[np.nda
                 pixels = to_rgb(pixels)
         elif isinstance(pixels, (str, os.PathLike, MemoryFile)):
             pixels = load_image(pixels)
-        yield np.array(pixels), second  # a copy: torch refuses negative strides and warns of read-only memory
+        yield finish(np.array(pixels)), second  # a copy: torch refuses negative strides and warns of read-only memory
 
 
 def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fps: float | None) -> list[float]:
@@ -174,6 +186,137 @@ def _memory_timestamps(timestamps: Sequence[float] | None, count: int, sample_fp
             f"{len(seconds)}: {seconds[:6]}{' …' if len(seconds) > 6 else ''}."
         )
     return seconds
+
+
+def list_pictures(folder: AnyFile) -> list[str]:
+    """The paths of a folder's pictures, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        VideoDecodeError: A file, or a folder without numbered pictures.
+    """
+    if isinstance(folder, MemoryFile):
+        raise VideoDecodeError(f"{folder} is no folder of pictures; its video_read_type is 'decord' or 'gif'.")
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{folder:.300}: no such folder (looked from {os.getcwd()}).")
+    if not os.path.isdir(folder):
+        raise VideoDecodeError(
+            f"{folder} is a file, expected a folder of pictures. For a video file the video_read_type is 'decord'."
+        )
+    names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+    numbers = {name: _PICTURE_NUMBER.search(name) for name in names}
+    if not names or (unnumbered := sorted(name for name in names if numbers[name] is None)):
+        found = f"{unnumbered[0]} has none" if names else "there is no picture in it"
+        raise VideoDecodeError(
+            f"{folder}: expected pictures whose names end in their number, such as frame_1.jpg; {found}. Rename them, "
+            "or pass the frames as a list of PIL images with timestamps."
+        )
+    # The text in front of the number only orders pictures of the same number.
+    ordered = sorted(names, key=lambda name: (int(numbers[name][1]), name))
+    return [os.path.join(folder, name) for name in ordered]
+
+
+def open_pictures(paths: Sequence[str], seconds: Sequence[float], wanted: Sequence[int]) -> FrameReader:
+    """The reader of the pictures at positions `wanted`."""
+
+    def read(finish: Callable) -> Iterator[tuple[Any, float]]:
+        for place in wanted:
+            yield finish(np.array(load_image(paths[place]))), seconds[place]
+
+    return read
+
+
+@dataclass(frozen=True)
+class ChosenFrames:
+    """Which frames of a source are read, and how.
+
+    Attributes:
+        read: Gives the frames.
+        seconds: Of the frames, as planned; some come several times.
+        start: Seconds at which the part begins that they are from.
+        duration: Seconds of that part.
+        damage: What is wrong with a file, if its packets show it.
+    """
+
+    read: FrameReader
+    seconds: list[float]
+    start: float
+    duration: float
+    damage: str | None = None
+
+
+def open_path(path: AnyFile, sampling: Sampling, backend: str = "pyav") -> ChosenFrames:
+    """Chooses frames of what a path leads to.
+
+    Args:
+        path: Of a local file or folder, or a file's content.
+        sampling: What is wanted of it.
+        backend: Of a file, a name in `BACKENDS`.
+
+    Raises:
+        FileNotFoundError, ValueError, VideoDecodeError: If there is nothing that can be read, or nothing of the part.
+    """
+    damage = None
+    if sampling.read_as == "folder":
+        pictures, rate = list_pictures(path), next(rate for part, rate in FOLDER_RATES if part in path)
+        times = [number / rate for number in range(len(pictures))]
+        choice = choose_numbered_frames(len(pictures), rate, sampling)
+        duration, opener = choice.seconds, partial(open_pictures, pictures, times)
+    elif is_heif(_local_file(path)):
+        load_image(path)  # refused now, not when it is read
+        times = [0.0]
+        choice = choose_numbered_frames(1, 1.0, sampling)
+        duration, opener = choice.seconds, partial(open_pictures, [path], times)
+    else:
+        index = read_index(path)
+        if sampling.read_as == "gif":
+            times = [float(number) for number in range(len(index.times))]
+            index = replace(index, times=times, rate=1.0, duration=float(len(times)))
+        times, damage = index.times, index.damage
+        choice = choose_frames(times, index.duration, index.rate, sampling)
+        whole = sampling.sampler.mode == "fps" and not sampling.has_part
+        duration, opener = index.duration if whole else choice.seconds, partial(BACKENDS[backend], path, index)
+    counts = Counter(choice.indices)
+    read = opener(list(counts))
+    if len(counts) < len(choice.indices):
+        read = partial(_read_again, read, {times[place]: count for place, count in counts.items()})
+    return ChosenFrames(read, [times[place] for place in choice.indices], choice.start, duration, damage)
+
+
+def _read_again(read: FrameReader, counts: dict[float, int], finish: Callable) -> Iterator[tuple[Any, float]]:
+    with closing(read(finish)) as reader:
+        for pixels, second in reader:
+            # A damaged file may give another frame than the chosen one.
+            for _ in range(counts.get(second, 1)):
+                yield pixels, second
+
+
+def _local_file(path: AnyFile) -> AnyFile:
+    if not isinstance(path, MemoryFile):
+        _require_file(path)
+    if size_of(path) == 0:
+        raise VideoDecodeError(f"{path} is empty (0 bytes), expected a video file. Record or copy it again.")
+    return path
+
+
+def _require_file(path: str) -> None:
+    if not os.path.exists(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", path):
+            raise ValueError(
+                f"{path:.100} is an address; only local files are opened. Download it and pass the path, or its bytes."
+            )
+        raise FileNotFoundError(f"{path:.300}: no such video file (looked from {os.getcwd()}).")
+    if os.path.isdir(path):
+        raise VideoDecodeError(
+            f"{path} is a folder, expected a video file. Pass its frames as a list of PIL images, or, for numbered "
+            "pictures, media_dict={'video_read_type': 'img'}."
+        )
+    if not os.path.isfile(path):
+        raise VideoDecodeError(f"{path} is not a regular file; expected a video file.")
+
+
+class _Stopped(Exception):
+    """Nobody reads the frames any more."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +369,7 @@ class VideoFrames:
         self._stop.set()
         self._room.release()  # wakes a decoder that waits for the consumer
         # The garbage collector may close an abandoned iterator from any thread, also from the decoder's own.
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and not threading.current_thread().name.startswith(DECODER_THREADS):
             self._thread.join()
 
     def __iter__(self) -> Iterator[FrameBatch]:
@@ -240,7 +383,7 @@ class VideoFrames:
     def _batches(self) -> Iterator[FrameBatch]:
         # Unbounded, but a batch enters only where there is room; the end always does, so that nobody waits forever.
         queue: SimpleQueue = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, args=(queue,), name="video-decoder", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(queue,), name=DECODER_THREADS, daemon=True)
         self._thread.start()
         atexit.register(self.close)  # an interpreter that ends in the middle must not wait for a thread it froze
         try:
@@ -273,17 +416,19 @@ class VideoFrames:
                 frames.clear()
                 seconds.clear()
 
-        with closing(self._chosen.read()) as reader:
+        with closing(self._chosen.read(self._resized)) as reader:
             try:
-                for pixels, second in reader:
+                for resized, second in reader:
                     if self._stop.is_set():
                         return
-                    frames.append(self._resized(pixels))
+                    frames.append(resized)
                     seconds.append(second)
                     delivered, until = delivered + 1, second
                     missing[second] -= 1
                     if len(frames) == self._batch_frames:
                         flush()
+            except _Stopped:
+                return
             except av.FFmpegError as error:
                 cause, damage = error, damage or error.strerror  # what the index counted says more
         if delivered == 0:
@@ -306,6 +451,8 @@ class VideoFrames:
         return f" Missing: second {', '.join(named)}{more}." if spans else ""
 
     def _resized(self, pixels: np.ndarray) -> torch.Tensor:
+        if self._stop.is_set():
+            raise _Stopped
         size, exact, fit = (self.sampling[name] for name in ("size", "exact_resize", "fit"))
         return resize_frames(torch.from_numpy(pixels).permute(2, 0, 1)[None], size, exact=exact, fit=fit)
 

@@ -65,7 +65,7 @@ def read_ours(path, wanted):
     from videoxl.video_decoding_videoxl import open_pyav
     from videoxl.video_index_videoxl import read_index
 
-    return [pixels for pixels, _ in open_pyav(path, read_index(path), wanted)()]
+    return [pixels for pixels, _ in open_pyav(path, read_index(path), wanted)(np.asarray)]
 
 
 def read_everything(path, wanted):

@@ -23,6 +23,7 @@ from PIL import Image
 from sampled import open_video, sample_frame_indices, sample_frame_times
 from videoxl import video_decoding_videoxl as vd
 from videoxl import video_processing_videoxl as vp
+from videoxl.video_index_videoxl import read_index
 
 # Opens a program in a process of its own; its arguments are the repository root and a video.
 IMPORT = """
@@ -243,13 +244,13 @@ def test_sampled_frames_are_those_of_the_sampler(tmp_path, name, settings_):
 
 def test_a_seek_past_the_keyframe_is_made_good_by_reading_on(tmp_path):
     path = str(write_clip(tmp_path / "a.mp4", LONG, keyframes=40))
-    index = vd.read_index(path)
+    index = read_index(path)
     key = index.keyframes[2]
     # An index that misleads: by it this keyframe lies a tick earlier, so the frame there is never met.
     misled = replace(index, keys=[*index.keys[:key], index.keys[key] - 1, *index.keys[key + 1 :]])
     wanted = [0, key + 1, key + 9, 300]
     for one in (index, misled):
-        frames = list(vd.open_pyav(path, one, wanted)())
+        frames = list(vd.open_pyav(path, one, wanted)(np.asarray))
         pixels = [vp.resize_frames(torch.from_numpy(frame).permute(2, 0, 1)[None], 96)[0] for frame, _ in frames]
         assert [number_in(frame) for frame in pixels] == wanted
         assert [second for _, second in frames] == [index.times[place] for place in wanted]
@@ -419,10 +420,12 @@ def test_exact_resize_of_a_file_is_pil(tmp_path):
 
 
 def decoder_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "video-decoder"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("video-decoder")]
 
 
-def test_leaving_early_stops_the_thread_and_closes_the_file(tmp_path):
+@pytest.mark.parametrize("cores", [1, 4])
+def test_leaving_early_stops_the_threads_and_closes_the_file(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(vd, "_cores", lambda: cores)
     path = write_clip(tmp_path / "a.mp4")
 
     def nothing_left():
@@ -613,14 +616,33 @@ def test_arguments_that_do_not_go_together(tmp_path, monkeypatch):
             open_video(path, **{"size": 8, **wrong})
 
 
-@pytest.mark.skipif(vd.decord is None, reason="decord is optional and not installed")
-def test_decord_gives_the_same_frames_or_refuses(tmp_path):
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_another_backend_gives_the_same_frames_or_refuses(tmp_path, backend):
+    pytest.importorskip(
+        backend, reason=f"{backend} is optional: make test-peers", exc_type=(ImportError, RuntimeError)
+    )
     path = write_clip(tmp_path / "a.mp4")
     expected = read(path, max_num_frames=20)[1:]
-    assert read(path, max_num_frames=20, backend="decord")[1:] == expected
+    assert read(path, max_num_frames=20, backend=backend)[1:] == expected
     for name, ticks in (("a.ts", THIRTIETHS), ("edit.mp4", [tick - 500 for tick in THIRTIETHS])):
-        with pytest.raises(ValueError, match="decord"):
-            open_video(write_clip(tmp_path / name, ticks), size=8, backend="decord")
+        with pytest.raises(ValueError, match=backend):
+            list(open_video(write_clip(tmp_path / name, ticks), size=8, backend=backend))
+    with pytest.raises(ValueError, match="local files only"):
+        open_video(path.read_bytes(), size=8, backend=backend)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError):
+        list(open_video(path, size=8, backend=backend))
+
+
+def test_torchcodec_where_it_cannot_work(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4", THIRTIETHS[:4])
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match='needs the package torchcodec .* use backend="pyav"'):
+        open_video(path, size=8, backend="torchcodec")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=None))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            open_video(path, size=8, backend="torchcodec:cuda")
 
 
 # The clock's border: light grey, red, green, blue, 15 seconds each.
