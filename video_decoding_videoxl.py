@@ -136,7 +136,8 @@ class _Skips:
 
     def __init__(self, stream: Any, index: VideoIndex, needed: set[int] | None):
         self._context, self._index, self._needed = stream.codec_context, index, needed
-        self._skipping = False
+        # Of another run the decoder may still be told to skip.
+        self._context.skip_frame, self._skipping = "DEFAULT", False
 
     def leaves_out(self, packet: av.Packet) -> bool:
         """Whether not to decode a packet at all; tells the decoder what to do with it otherwise."""

@@ -94,17 +94,18 @@ def test_wanted_frames_are_what_they_were(tmp_path, monkeypatch, kind, rate):
     index = read_index(str(tmp_path / "a"))
     count = len(index.times)
     random = np.random.default_rng(11)
-    for wanted in ([*range(0, count - 10, 12)], list(range(count)), [count - 1],
+    behind_keyframes = [place + 1 for place in index.keyframes[::2] if place + 1 < count] or [1]
+    for wanted in ([*range(0, count - 10, 12)], list(range(count)), [count - 1], behind_keyframes,
                    sorted(random.choice(count, 20, replace=False).tolist())):  # fmt: skip
         all_of_them, decoded, _ = read(tmp_path / "a", wanted, monkeypatch, everything=True)
         assert len(all_of_them) == len(wanted)
         for cores in (1, 3, 9):
             found, fewer, decoders = read(tmp_path / "a", wanted, monkeypatch, cores)
             assert same(found, all_of_them)
-            if cores == 1 or len(wanted) == 1 or not index.keyframes:
+            if cores == 1 or len(wanted) < 4 or not index.keyframes:
                 assert decoders == 1
             elif kind not in EDITS:
-                assert decoders == min(cores, 4)
+                assert decoders > 1
         if wanted[0] == 0 and wanted[1] == 12 and tells:
             assert fewer < 0.8 * decoded
 
