@@ -22,7 +22,7 @@ EVERY_VERSION_TESTS = $(wildcard tests/test_golden_*.py) $(addprefix tests/test_
 NUMERIC_TESTS = $(EVERY_VERSION_TESTS) $(addprefix tests/test_, $(addsuffix .py, bundle clips evaluation flash_doors \
 	flash_sampling modeling selection slow_members sparse_attention training training_slots))
 # What uses other readers of files, and torchvision.
-PEER_TESTS = $(addprefix tests/test_, $(addsuffix .py, clients left_out video_file video_formats))
+PEER_TESTS = $(addprefix tests/test_, $(addsuffix .py, clients left_out video_formats video_processing))
 # Packages of requirements.txt that only some things need.
 OPTIONAL = accelerate peft matplotlib
 

@@ -3,12 +3,15 @@
 What is surprising:
 * Each reader runs in a process of its own, readers in turn, and gives its frames as uint8 arrays of the file's own
   size, unresized. All are asked for the same frames by number; how far their pixels are from PyAV's is in the table.
-* Readers that are not installed are left out and named. OpenCV counts frames, so its times are no part of this.
+* Readers that are not installed are left out and named (`make .venv-peers/.installed` installs all of them, to be run
+  with `.venv-peers/bin/python`). OpenCV counts frames, so its times are no part of this.
+* Opening, and reading the index of the file where a reader does, are part of the time.
 * CPU seconds tell more than the clock's where other work shares the machine.
 """
 
 import resource
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,16 +22,16 @@ from common import clock, in_fresh_process, median, parse, parser, report, table
 # Encoder, its options, size and seconds of the clips that are made: keyframes are 250 pictures apart.
 CLIPS = {
     "h264_480p.mp4": ("libx264", {"x264-params": "keyint=250"}, (854, 480), 60),
-    "h264_1080p.mp4": ("libx264", {"x264-params": "keyint=250", "preset": "fast"}, (1920, 1080), 30),
-    "hevc_480p.mp4": ("libx265", {"x265-params": "keyint=250:log-level=none", "preset": "fast"}, (854, 480), 30),
-    "vp9_480p.webm": ("libvpx-vp9", {"g": "250", "deadline": "realtime", "cpu-used": "6"}, (854, 480), 30),
+    "h264_1080p.mp4": ("libx264", {"x264-params": "keyint=250", "preset": "fast"}, (1920, 1080), 60),
+    "hevc_480p.mp4": ("libx265", {"x265-params": "keyint=250:log-level=none", "preset": "fast"}, (854, 480), 60),
+    "vp9_480p.webm": ("libvpx-vp9", {"g": "250", "deadline": "realtime", "cpu-used": "6"}, (854, 480), 60),
 }
 RATE, UNIFORM = 25, 64
 
 EPILOG = """\
 examples:
   python benchmarks/read.py --out read_cpu
-      Four clips that are made on the spot, every reader that is installed.
+      Four clips of a minute that are made on the spot, every reader that is installed.
 
   python benchmarks/read.py --video talk.mp4 lecture.mkv
       Files of yours.
@@ -107,6 +110,9 @@ READERS = {
 }
 
 
+PACKAGES = {"all, PyAV": "av", "decord": "decord2", "torchcodec": "torchcodec", "OpenCV": "opencv-python-headless"}
+
+
 def measure(reader: str, path: str, wanted: list[int], args) -> dict:
     """One run of one reader, in this process; the pixels are compared with those of every frame decoded."""
 
@@ -159,7 +165,8 @@ def main() -> None:
     if absent:
         print(f"not installed: {', '.join(absent)}")
     args.video = args.video and [Path(path).name for path in args.video]
-    report("read", args, {"readers": results, "not_installed": absent})
+    versions = {name: version(package) for name, package in PACKAGES.items() if name in readers}
+    report("read", args, {"readers": results, "not_installed": absent, "packages": versions})
 
 
 if __name__ == "__main__":

@@ -623,9 +623,14 @@ def test_another_backend_gives_the_same_frames_or_refuses(tmp_path, backend):
     path = write_clip(tmp_path / "a.mp4")
     expected = read(path, max_num_frames=20)[1:]
     assert read(path, max_num_frames=20, backend=backend)[1:] == expected
-    for name, ticks in (("a.ts", THIRTIETHS), ("edit.mp4", [tick - 500 for tick in THIRTIETHS])):
-        with pytest.raises(ValueError, match=backend):
-            list(open_video(write_clip(tmp_path / name, ticks), size=8, backend=backend))
+    with pytest.raises(ValueError, match=backend):
+        open_video(write_clip(tmp_path / "a.ts"), size=8, backend=backend)
+    edited = write_clip(tmp_path / "edit.mp4", [tick - 500 for tick in THIRTIETHS])
+    if backend == "decord":
+        with pytest.raises(ValueError, match="decord sees .* frames at other times than the 75"):
+            open_video(edited, size=8, backend=backend)
+    else:
+        assert read(edited, **EVERY_FRAME, backend=backend)[1:] == read(edited, **EVERY_FRAME)[1:]
     with pytest.raises(ValueError, match="local files only"):
         open_video(path.read_bytes(), size=8, backend=backend)
     path.write_bytes(path.read_bytes()[:2000])
