@@ -477,8 +477,9 @@ def open_video(
         size: S, the edge of the square that frames become, in pixels.
         sampling: Which frames of a path are wanted; None for the default.
         timestamps: Seconds of these frames, strictly increasing. Without them they are `1 / sample_fps` apart.
-        backend: "pyav", or "decord" where installed: it refuses the files whose frames decord misplaces, gives up on
-            damaged ones, and its colours differ by some levels on 10-bit video.
+        backend: "pyav", or "decord" or "torchcodec" where installed: they refuse the files whose frames they misplace,
+            give up on damaged ones, and their colours differ by some levels on 10-bit video. "torchcodec:cuda" decodes
+            on the GPU; its colours are not the same to the bit.
         batch_frames: n, the most frames of a batch; never changes a frame.
         exact_resize, fit: See `resize_frames`.
 
