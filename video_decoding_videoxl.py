@@ -432,8 +432,9 @@ def _refuse_for(backend: str, path: AnyFile, index: VideoIndex) -> None:
     with open_file(path) as container:
         misread = any(name in container.format.name for name in ("mpegts", SERIES_FORMAT))
         stream = video_stream(container, path)
-        # Two copies of a codec's own library in one process, PyAV's and the system's, crash (libdav1d).
-        misread = misread or (backend != "decord" and stream.codec_context.codec.name.startswith("lib"))
+        # decord 3 takes other pictures of HEVC. Two copies of a codec's own library in one process, PyAV's and the
+        # system's, crash (libdav1d).
+        misread = misread or stream.codec_context.codec.name.startswith("hevc" if backend == "decord" else "lib")
         _, frame = next(_decode(container, stream, index), (0, None))
     if index.numbered or index.parts or misread or (frame is not None and display_matrix(frame)[0] <= 0):
         raise ValueError(f'{path}: {backend} crashes on, misplaces or does not turn such files; use backend="pyav".')
