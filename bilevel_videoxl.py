@@ -574,10 +574,11 @@ def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_posi
         keys, values = (layer.keys.new_empty(shape, device=device) for _ in range(2))
         for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
             part = slice(begin, begin + ROTATED_AT_ONCE)
-            source, target = dense_from[part].to(layer.keys.device), dense_to[part]
-            moved = layer.keys.index_select(2, source).to(device)
-            keys.index_copy_(2, target, moved if stay else rotate(moved, source, target, inv_freq).to(keys.dtype))
-            values.index_copy_(2, target, layer.values.index_select(2, source).to(device))
+            source, target = dense_from[part], dense_to[part]
+            for states, read in zip(
+                (keys, values), layer.read(source, source if stay else target, inv_freq), strict=True
+            ):
+                states.index_copy_(2, target, read.to(states.dtype))
         if len(pooled_from):
             pooled = layer.pooled_groups(groups, pool_size, inv_freq)
             picked, picked_values = (part.index_select(2, pooled_from).flatten(2, 3) for part in pooled)

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from .encoded_video_videoxl import EncodedVideo
 from .frame_sampling_videoxl import SAMPLING_FIELDS, plain_number
+from .kv_tiers_videoxl import require_store
 from .messages_videoxl import (
     VISUAL_KINDS,
     chunks_at,
@@ -69,7 +70,7 @@ class VideoEncoder:
         processor: Its processor.
         in_force: Settings and policy of the call.
         rates: `max_num_frames`, `sample_fps` and `max_sample_fps` of the call; items may say otherwise.
-        backend, progress, system_prompt: See `encode_video`.
+        backend, progress, system_prompt, store: See `encode_video`.
     """
 
     model: Any
@@ -79,6 +80,7 @@ class VideoEncoder:
     backend: str
     progress: bool | None
     system_prompt: str | None = None
+    store: str | None = None
 
     def encode_conversation(self, messages) -> tuple[EncodedVideo | None, list[int]]:
         """The conversation's last video or image (None without one), and the ids that follow it."""
@@ -103,6 +105,8 @@ class VideoEncoder:
     def encode(self, item, base, prefix) -> EncodedVideo:
         """Streams a video or image through tower and language model, behind `base` (or None) and the prefix ids."""
         source = readable_source(item)
+        if self.store is not None:
+            require_store(self.store, self.in_force.policy)
         if item["type"] == "video":
             return self._encode_video(item, base, prefix)
         if item.get("timestamps") is not None:
@@ -110,7 +114,7 @@ class VideoEncoder:
         tiles = self.processor.read_tiles(source)
         encoded = self._start(source, base, prefix, kind="image", sampling={"size": self.processor.image_size})
         encoded.extend_image(tiles)
-        return encoded
+        return encoded if self.store is None else encoded.quantize(self.store)
 
     def _encode_video(self, item, base, prefix) -> EncodedVideo:
         config, model = self.model.config, self.model.model
@@ -135,14 +139,14 @@ class VideoEncoder:
                     encoded.extend(batch)
                     bar.update(len(batch.timestamps))
         encoded.duration = reader.duration
-        return encoded
+        return encoded if self.store is None else encoded.quantize(self.store)
 
     def _start(self, source, base, prefix, **facts) -> EncodedVideo:
         path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
         ids, cache = torch.tensor(prefix), None
         if base is not None:
             ids, cache = torch.cat([base.input_ids, ids]), base.cache.fork()
-        return EncodedVideo(
+        encoded = EncodedVideo(
             path,
             origin=None if path else origin_of(source),
             processor=self.processor,
@@ -153,6 +157,9 @@ class VideoEncoder:
             system_prompt=self.system_prompt,
             **facts,
         )
+        if self.store is not None and encoded.policy.prefill == "streaming":
+            encoded.quantize(self.store)  # what its window leaves behind is packed as it goes
+        return encoded
 
 
 def _require_readable(video) -> None:
@@ -194,6 +201,7 @@ class VideoXLChatMixin:
         video_backend="pyav",
         progress=None,
         media_dict=None,
+        store=None,
     ) -> EncodedVideo:
         """Decodes, encodes and prefills a video once; `chat` then answers any number of questions about it.
 
@@ -214,6 +222,7 @@ class VideoXLChatMixin:
             media_dict: What of the path is wanted, in the words of VideoChat-Flash: `start` and `end` of a part, in
                 seconds, and `video_read_type`: `"decord"` or `"av"` (a video file, read by `video_backend`), `"gif"`
                 (each frame of the file is a second), `"img"` or `"frame"` (a folder of numbered pictures).
+            store: `"int8"` or `"int4"` packs the key-values, see `EncodedVideo.quantize`.
 
         Returns:
             An `EncodedVideo`.
@@ -233,7 +242,9 @@ class VideoXLChatMixin:
         self._set_media(items, media_dict)
         prefix = processor.prompt_pieces(processor.render(messages))[0]
         rates = {"max_num_frames": max_num_frames, "sample_fps": sample_fps, "max_sample_fps": max_sample_fps}
-        encoder = VideoEncoder(self, processor, InForce(self.config), rates, video_backend, progress, system_prompt)
+        encoder = VideoEncoder(
+            self, processor, InForce(self.config), rates, video_backend, progress, system_prompt, store
+        )
         return encoder.encode(items[0], None, prefix)
 
     @_answering

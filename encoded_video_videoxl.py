@@ -9,51 +9,26 @@ What is surprising:
   of its tokens; so frames can be added. What follows without a question is done when the first one comes, and kept
   until the video grows. It is not in the file.
 * Other weights or adapters would have given other key-values: a `Witness` of them is kept, and compared at each use.
-
-What is surprising about its file, which holds tensors, facts about them, and a digest over every byte:
-* safetensors writes contiguous tensors only, and key-values are views of longer buffers: contiguous for every head. So
-  they are stored head by head ("layers.0.keys/00000" and so on), which copies nothing; a map of the file joins them
-  again. From a GPU all tensors come to the host before they are written.
-* The digest is the sha256 of the whole file with its own 64 digits set to "0". A file that another program has written
-  anew counts as damaged.
-* A file is written and checked in a temporary folder beside its place, `.videoxl-*`, and moved there once it is on the
-  disk. A killed process can leave such a folder behind, which is never read.
-* Tensors loaded to the CPU are a private map of the file: writing into them changes no file, and saving over the path,
-  or deleting it, does not disturb them. Overwriting the bytes in place (`cp`) does: load it again then.
 """
 
-import hashlib
-import json
-import math
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .image_processing_videoxl import count_tiles
 from .kv_cache import VideoXLCache, WaitingRows
+from .kv_tiers_videoxl import STORES, VideoXLPackedLayer, pack_cache, require_store
 from .prefill_videoxl import InForce, policy_of, prefill_frames, require_context
-from .sparse_attention import GroupSpan, VisualLayout
+from .sparse_attention import GroupSpan, VisualLayout, plan_prefill
+from .video_file_videoxl import load_video_file, require_match, save_video_file, source_fingerprint
 from .video_processing_videoxl import normalize_frames, open_video
-from .witness_videoxl import Witness, canonical, model_fingerprint
+from .witness_videoxl import Witness, model_fingerprint
 
 logger = logging.get_logger(__name__)
 
-FORMAT = "videoxl.encoded_video"
-# Version 1 had every tensor in one piece, and an entry of metadata for each of what is now one.
-LAYOUT_VERSION = 2
-HASHED_AT_ONCE = 8 * 2**20  # bytes read at a time for digests
-SOURCE_END_BYTES = 2**20  # read at each end of a video for its fingerprint
-LOAD_TRIES = 10  # a load starts anew if the file is replaced under it
-
-_NO_DIGEST = "0" * 64
-# What reading a damaged header can lead to.
-_DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # What of an encoded video a file holds as it is.
 _SAVED = ("kind", "sampling", "system_prompt", "appended", "timestamps", "start", "duration")
 
@@ -148,6 +123,11 @@ class EncodedVideo(str):
         return self.cache.nbytes
 
     @property
+    def store(self) -> str | None:
+        """`"int8"` or `"int4"`, in which visual key-values are packed; None for the model's precision."""
+        return self.cache.store
+
+    @property
     def policy(self):
         """How its tokens were run; later changes of the config do not touch it."""
         return self.cache.policy
@@ -177,7 +157,7 @@ class EncodedVideo(str):
         here = settled.held > 0 and settled.layers[0].keys.device == device
         cache = settled.fork(make_room=here and sees_all)
         if sees_all and settled.waiting is None:
-            cache.move(device)
+            cache.unpack(device)
         return cache
 
     def is_current(self) -> bool:
@@ -189,6 +169,33 @@ class EncodedVideo(str):
         self.cache.move(device)
         self._settled = None
         return self
+
+    def quantize(self, store: str) -> "EncodedVideo":
+        """Packs the key-values of visual tokens, in place, all of them or (on an error) none; returns the video.
+
+        Text and timestamps stay as they are. So does, after streaming prefill, the window that further frames see:
+        these come out as if nothing were packed. After other kinds of prefill they see unpacked key-values.
+
+        Args:
+            store: `"int8"` or `"int4"`. A question asks what is unpacked for it; fewer bits may follow, more do not.
+
+        Raises:
+            ValueError: On another store, one of more bits than the video's, or a video of which not every visual token
+                has key-values.
+        """
+        require_store(store, self.policy)
+        if self.store and STORES[store] > STORES[self.store]:
+            raise ValueError(f"the video is packed in {self.store}, which {store} cannot improve: encode it again")
+        self._pack(store, ragged=self.policy.prefill != "streaming" and self.store != store)
+        return self
+
+    def _pack(self, store, ragged=False) -> None:
+        before, model = self._before_tail[0], self._model.model
+        if self.policy.prefill == "streaming" and before:
+            steps = plan_prefill(self.layout, **self.policy.facts(), start=self.layout.length - 1)
+            before = min(before, steps[-1].window_start)
+        pack_cache(self.cache, store, before, model.language_model.rotary_emb.inv_freq, model.device, ragged)
+        self._settled = None
 
     def adopt(self, processor) -> None:
         """Gives a loaded video the processor it needs to take in more frames."""
@@ -231,8 +238,7 @@ class EncodedVideo(str):
         self._witness.require(self._model)
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
-            if layer.held:
-                tensors[f"layers.{index}.keys"], tensors[f"layers.{index}.values"] = layer.keys, layer.values
+            tensors |= {f"layers.{index}.{name}": states for name, states in layer.state().items()}
         if self.cache.waiting is not None:
             tensors["deferred"] = self.cache.waiting[:]
         if self._tail is not None:
@@ -246,6 +252,7 @@ class EncodedVideo(str):
             "prefill": self.prefill,
             "videos": self.layout.videos,
             "whole": self._whole,
+            "store": self.store,
         }
         save_video_file(path, tensors, facts)
 
@@ -262,17 +269,23 @@ class EncodedVideo(str):
         }
         require_match(facts, expected, f"the saved video {os.fspath(path)}")
         ids, cache = tensors["input_ids"], VideoXLCache(model.config.text_config.num_hidden_layers)
+        videos = tuple(tuple(GroupSpan(*group) for group in video) for video in facts["videos"])
+        cache.layout = VisualLayout(videos, len(ids))
         for index, layer in enumerate(cache.layers):
-            if f"layers.{index}.keys" in tensors:
-                layer.set_content(*(tensors[f"layers.{index}.{name}"].to(model.device) for name in ("keys", "values")))
+            prefix = f"layers.{index}."
+            state = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+            if store := facts.get("store"):
+                inv_freq = model.model.language_model.rotary_emb.inv_freq
+                cache.layers[index] = layer = VideoXLPackedLayer(store, inv_freq, model.device)
+                layer.restore(state, cache.layout.non_visual, len(ids))
+            elif state:
+                layer.set_content(*(state[name].to(model.device) for name in ("keys", "values")))
             # Compressed tokens, and those that wait for the question, have no keys.
             layer.pass_by(len(ids) - layer.held)
         if "deferred" in tensors:
             rows = tensors["deferred"].to(model.device)
             cache.waiting = WaitingRows((rows,), len(ids) - len(rows))
         policy_of(model.config, facts["prefill"]).begin(cache)
-        videos = tuple(tuple(GroupSpan(*group) for group in video) for video in facts["videos"])
-        cache.layout = VisualLayout(videos, cache.get_seq_length())
         video = cls(source, model=model, processor=processor, cache=cache, input_ids=ids, sampling=facts["sampling"])
         video.__dict__.update({name: facts[name] for name in _SAVED if name in facts})  # so have not all of these
         video._tail, video._whole, video._witness = tensors.get("tail"), tuple(facts["whole"]), witness
@@ -309,6 +322,8 @@ class EncodedVideo(str):
                 self.appended = True
                 for batch in reader:
                     self.extend(batch)
+                if self.store:
+                    self._pack(self.store)
                 if len(self.timestamps) > 1:
                     duration = 2 * self.timestamps[-1] - self.timestamps[-2] - self.start
                     # Of frames from memory alone it follows from their times, as when all had come at once.
@@ -338,7 +353,7 @@ class EncodedVideo(str):
         """Adds a `FrameBatch`, see `append`."""
         require_context(self._model.model, self._tokens_with(batch.timestamps))
         self.mark, self._settled = object(), None
-        if not self.cache.layers[0].is_offloaded:
+        if not self.cache.layers[0].works_on(self._model.device):
             self.cache.move(self._model.device)
         frames, times = batch.frames, list(batch.timestamps)
         if self._tail is not None:
@@ -408,182 +423,3 @@ def _file_stamp(path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status and (status.st_size, status.st_mtime_ns)
-
-
-def save_video_file(path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-    """Writes tensors and facts as one file that is either complete or not there.
-
-    Args:
-        path: Where to; an existing file is replaced once the new one is complete. A link is followed.
-        tensors: By name; any strides and device. No two may overlap in memory.
-        facts: What JSON can hold; comes back as JSON gives it (lists for tuples).
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: If there is no such folder, the file cannot be written, or the path,
-            the tensors or the facts are none that a file can have.
-    """
-    path = os.path.realpath(os.fsdecode(path))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is a folder or a device: give the name of a file to save the video in")
-    if not os.path.isdir(folder := os.path.dirname(path)):
-        raise FileNotFoundError(f"the folder {folder} does not exist: create it, or save the video elsewhere")
-    blocks, shapes = {}, {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{name} must be a dense tensor that holds values, got {type(tensor).__name__}")
-        parts = _contiguous_blocks(tensor)
-        blocks |= {f"{name}/{n:05}": part for n, part in enumerate(parts)} if len(parts) > 1 else {name: parts[0]}
-        shapes |= {name: list(tensor.shape)} if len(parts) > 1 else {}
-    about = {"digest": _NO_DIGEST, "facts": facts, "layout_version": LAYOUT_VERSION, "shapes": shapes}
-    try:
-        # One entry, because the library writes several in any order; the digest is the first thing in it.
-        metadata = {FORMAT: json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"facts must be what JSON can hold (no tensors, no NaN): {error}") from error
-    with tempfile.TemporaryDirectory(prefix=".videoxl-", dir=folder) as temporary:
-        part = os.path.join(temporary, "part")
-        try:
-            save_file(blocks, part, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"tensors must be of a dtype that safetensors has, and not overlap: {error}") from error
-        _write_digest(part)
-        os.replace(part, path)
-
-
-def load_video_file(path, *, verify: bool = True, device="cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """Reads what `save_video_file` wrote, also in its layout version 1.
-
-    Args:
-        verify: Read the whole file once and compare its digest. False is instant at any size, and unchecked but for
-            the header's form and the file's size.
-        device: Where the tensors go. On "cpu" they stay backed by the file and take memory as they are read.
-
-    Returns:
-        Tensors by name, and the facts.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it is damaged, cut short, of another kind or of
-            another layout version.
-    """
-    if os.path.isdir(path := os.fsdecode(path)):
-        raise ValueError(f"{path} is a folder: give the file that EncodedVideo.save wrote")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no saved video {path}: check the path, or encode the video and save it there")
-    for _ in range(LOAD_TRIES):
-        with open(path, "rb") as file:
-            try:
-                (tensors, facts), refused = _read(file, path, verify), None
-            except (SafetensorError, *_DAMAGE) as error:
-                refused = error
-            # The library opens the path by itself: what was checked must be what it has mapped.
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                continue
-        if refused is None:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
-        raise ValueError(
-            f"{path} is damaged or of another kind: expected a video saved by EncodedVideo.save, found {refused}. "
-            "Encode the video again and save it"
-        ) from refused
-    raise ValueError(f"{path} was replaced {LOAD_TRIES} times while it was read: load it when it is no longer written")
-
-
-def source_fingerprint(path) -> dict | None:
-    """Size, and sha256 of the size and of the first and last MiB, of a file; None where there is no file."""
-    if not path or not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(str(size).encode() + file.read(SOURCE_END_BYTES))
-        file.seek(max(size - SOURCE_END_BYTES, 0))
-        digest.update(file.read(SOURCE_END_BYTES))
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def require_match(facts: dict, expected: dict, what: str) -> None:
-    """Compares the facts of a file with what is asked for.
-
-    Args:
-        facts: What the file says.
-        expected: What must agree, nested like `facts`; None at any depth asks for nothing.
-        what: What is being loaded, for the message: a ValueError with both values of every entry that differs.
-    """
-    if differing := "; ".join(_mismatches(facts, expected, "")):
-        remedy = "Load it with the model, settings and video it was made with, or encode the video again and save it"
-        raise ValueError(f"{what} does not fit: {differing}. {remedy}")
-
-
-def _mismatches(facts, expected, prefix):
-    for key, asked in expected.items():
-        stored = facts.get(key)
-        if isinstance(asked, dict) and isinstance(stored, dict):
-            yield from _mismatches(stored, asked, f"{prefix}{key}.")
-        elif asked is not None and stored != json.loads(canonical(asked)):
-            held, asked = (text if len(text) <= 80 else f"{text[:77]}..." for text in map(canonical, (stored, asked)))
-            yield f"{prefix}{key}: the file has {held if key in facts else 'nothing'}, asked for {asked}"
-
-
-def _contiguous_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A tensor's values in order, as contiguous views of it; as a copy where rows of values are not contiguous."""
-    if tensor.is_contiguous() or tensor.ndim <= 2:
-        return [tensor.contiguous()]
-    return [block for part in tensor for block in _contiguous_blocks(part)]
-
-
-def _write_digest(path) -> None:
-    """Puts a file's digest in its place, and makes it as readable as other files (the library's are their owner's)."""
-    with open(path, "r+b") as file, open(f"{path}.plain", "xb") as plain:
-        try:
-            safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"the facts, or a tensor's name, cannot be read again: {error}") from error
-        digest = _file_digest(file, _NO_DIGEST)
-        file.seek(0)
-        file.seek(file.read(HASHED_AT_ONCE).index(_NO_DIGEST.encode()))
-        file.write(digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        os.chmod(path, os.fstat(plain.fileno()).st_mode)
-
-
-def _file_digest(file, digest: str) -> str:
-    """The digest of an open file that holds `digest` at present."""
-    file.seek(0)
-    start = file.read(8)
-    header = file.read(int.from_bytes(start, "little")).replace(digest.encode(), _NO_DIGEST.encode(), 1)
-    found = hashlib.sha256(start + header)
-    while piece := file.read(HASHED_AT_ONCE):
-        found.update(piece)
-    return found.hexdigest()
-
-
-def _read(file, path, verify) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors, mapped, and facts of an open file; fails in many ways if it is not what `save_video_file` writes."""
-    with safe_open(path, framework="pt", device="cpu") as content:
-        metadata, blocks = content.metadata() or {}, {name: content.get_tensor(name) for name in content.offset_keys()}
-    if FORMAT not in metadata and metadata.get("format") != FORMAT:
-        raise ValueError(f"a safetensors file of format {metadata.get('format')!r:.200} instead of {FORMAT!r:.200}")
-    about = json.loads(metadata[FORMAT]) if FORMAT in metadata else metadata
-    if (version := str(about["layout_version"])) not in ("1", str(LAYOUT_VERSION)):
-        raise ValueError(f"layout version {version} (this code reads 1 to {LAYOUT_VERSION}, newer code newer ones)")
-    if verify and _file_digest(file, about["digest"]) != about["digest"]:
-        raise ValueError("content that does not agree with its digest")
-    if version == "1":
-        return blocks, json.loads(about["facts"])
-    return _joined(blocks, about["shapes"], path, os.fstat(file.fileno()).st_size), about["facts"]
-
-
-def _joined(blocks, shapes, path, size) -> dict[str, torch.Tensor]:
-    """Tensors of a file of `size` bytes: of `blocks`, in the file's order, those of each name in `shapes` are one."""
-    content = torch.from_file(path, size=size, dtype=torch.uint8)  # a private map, as the library's is
-    start, tensors = size - sum(block.nbytes for block in blocks.values()), {}
-    for name, block in blocks.items():
-        whole = name.rpartition("/")[0]
-        if whole not in shapes:
-            tensors[name] = block
-        elif whole not in tensors:
-            stop = start + math.prod(shapes[whole]) * block.itemsize
-            tensors[whole] = content[start:stop].view(block.dtype).view(shapes[whole])
-        start += block.nbytes
-    return tensors

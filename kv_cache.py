@@ -89,6 +89,11 @@ class VideoXLCache(DynamicCache):
         return self.layers[0].rows
 
     @property
+    def store(self) -> str | None:
+        """In what the key-values of earlier visual tokens are packed; None for the model's precision."""
+        return self.layers[0].store
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the key-values and of the rows that wait."""
         return sum(layer.nbytes for layer in self.layers) + (0 if self.waiting is None else self.waiting.nbytes)
@@ -142,22 +147,12 @@ class VideoXLCache(DynamicCache):
 
     def move(self, device) -> None:
         """Moves all that it holds to a device, and ends offloading; drops pooled groups that lie elsewhere."""
-        if self.waiting is not None:
-            self.waiting = self.waiting.to(device)
-        for index, layer in enumerate(self.layers):
-            moved = layer.keys.to(device) if layer.held else layer.keys
-            if layer.is_offloaded or moved is not layer.keys:
-                self.layers[index] = layer.fork()
-                if moved is not layer.keys:
-                    self.layers[index].set_content(moved, layer.values.to(device))
-            if layer.held:
-                self.layers[index].forget_pooled(moved.device)
+        self.waiting = None if self.waiting is None else self.waiting.to(device)
+        self.layers[:] = [layer.at(device) for layer in self.layers]
 
-    def offload(self, device) -> None:
-        """Gets layers that keep their content on the host and compute on `device` (one row)."""
-        for index, layer in enumerate(self.layers):
-            if not layer.is_offloaded:
-                self.layers[index] = VideoXLOffloadedLayer.over(layer, device)
+    def unpack(self, device) -> None:
+        """Gets layers with all key-values on a device and in full precision."""
+        self.layers[:] = [layer.unpacked(device) for layer in self.layers]
 
     def stack(self, rows: "list[VideoXLCache]", length: int) -> None:
         """Becomes the caches of several single rows, padded on the left with zeros; `length` counts all padding."""
@@ -273,6 +268,7 @@ class VideoXLCacheLayer(DynamicLayer):
     """
 
     is_offloaded = False
+    store = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -403,6 +399,29 @@ class VideoXLCacheLayer(DynamicLayer):
         other._pooled = self._pooled
         return other
 
+    def works_on(self, device) -> bool:
+        """Whether it leaves what it computes with on a device, whatever else it holds elsewhere."""
+        return False
+
+    def at(self, device) -> "VideoXLCacheLayer":
+        """This layer on a device, not offloaded: itself if it is so, without pooled groups that lie elsewhere."""
+        moved, layer = self.keys.to(device) if self.held else self.keys, self
+        if self.is_offloaded or moved is not self.keys:
+            layer = self.fork()
+            if moved is not self.keys:
+                layer.set_content(moved, self.values.to(device))
+        if self.held:
+            layer.forget_pooled(moved.device)
+        return layer
+
+    def unpacked(self, device) -> "VideoXLCacheLayer":
+        """This layer on a device and in full precision."""
+        return self.at(device)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a file holds of it, by name."""
+        return {"keys": self.keys, "values": self.values} if self.held else {}
+
     def make_room(self, tokens: int) -> None:
         """Sees to it that so many more keys can be appended without copying, if need be by one copy of this layer."""
         length = self.held
@@ -435,6 +454,16 @@ class VideoXLCacheLayer(DynamicLayer):
         if self.is_initialized:
             self.dtype, self.device = keys.dtype, keys.device
 
+    def read(self, places, positions, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values at [n] places of a layer that holds every token, on the device of `inv_freq` [D / 2].
+
+        The keys come rotated to other positions [n], or (None) un-rotated, in float32; as they are where `positions`
+        is `places` itself.
+        """
+        taken = (states.index_select(2, places.to(states.device)) for states in (self.keys, self.values))
+        keys, values = (states.to(inv_freq.device) for states in taken)
+        return keys if positions is places else rotate(keys, places, positions, inv_freq), values
+
     def pooled_groups(self, groups, pool_size: int, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Un-rotated pooled keys and pooled values of groups of visual tokens, computed once per video and device.
 
@@ -450,11 +479,9 @@ class VideoXLCacheLayer(DynamicLayer):
             pooled, size = ([], []), groups[0][1] - groups[0][0]
             used, at_once = size // pool_size * pool_size, max(ROTATED_AT_ONCE // size, 1)
             for first in range(0, len(groups), at_once):
-                starts = torch.tensor([start for start, _ in groups[first : first + at_once]], device=self.keys.device)
-                positions = (starts[:, None] + torch.arange(used, device=starts.device)).flatten()
-                taken = (states.index_select(2, positions) for states in (self.keys, self.values))
-                keys, values = (states.to(inv_freq.device) for states in taken)
-                for target, states in zip(pooled, (rotate(keys, positions, None, inv_freq), values), strict=True):
+                starts = torch.tensor([start for start, _ in groups[first : first + at_once]])
+                places = (starts[:, None] + torch.arange(used)).flatten()
+                for target, states in zip(pooled, self.read(places, None, inv_freq), strict=True):
                     target.append(states.float().unflatten(2, (len(starts), used // pool_size, pool_size)).mean(4))
             self._pooled[pool_size] = tuple(torch.cat(parts, dim=2).to(self.keys.dtype) for parts in pooled)
         return self._pooled[pool_size]
@@ -497,83 +524,6 @@ class VideoXLCacheLayer(DynamicLayer):
         if self._room is not None:
             self._room.set_end(self, None)
         self._room = None
-
-
-class VideoXLOffloadedLayer(VideoXLCacheLayer):
-    """A layer of one row whose content lives in host memory; the device holds what the next chunks see.
-
-    `keys` and `values` are the whole content on the host, so saving, pooling and forking go on as ever. On the device
-    are the positions from `near_start` on, and copies of text and timestamps before it. A step of attention that
-    wants more gets the whole layer for a moment: text after a video, and timestamps in `mask` mode.
-    """
-
-    is_offloaded = True
-
-    def __init__(self, device, **kwargs):
-        super().__init__(**kwargs)
-        self.near_start, self._home = 0, torch.device(device)
-        self._near = self._text = None  # keys and values on the device
-
-    @classmethod
-    def over(cls, layer: VideoXLCacheLayer, device) -> "VideoXLOffloadedLayer":
-        """An offloaded layer with the content of another one."""
-        offloaded = cls(device)
-        if layer.held:
-            offloaded.set_content(layer.keys.cpu(), layer.values.cpu())
-            offloaded.near_start = layer.held
-        offloaded._pooled = layer._pooled
-        return offloaded
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        # override: append on the host; what is returned covers the positions from `near_start` on
-        super().update(key_states.cpu(), value_states.cpu())
-        self._near = _joined(self._near, (key_states, value_states))
-        return self._near
-
-    def retire(self, non_visual: torch.Tensor, keep_from: int) -> None:
-        """Takes positions before `keep_from` off the device, except text and timestamps.
-
-        Args:
-            non_visual: Positions of text and timestamps in the whole sequence, ascending.
-            keep_from: First position that later steps see in full.
-        """
-        keep_from = min(max(keep_from, self.near_start), self.held)
-        if self._near is not None:
-            gone = keep_from - self.near_start
-            self._near = tuple(states[:, :, gone:].clone() for states in self._near)
-        self.near_start = keep_from
-        known = 0 if self._text is None else self._text[0].shape[2]
-        wanted = non_visual[known : int(torch.searchsorted(non_visual, keep_from))].to(self.keys.device)
-        fresh = tuple(states.index_select(2, wanted).to(self._home) for states in (self.keys, self.values))
-        self._text = _joined(self._text, fresh)
-
-    def visible(self, step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values on the device that the queries of an `AttentionStep` see."""
-        gathered = 0 if step.gathered is None else len(step.gathered)
-        known = 0 if self._text is None else self._text[0].shape[2]
-        if step.window_start >= self.near_start and gathered <= known:
-            window = slice(step.window_start - self.near_start, step.stop - self.near_start)
-            parts = tuple(states[:, :, window] for states in self._near)
-            return _joined([states[:, :, :gathered] for states in self._text], parts) if gathered else parts
-        whole = self.whole(step.stop)
-        if gathered == 0:
-            return tuple(states[:, :, step.window_start :] for states in whole)
-        index = torch.cat([step.gathered, torch.arange(step.window_start, step.stop)]).to(self._home)
-        return tuple(states.index_select(2, index) for states in whole)
-
-    def whole(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of the positions before `stop`, on the device for the moment."""
-        return tuple(states[:, :, :stop].to(self._home) for states in (self.keys, self.values))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        # The next `retire` and `update` start from the host's content.
-        self.near_start, self._near, self._text = self.held, None, None
-
-
-def _joined(earlier, later) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of adjacent runs of tokens; None stands for no earlier ones."""
-    return later if earlier is None else tuple(torch.cat(pair, dim=2) for pair in zip(earlier, later, strict=True))
 
 
 def rotate(keys, old, new, inv_freq) -> torch.Tensor:

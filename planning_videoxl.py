@@ -23,6 +23,7 @@ import numpy as np
 
 from .frame_sampling_videoxl import FrameSampler, Sampling
 from .kv_cache import GROWTH, MIN_SPARE_TOKENS
+from .kv_tiers_videoxl import BLOCK_ROWS, ROWS_AT_ONCE, packed_bytes, require_store
 from .messages_videoxl import is_image
 from .prefill_videoxl import SEGMENT_TOKENS, InForce, SequenceSize
 from .processing_videoxl import VideoXLProcessor
@@ -55,10 +56,12 @@ class VideoPlan:
             tokens are dropped between layers, the mean over them, rounded down.
         pooled_kv_bytes: Bi-level decoding (else None): pooled keys and values, kept beside the dense ones.
         weight_bytes: Parameters and buffers of the model.
-        stages: Per stage (vision, prefill, question, decode) the terms of its peak, weights and key-values among them.
+        stages: Per stage (vision, prefill, store, question, decode) the terms of its peak, weights among them.
         device: Where the model is; the terms depend on it.
         memory_bytes, max_frames_in_memory: The given memory, and how many frames fit it.
         context_limit: Tokens that the model takes, question included; None where nothing limits it. More are an error.
+        store: In what the video's key-values are packed, None for the model's precision. `kv_bytes` are the packed
+            ones; the question's, in `stages`, are unpacked.
     """
 
     frames: int
@@ -80,6 +83,7 @@ class VideoPlan:
     memory_bytes: int | None = None
     max_frames_in_memory: int | None = None
     context_limit: int | None = None
+    store: str | None = None
     _planner: object = field(default=None, repr=False, compare=False)
 
     @property
@@ -134,6 +138,7 @@ def plan_video(
     question_tokens=64,
     max_new_tokens=1024,
     memory=None,
+    store=None,
 ) -> VideoPlan:
     """Says what encoding a video and asking about it will cost, under the config's settings of this moment.
 
@@ -145,6 +150,7 @@ def plan_video(
         question_tokens: Tokens behind the video, the assistant's header included.
         max_new_tokens: Tokens of the answer.
         memory: Bytes, or such as `"24GB"`: also say how many frames fit.
+        store: See `encode_video`.
 
     Returns:
         A `VideoPlan`; `print` shows it as a table.
@@ -171,7 +177,7 @@ def plan_video(
         with open_video(video_path, size=model.config.vision_config.image_size, sampling=sampling) as reader:
             times = list(reader.timestamps)
         step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else step
-    planner = _Planner(model, tokenizer, step, question_tokens, max_new_tokens)
+    planner = _Planner(model, tokenizer, step, question_tokens, max_new_tokens, store)
     plan = planner.plan(num_frames or len(times), times)
     if memory is not None:
         plan = replace(plan, memory_bytes=memory, max_frames_in_memory=planner.max_frames(memory))
@@ -181,10 +187,12 @@ def plan_video(
 class _Planner:
     """Counts tokens, and sums up what lives at once."""
 
-    def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens):
+    def __init__(self, model, tokenizer, step, question_tokens, max_new_tokens, store=None):
         config, text, in_force = model.config, model.config.text_config, InForce(model.config)
         self.settings, self.policy, self.decoding = in_force.settings, in_force.policy, in_force.decoding
-        self.config, self.step = config, step
+        self.config, self.step, self.store = config, step, store
+        if store is not None:
+            require_store(store, self.policy)
         self.question_tokens, self.max_new_tokens = question_tokens, max_new_tokens
         # As `encode_video` reads a file: whole units at a time.
         unit = self.policy.unit_frames(config)
@@ -219,6 +227,7 @@ class _Planner:
         visual = groups * self.config.compressor_config.tokens_per_group
         size = SequenceSize(self.header, self._stamps_of(groups, times), visual, *self.sizes)
         kept = self.decoding.kept(self.policy.kept(size, self.config), size, self.settings)
+        kept = kept if self.store is None else self._packed(kept, size, frames)
         return VideoPlan(
             frames=frames,
             groups=groups,
@@ -237,6 +246,7 @@ class _Planner:
             stages=self._stages(frames, size, kept),
             device=self.device,
             context_limit=(self.config.resolve_context_limit() or (None,))[0],
+            store=self.store,
             _planner=self,
         )
 
@@ -250,6 +260,30 @@ class _Planner:
             low, high = (middle, high) if self.plan(middle).peak_bytes <= memory else (low, middle)
         return low
 
+    def _packed(self, kept, size, frames):
+        """What is kept where visual tokens are packed: all but a window and what fills no block, or part of a group."""
+        groups, chunk, settings = len(size.stamps), self.settings.chunk_groups, self.settings
+        per_group, streaming = size.visual // groups, settings.prefill == "streaming"
+        rows = frames // self.config.frames_per_group * per_group
+        left = per_group  # unpacked tokens at most
+        if streaming:
+            first = max((groups - 1) // chunk - settings.window_chunks, 0) * chunk
+            rows = first * per_group // BLOCK_ROWS * BLOCK_ROWS
+            batch = -(-min(frames, self.batch_frames) // self.config.frames_per_group)
+            left = ((settings.window_chunks + 1) * chunk + batch) * per_group + BLOCK_ROWS
+
+        def held(packed, tokens):
+            channels = size.layer_bytes // self.bytes
+            packed = packed_bytes(packed, -(-packed // BLOCK_ROWS), channels, self.store)
+            return tokens * size.token_bytes + size.layers * packed
+
+        return kept._replace(
+            held=held(rows, size.total - rows),
+            most_held=min(kept.held, held(size.visual, size.text + left)),
+            unpacked=None if streaming else kept.held,
+            own=kept.own or kept.held,
+        )
+
     def _stages(self, frames, size, kept) -> dict[str, dict[str, int]]:
         """The terms of each stage's peak."""
         most, own = kept.most_held or kept.held, kept.own
@@ -257,17 +291,21 @@ class _Planner:
         per_group = size.visual // len(size.stamps) + int(size.stamps.max())
         batch = size.header + -(-in_batch // self.config.frames_per_group) * per_group
         at_once = kept.rows_at_once or SEGMENT_TOKENS
-        device = self._on_device(most, size, batch)
-        always = {"weights": self.weight_bytes, "key-values": device, "spare room": self._spare(device, size)}
-        always |= {"rows that wait": kept.waiting, "rows that pass": kept.passing}
+        encoded = most if kept.unpacked is None else kept.unpacked
+        always = self._always(encoded, size, kept, batch)
         frame = 3 * self.config.vision_config.image_size**2
         queued = min(FRAME_BATCHES * self.batch_frames, frames) * frame if self.device == "cpu" else 0
         encoding = always | {"pixels": 4 * in_batch * frame + queued}  # float32; uint8 frames are host memory
         stages = {"vision": encoding | {"activations": self._vision(min(in_batch, self.chunk_frames))}}
         rows = min(batch, at_once) if kept.held else 0
-        running = self._language(rows, most // size.token_bytes, size.layer_bytes)
+        running = self._language(rows, encoded // size.token_bytes, size.layer_bytes)
         # The sequence's rows, and the visual tokens that went into them.
         stages["prefill"] = encoding | {"activations": running + 2 * batch * size.row_bytes}
+        if kept.unpacked is not None:
+            # A layer's rows in float32, as they are, on a grid, rotated (twice), and as codes.
+            rows = 5 * min(size.visual, ROWS_AT_ONCE) * size.layer_bytes // self.bytes * 4
+            stages["store"] = always | {"packed key-values": most, "activations": rows}
+        always = self._always(most, size, kept, batch)
         asked, answered = self.question_tokens, self.question_tokens + self.max_new_tokens
         # Ids, mask and positions in int64; one row of logits, and its float32 copy that `generate` picks from.
         vocabulary = self.config.text_config.vocab_size * (self.bytes + 4)
@@ -283,6 +321,13 @@ class _Planner:
         stages["question"] = asking | {"new key-values": asked * size.token_bytes, "activations": running}
         stages["decode"] = asking | {"new key-values": answered * size.token_bytes}
         return stages
+
+    def _always(self, held, size, kept, batch) -> dict[str, int]:
+        """What is there all the time."""
+        device = self._on_device(held, size, batch)
+        spare = 0 if self.store is not None and held != kept.unpacked else self._spare(device, size)
+        always = {"weights": self.weight_bytes, "key-values": device, "spare room": spare}
+        return always | {"rows that wait": kept.waiting, "rows that pass": kept.passing}
 
     def _on_device(self, held, size, batch) -> int:
         """Bytes of key-values where the model is: with `offload` and a window that, text and what just came."""

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .kv_cache import CACHE_NAME, VideoXLCache
+from .kv_tiers_videoxl import offload_cache
 from .sparse_attention import AttentionPlan, GroupSpan, PromptRow, VisualLayout, plan_prefill
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,7 @@ class Kept(NamedTuple):
     pooled: int | None = None  # pooled key-values beside the video; None without bi-level decoding
     own: int = 0  # what a question keeps for itself, at most for any video up to this length; 0 if it continues `held`
     most_held: int | None = None  # what is held, at most for any video up to this length; None for `held`
+    unpacked: int | None = None  # what is held while it is encoded, if that is packed at the end
     rows: int = 0  # rows of the video that run with each question
     rows_at_once: int | None = None  # how many rows run at once, at most; None for the usual number
     passing: int = 0  # room for rows whose key-values do not stay
@@ -271,7 +273,7 @@ class Decoding:
 
     def waits(self, cache: VideoXLCache) -> bool:
         """Whether the next question changes what is kept."""
-        return False
+        return cache.store is not None
 
     def kept(self, kept: Kept, size: SequenceSize, settings) -> Kept:
         """What becomes, for the planner, of what a policy keeps."""
@@ -279,6 +281,8 @@ class Decoding:
 
     def prepare(self, model, cache, question, call: Call) -> None:
         """Makes of a cache of one row, in place, what the question [1, n, hidden] sees."""
+        if cache.store is not None:
+            cache.unpack(model.device)
 
 
 # What members and modes add: policies in the order in which they are asked for, and ways of decoding by name.
@@ -548,7 +552,7 @@ def prefill_text(model, cache, ids, in_force: InForce):
     """
     cache = VideoXLCache(model.config.text_config.num_hidden_layers) if cache is None else cache
     if in_force.settings.offload:
-        cache.offload(model.device)
+        offload_cache(cache, model.device)
     cache.layout = cache.layout or VisualLayout()
     if ids:
         embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device))

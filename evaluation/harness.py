@@ -43,12 +43,14 @@ class Mode:
         prefill, decode: The fields of `sparse_attention`.
         chunks: Who says which chunks stay dense: "auto" (the model, from the question), "oracle" (the question's
             evidence), "none" (nobody); None where nothing is chosen.
+        store: In what the video's key-values are packed; None for the model's precision.
     """
 
     name: str
     prefill: str
     decode: str
     chunks: str | None = None
+    store: str | None = None
 
 
 MODES = {

@@ -358,12 +358,13 @@ def _inserted(haystack: Haystack, source, first: int, stop: int) -> np.ndarray:
     return frames
 
 
-def encode(checkpoint, haystack: Haystack, source, settings: Settings):
+def encode(checkpoint, haystack: Haystack, source, settings: Settings, store=None):
     """Encodes a haystack block by block, so that its frames are never held all at once; an `EncodedVideo`."""
     video = None
     for frames, times in blocks(haystack, source, settings):
         if video is None:
-            video = checkpoint.model.encode_video(frames, checkpoint.tokenizer, timestamps=times, progress=False)
+            options = {"timestamps": times, "progress": False, "store": store}
+            video = checkpoint.model.encode_video(frames, checkpoint.tokenizer, **options)
         else:
             video.append(frames, times)
     return video

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=harness.MODES,
         help="prefill and decoding (default: bilevel, or full with a model that does not have that)",
     )
+    parser.add_argument("--store", choices=("int8", "int4"), help="pack the haystacks' key-values in 8 or 4 bits")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="result file; pictures beside it")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw pictures")
     return parser
@@ -121,7 +122,7 @@ def ask_haystack(checkpoint, haystack: Haystack, source, settings: Settings, kin
     """
     with harness.sparse_attention(checkpoint.model, mode, sparse):
         begin = time.perf_counter()
-        video = encode(checkpoint, haystack, source, settings)
+        video = encode(checkpoint, haystack, source, settings, mode.store)
         seconds = time.perf_counter() - begin
     as_published = haystack.recipe in published_needles.RECIPES
     spans = video.chunks(sparse["decode_chunk_groups"])
@@ -277,6 +278,7 @@ def run(args: argparse.Namespace) -> dict:
     (mode, *_), left_out = harness.offered_modes(checkpoint.model, wanted_modes, sparse)
     if left_out:
         print(f"this model does not have the mode {left_out[0]}: {mode.name} is taken", file=sys.stderr)
+    mode = replace(mode, store=args.store)
     settings = Settings(
         seed=args.seed,
         size=harness.frame_size(checkpoint.model, args.frame_size),

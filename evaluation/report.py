@@ -7,21 +7,22 @@ What is surprising:
 * Errors in seconds are measured on open `when` questions. An answer that is no time has an infinite error, so a median
   exists only where more than half of the answers are times.
 * "Lost" and "gained" compare each mode with the first one question by question: both can be large where the
-  accuracies agree.
+  accuracies agree. A mode over packed key-values (`--store`) is compared with itself over the model's precision.
 
     python evaluation/report.py --clips 50 --seconds 64 --out report.json
     python evaluation/report.py --model converted/ --data questions.json --modes full bilevel --out report.json
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     harness.add_model_arguments(parser)
     parser.add_argument("--modes", nargs="+", choices=harness.MODES, default=list(harness.MODES))
+    parser.add_argument(
+        "--store", nargs="+", choices=("int8", "int4"), default=[], help="ask each mode over packed key-values, too"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="FILE.md gets the table")
     parser.add_argument(
         "--answers", action=argparse.BooleanOptionalAction, default=True, help="keep single answers in the JSON"
@@ -187,11 +191,16 @@ def ask_video(checkpoint, video: Video, modes, sparse: dict, max_new_tokens: int
             "visual_tokens": encoded.num_visual_tokens,
             "chunks": len(encoded.chunks(sparse["decode_chunk_groups"])),
         }
+        stored = {None: encoded}
+        for store in {mode.store for mode in same} - {None}:
+            stored[store] = copy.deepcopy(encoded).quantize(store)
+            facts.setdefault("store_share", {})[f"{prefill} {store}"] = round(stored[store].nbytes / encoded.nbytes, 4)
         for mode in same:
             for asked, record in zip(video.questions, records, strict=True):
                 if mode.chunks == "oracle" and not asked.evidence:
                     continue
-                reply = harness.ask(checkpoint, encoded, asked.text, mode, sparse, asked.evidence, max_new_tokens)
+                packed = stored[mode.store]
+                reply = harness.ask(checkpoint, packed, asked.text, mode, sparse, asked.evidence, max_new_tokens)
                 record["modes"][mode.name] = {
                     "answer": reply.text,
                     "correct": is_correct(reply.text, asked.answer, asked.choices),
@@ -231,13 +240,39 @@ def summarize(records: Sequence[dict], videos: Sequence[dict], modes) -> dict:
         for name in ("seconds", "kept_share", "kept_tokens"):
             entry[name] = mean(reply[name] for reply in replies)
         entry["encode_seconds"] = mean(video["encode_seconds"][mode.prefill] for video in videos)
-        first = modes[0].name
+        first = modes[0].name if mode.store is None else mode.name.removesuffix(f" {mode.store}")
         pairs = [(record["modes"][first]["correct"], record["modes"][mode.name]["correct"])
                  for record in own if first in record["modes"]]  # fmt: skip
+        entry["against"] = first
+        entry |= paired_difference((record["video"], *pair) for record, pair in zip(own, pairs, strict=False))
         entry["lost"] = sum(before and not now for before, now in pairs)
         entry["gained"] = sum(now and not before for before, now in pairs)
         summary[mode.name] = entry
     return summary
+
+
+def paired_difference(results: Iterable[tuple[str, bool, bool]]) -> dict:
+    """How much accuracy differs between two ways of asking the same questions.
+
+    Args:
+        results: Per question its video, and whether it was answered rightly in one way and in the other.
+
+    Returns:
+        The difference of the other way, and its 95 % interval, in which the questions of a video count as one.
+    """
+    by_video: dict[str, list[int]] = {}
+    for video, before, now in results:
+        by_video.setdefault(video, []).append(int(now) - int(before))
+    total = sum(map(len, by_video.values()))
+    if not total:
+        return {"difference": None, "difference_interval": None}
+    mean_difference = sum(map(sum, by_video.values())) / total
+    squares = sum((sum(own) - mean_difference * len(own)) ** 2 for own in by_video.values())
+    half = 1.96 * math.sqrt(squares) / total
+    return {
+        "difference": round(mean_difference, 5),
+        "difference_interval": [round(mean_difference - half, 5), round(mean_difference + half, 5)],
+    }
 
 
 def time_errors(errors: Sequence[float]) -> dict:
@@ -282,6 +317,9 @@ def markdown(result: dict) -> str:
         row("`when`: median error, s", lambda entry: _number(entry["when"]["median_error"]), asked)
         row(f"`when`: within {CLOSE_SECONDS:g} s", lambda entry: _percent(entry["when"]["close"]), asked)
     row(f"lost / gained against {names[0]}", lambda entry: f"{entry['lost']} / {entry['gained']}")
+    if any(entry["against"] != names[0] for entry in summary.values()):
+        rows[-1][0] = f"lost / gained against {names[0]}, or the same mode unpacked"
+        row("difference, points", _difference)
     row("visual KV kept", lambda entry: _percent(entry["kept_share"]))
     row("visual tokens kept", lambda entry: f"{entry['kept_tokens']:,.0f}")
     row("s per question", lambda entry: _number(entry["seconds"]))
@@ -305,6 +343,13 @@ def markdown(result: dict) -> str:
     return "\n".join(head + lines) + "\n"
 
 
+def _difference(entry) -> str:
+    if entry["difference"] is None:
+        return "-"
+    low, high = (100 * end for end in entry["difference_interval"])
+    return f"{100 * entry['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def _number(value) -> str:
     return "-" if value is None else f"{value:.3g}"
 
@@ -324,6 +369,11 @@ def run(args: argparse.Namespace) -> dict:
     modes, left_out = harness.offered_modes(checkpoint.model, args.modes, sparse)
     if left_out:
         print(f"left out, as this model does not have them: {', '.join(left_out)}", file=sys.stderr)
+    modes = [
+        mode if store is None else replace(mode, name=f"{mode.name} {store}", store=store)
+        for mode in modes
+        for store in (None, *args.store)
+    ]
     size = harness.frame_size(checkpoint.model, args.frame_size)
     if args.data is None:
         source, videos = f"procedural world, {args.split}", world_videos(args, size)

@@ -125,7 +125,7 @@ def check_options(options: argparse.Namespace) -> dict:
         # Without a VIDEO, all words are questions.
         options.questions[:0] = [] if options.video is None else [options.video]
         options.video = None
-        if fixed := [name for name in (*FRAME_OPTIONS, *PREFILL_FIELDS) if hasattr(options, name)]:
+        if fixed := [name for name in (*FRAME_OPTIONS, "store", *PREFILL_FIELDS) if hasattr(options, name)]:
             raise ValueError(f"--{fixed[0].replace('_', '-')} was settled when {options.load} was saved; leave it out")
         check_file(options.load, "file of an encoded video")
     elif options.video is not None:
@@ -199,11 +199,14 @@ class Session:
         self.options, self.device = options, choose_device(options.device)
         self.model, self.tokenizer = load_model(options, self.device, options.json or not sys.stderr.isatty())
         self.facts = {"model": options.model}
+        self.stored = {"store": options.store} if hasattr(options, "store") else {}
         loaded = time.perf_counter()
         if options.plan:
             what = {"video_path": options.video, **sampling}
             what = what if options.pictures is None else {"num_frames": len(options.pictures)}
-            self.plan = self.model.plan(tokenizer=self.tokenizer, max_new_tokens=options.max_new_tokens, **what)
+            self.plan = self.model.plan(
+                tokenizer=self.tokenizer, max_new_tokens=options.max_new_tokens, **what, **self.stored
+            )
             return
         say("reading the video ...")
         if options.load is not None:
@@ -212,7 +215,7 @@ class Session:
             seen = {"video_path": options.video, **sampling}
             if options.pictures is not None:
                 seen = {"video_path": options.pictures, "timestamps": options.timestamps}
-            self.video = self.model.encode_video(tokenizer=self.tokenizer, **seen)
+            self.video = self.model.encode_video(tokenizer=self.tokenizer, **seen, **self.stored)
         encoded = time.perf_counter()
         if options.save is not None:
             try:

@@ -204,6 +204,7 @@ def run(options, sampling: dict, answers: Answers, videos: list[Video]) -> None:
         max_new_tokens=options.max_new_tokens,
         progress=partial(FrameBar, display),
         **sampling,
+        **({"store": options.store} if hasattr(options, "store") else {}),
     )
     with display.bar:
         for video in videos:

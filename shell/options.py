@@ -127,6 +127,12 @@ def add_encoding_options(parser: argparse.ArgumentParser):
         help="spread N frames over the whole video, without a rate",
     )
 
+    frames.add_argument(
+        "--store",
+        choices=("int8", "int4"),
+        default=argparse.SUPPRESS,
+        help="keep the video's key-values in 8 or 4 bits (default: in the model's precision)",
+    )
     sparse = parser.add_argument_group("sparse attention", "Where nothing is given, the model's config decides.")
     for name, kind, text in (
         ("prefill", {"choices": ("full", "streaming", "mask")}, "what a part of the video sees of earlier parts"),

@@ -390,7 +390,7 @@ def test_ended_while_saving_nothing_stays_behind(root, tmp_path):
     # Saving waits until somebody ends the program.
     script = (
         "import sys, time, videoxl\n"
-        "import videoxl.encoded_video_videoxl as code\n"
+        "import videoxl.video_file_videoxl as code\n"
         "code._write_digest = lambda path: (print('saving', file=sys.stderr, flush=True), time.sleep(300))\n"
         "videoxl.register()\n"
         "from videoxl.shell.ask import main\n"

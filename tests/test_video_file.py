@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from videoxl import encoded_video_videoxl as video_file
-from videoxl.encoded_video_videoxl import load_video_file, require_match, save_video_file
+from videoxl import video_file_videoxl as video_file
+from videoxl.video_file_videoxl import load_video_file, require_match, save_video_file
 from videoxl.witness_videoxl import SAMPLED_VALUES, model_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ FACTS = {
 }
 # Runs in a process of its own, with the file's module as `video_file`.
 PRELUDE = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch; from videoxl import encoded_video_videoxl as video_file
+import torch; from videoxl import video_file_videoxl as video_file
 """
 
 
@@ -216,10 +216,10 @@ def test_other_files_are_refused_with_the_reason(path, tmp_path, monkeypatch):
     save_file({"weight": torch.ones(2)}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="a safetensors file of format 'pt'"):
         load_video_file(path)
-    monkeypatch.setattr(video_file, "LAYOUT_VERSION", 3)
+    monkeypatch.setattr(video_file, "LAYOUT_VERSION", 4)
     save_video_file(path, {}, {})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="layout version 3 .this code reads 1 to 2"):
+    with pytest.raises(ValueError, match="layout version 4 .this code reads 1 to 3"):
         load_video_file(path)
     with pytest.raises(ValueError, match="is a folder"):
         load_video_file(tmp_path)
