@@ -130,7 +130,8 @@ class VideoXLOffloadedLayer(VideoXLCacheLayer):
         """Keys and values on the device that the queries of an `AttentionStep` see."""
         gathered = torch.zeros(0, dtype=torch.long) if step.gathered is None else step.gathered
         known = 0 if self._text is None else self._text[0].shape[2]
-        if step.window_start >= self.near_start:
+        # Packed layers know all text in front of `near_start`; others learn it when they retire what is near.
+        if step.window_start >= self.near_start and (self.store is not None or len(gathered) <= known):
             window = slice(step.window_start - self.near_start, step.stop - self.near_start)
             parts = tuple(states[:, :, window] for states in self._near)
             if not len(gathered):

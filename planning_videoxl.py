@@ -261,7 +261,7 @@ class _Planner:
         return low
 
     def _packed(self, kept, size, frames):
-        """What is kept where visual tokens are packed: all but a window and what fills no block, or part of a group."""
+        """What is kept where visual tokens are packed: all but a window and a partial block, or a partial group."""
         groups, chunk, settings = len(size.stamps), self.settings.chunk_groups, self.settings
         per_group, streaming = size.visual // groups, settings.prefill == "streaming"
         rows = frames // self.config.frames_per_group * per_group
