@@ -339,7 +339,7 @@ class VideoXLPackedLayer(VideoXLOffloadedLayer):
                 found, old = packed.chunk(2, dim=1), None
             else:
                 found = [part.index_select(2, index[chosen].to(part.device)).to(inv_freq.device) for part in states]
-            if not (stay and states is not None):
+            if old is not None and not stay or old is None and new is not None:
                 found = rotate(found[0], old, new, inv_freq), found[1]
             for output, part in zip(outputs, found, strict=True):
                 output.index_copy_(2, chosen.to(output.device), part.to(output.dtype))
