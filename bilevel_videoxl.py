@@ -575,10 +575,9 @@ def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_posi
         for begin in range(0, len(dense_from), ROTATED_AT_ONCE):
             part = slice(begin, begin + ROTATED_AT_ONCE)
             source, target = dense_from[part], dense_to[part]
-            for states, read in zip(
-                (keys, values), layer.read(source, source if stay else target, inv_freq), strict=True
-            ):
-                states.index_copy_(2, target, read.to(states.dtype))
+            moved, moved_values = layer.read(source, source if stay else target, inv_freq)
+            keys.index_copy_(2, target, moved.to(keys.dtype))
+            values.index_copy_(2, target, moved_values)
         if len(pooled_from):
             pooled = layer.pooled_groups(groups, pool_size, inv_freq)
             picked, picked_values = (part.index_select(2, pooled_from).flatten(2, 3) for part in pooled)

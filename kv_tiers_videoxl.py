@@ -220,7 +220,7 @@ class PackedRows:
         block = torch.bucketize(rows, self.edges, right=True) - 1
         used, block = block.unique_consecutive(return_inverse=True)
         codes = self.codes.index_select(1, rows.to(self.codes.device)).to(device)
-        scales = self.scales.index_select(2, used.to(self.scales.device)).to(device)
+        scales = self.scales.index_select(2, used.to(self.scales.device)).to(device).float()
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], dim=-1)
         least, step = (scale.index_select(1, block.to(device)) for scale in scales)

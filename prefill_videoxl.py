@@ -212,8 +212,7 @@ class SequencePolicy:
             [1, keep_hidden or n, hidden], after the final norm; None if none were asked for or none exist.
         """
         begin, cache.layout = layout.length - inputs_embeds.shape[1], layout
-        plan = SequencePolicy.facts(self)
-        steps = plan_prefill(layout, **plan, start=begin, device=inputs_embeds.device)
+        steps = plan_prefill(layout, **SequencePolicy.facts(self), start=begin, device=inputs_embeds.device)
         for layer in cache.layers:
             layer.reserve(layout.length)
         positions = torch.arange(begin, layout.length, device=inputs_embeds.device)[None]
@@ -281,7 +280,7 @@ class Decoding:
 
     def prepare(self, model, cache, question, call: Call) -> None:
         """Makes of a cache of one row, in place, what the question [1, n, hidden] sees."""
-        if cache.store is not None:
+        if self.waits(cache):
             cache.unpack(model.device)
 
 
@@ -423,12 +422,11 @@ def run_steps(model, inputs_embeds, positions, steps, cache, keep_hidden=0, prob
 
 def _steps_at_once(steps, keep_from, limit) -> int:
     """How many of the next steps make a segment: `limit` tokens at most, all or none of them before `keep_from`."""
-    unread, count = steps[0].stop <= keep_from, 1
-    for step in steps[1:]:
+    unread = steps[0].stop <= keep_from
+    for count, step in enumerate(steps[1:], 1):
         if step.stop - steps[0].start > limit or (step.stop <= keep_from) != unread:
-            break
-        count += 1
-    return count
+            return count
+    return len(steps)
 
 
 def prefill_rows(model, embeds, rows: list[PromptRow], cache, call: Call) -> BaseModelOutputWithPast:
@@ -488,12 +486,11 @@ def continue_rows(model, embeds, attention_mask, cache, call: Call) -> BaseModel
         )
     embeds, count, past = embeds[::repeats], embeds.shape[1], cache.get_seq_length()
     mask = embeds.new_ones(len(embeds), count) if attention_mask is None else attention_mask[::repeats, -count:]
-    valid = mask.bool()
     asked = None if call.prompt_length is None else call.prompt_length - past
     states, caches = [], []
     for row in range(len(embeds)):
         row_cache = cache if len(embeds) == 1 else cache.fork()
-        columns = valid[row].nonzero().flatten()
+        columns = mask[row].nonzero().flatten()
         own = replace(
             call.of_row(row, [cache.layout]),
             asked=None if asked is None else int((columns < asked).sum()),
@@ -544,8 +541,7 @@ def prefill_text(model, cache, ids, in_force: InForce):
     Args:
         model: The `VideoXLModel`.
         cache: Extended in place; None starts a sequence.
-        ids: Token ids.
-        in_force: Settings and policy.
+        ids, in_force: Token ids; settings and policy of the call.
 
     Returns:
         The cache; its `layout` says where its videos are.
