@@ -282,7 +282,12 @@ class _Planner:
             most_held=min(kept.held, held(size.visual, size.text + left)),
             unpacked=None if streaming else kept.held,
             own=kept.own or kept.held,
+            asking=max(kept.asking, self._converting(size)),
         )
+
+    def _converting(self, size) -> int:
+        """Rows of a layer in float32 while they are packed or unpacked: as they are, on a grid, rotated (twice)."""
+        return 5 * min(size.visual, ROWS_AT_ONCE) * size.layer_bytes // self.bytes * 4
 
     def _stages(self, frames, size, kept) -> dict[str, dict[str, int]]:
         """The terms of each stage's peak."""
@@ -302,9 +307,7 @@ class _Planner:
         # The sequence's rows, and the visual tokens that went into them.
         stages["prefill"] = encoding | {"activations": running + 2 * batch * size.row_bytes}
         if kept.unpacked is not None:
-            # A layer's rows in float32, as they are, on a grid, rotated (twice), and as codes.
-            rows = 5 * min(size.visual, ROWS_AT_ONCE) * size.layer_bytes // self.bytes * 4
-            stages["store"] = always | {"packed key-values": most, "activations": rows}
+            stages["store"] = always | {"packed key-values": most, "activations": self._converting(size)}
         always = self._always(most, size, kept, batch)
         asked, answered = self.question_tokens, self.question_tokens + self.max_new_tokens
         # Ids, mask and positions in int64; one row of logits, and its float32 copy that `generate` picks from.

@@ -241,12 +241,12 @@ def summarize(records: Sequence[dict], videos: Sequence[dict], modes) -> dict:
             entry[name] = mean(reply[name] for reply in replies)
         entry["encode_seconds"] = mean(video["encode_seconds"][mode.prefill] for video in videos)
         first = modes[0].name if mode.store is None else mode.name.removesuffix(f" {mode.store}")
-        pairs = [(record["modes"][first]["correct"], record["modes"][mode.name]["correct"])
+        pairs = [(record["video"], record["modes"][first]["correct"], record["modes"][mode.name]["correct"])
                  for record in own if first in record["modes"]]  # fmt: skip
         entry["against"] = first
-        entry |= paired_difference((record["video"], *pair) for record, pair in zip(own, pairs, strict=False))
-        entry["lost"] = sum(before and not now for before, now in pairs)
-        entry["gained"] = sum(now and not before for before, now in pairs)
+        entry |= paired_difference(pairs)
+        entry["lost"] = sum(before and not now for _, before, now in pairs)
+        entry["gained"] = sum(now and not before for _, before, now in pairs)
         summary[mode.name] = entry
     return summary
 

@@ -542,6 +542,26 @@ def test_summary_counts_errors_in_seconds_and_what_changed():
     assert summary["bilevel"]["encode_seconds"] == 1.0
 
 
+def test_report_asks_packed_videos_too(tmp_path):
+    flags = ("--clips", "1", "--seconds", "64", "--questions", "3", "--modes", "full", "bilevel")
+    result, table = run_report(tmp_path / "report.json", *flags, "--store", "int8", "int4")
+    names = ["full", "full int8", "full int4", "bilevel", "bilevel int8", "bilevel int4"]
+    assert list(result["summary"]) == names and "difference, points" in table
+    against = [result["summary"][name]["against"] for name in names]
+    assert against == ["full", "full", "full", "full", "bilevel", "bilevel"]
+    shares = result["videos"][0]["store_share"]
+    assert shares["full int4"] < shares["full int8"] < 0.8  # of float32, with timestamps of as many tokens
+
+
+def test_paired_differences_count_a_video_as_one():
+    alike = [("a", True, False)] * 10 + [("b", False, False)] * 10
+    found = report.paired_difference(alike)
+    assert found["difference"] == -0.5
+    low, high = found["difference_interval"]
+    assert low == pytest.approx(-0.5 - 1.96 * 50**0.5 / 20, abs=1e-4) and high == pytest.approx(-1 - low, abs=1e-4)
+    assert report.paired_difference([]) == {"difference": None, "difference_interval": None}
+
+
 def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     harness.write_text(path, "old")

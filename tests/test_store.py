@@ -1,15 +1,19 @@
 """Key-values in 8 and 4 bits: what is packed, what stays as it is, and that questions hardly notice."""
 
 import copy
+import json
 import sys
 
 import pytest
 import torch
+from command_line import one_line_error, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import first_logits, frames_of
+from test_planning import allocated_peak
 from videoxl import video_file_videoxl as video_file
 from videoxl.kv_tiers_videoxl import BLOCK_ROWS, PackedRows, packed_bytes
+from videoxl.shell.ask import main
 from videoxl.video_file_videoxl import load_video_file, save_video_file
 
 STORES = ("int8", "int4")
@@ -187,6 +191,36 @@ def test_planned_peaks_never_fall(model, tokenizer, mode):
     model.config.sparse_attention = PREFILLS[mode]
     peaks = [model.plan(count, tokenizer=tokenizer, store="int4").peak_bytes for count in range(1, 130)]
     assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("mode", ["full", "streaming"])
+def test_planned_peaks_are_near_what_the_allocator_sees(model, tokenizer, mode):
+    model.config.sparse_attention = PREFILLS[mode]
+    frames, seconds, videos = FRAMES.repeat(4, 1, 1, 1), [float(number) for number in range(480)], []
+    encode(model, tokenizer, 4)
+    peak = allocated_peak(
+        lambda: videos.append(model.encode_video(frames, tokenizer, timestamps=seconds, store="int4"))
+    )
+    plan = model.plan(480, tokenizer=tokenizer, store="int4", question_tokens=3, max_new_tokens=1)
+    assert plan.kv_bytes == videos[0].nbytes
+    assert (
+        0.9 < max(plan.beyond(stage) for stage in ("vision", "prefill", "store") if stage in plan.stages) / peak < 1.35
+    )
+    with torch.no_grad():
+        ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+        peak = allocated_peak(lambda: model(**ids, past_key_values=videos[0].question_cache()))
+    assert 0.9 < (plan.beyond("question") - videos[0].nbytes) / peak < 1.5
+
+
+def test_the_command_line_keeps_it_packed(root, tmp_path):
+    file = tmp_path / "a.videoxl"
+    done = run_main(main, root / "assets" / "demo.mp4", "What moves?", "--store", "int4", "--save", file, "--json")
+    facts = json.loads(done.stdout)
+    plan = run_main(main, root / "assets" / "demo.mp4", "--store", "int4", "--plan", "--json")
+    assert json.loads(plan.stdout)["plan"]["kv_bytes"] == facts["cache_bytes"] > file.stat().st_size - 2**17
+    assert load_video_file(file)[1]["store"] == "int4"
+    said = one_line_error(run_main(main, "--load", file, "What moves?", "--store", "int8"))
+    assert "--store was settled when" in said
 
 
 def test_conversations_batches_copies_and_devices(model, tokenizer, processor):
