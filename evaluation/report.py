@@ -317,7 +317,7 @@ def markdown(result: dict) -> str:
         row("`when`: median error, s", lambda entry: _number(entry["when"]["median_error"]), asked)
         row(f"`when`: within {CLOSE_SECONDS:g} s", lambda entry: _percent(entry["when"]["close"]), asked)
     row(f"lost / gained against {names[0]}", lambda entry: f"{entry['lost']} / {entry['gained']}")
-    if any(entry["against"] != names[0] for entry in summary.values()):
+    if any(mode["store"] for mode in configuration["modes"]):
         rows[-1][0] = f"lost / gained against {names[0]}, or the same mode unpacked"
         row("difference, points", _difference)
     row("visual KV kept", lambda entry: _percent(entry["kept_share"]))
