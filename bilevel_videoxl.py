@@ -4,9 +4,9 @@ What is surprising:
 * Prefill has nothing to do with it. A video's dense key-values do not depend on the question; per question a mixed
   cache is put together from them, and the question runs behind it (Video-XL-2, arXiv 2506.19225; public reference
   `w_chunk_bilevel`). Chunks of decoding are counted from the start of each video, and are not the chunks of prefill.
-* Choosing needs the question: it is run once over the cache in which everything is pooled, and what its tokens look
-  at there (or how their queries match the chunks' mean keys) ranks the chunks. Attention mass is taken per key, so
-  that no chunk is relevant for being long.
+* Choosing needs the question: it is run once over the cache in which everything is pooled, and what the queries of its
+  last token, behind which the answer begins, would attend to among the dense keys ranks the chunks. Attention mass is
+  taken per key, so that no chunk is relevant for being long.
 * The first and last chunk of every video are dense whatever the question says. They do not count as chosen; `count`,
   `share` and `mass` limit the chunks in between.
 * A budget is spent along one fixed list of upgrades, each by rank: timestamps (with `timestamps="kept"` only those of
@@ -21,7 +21,6 @@ key-value heads (H a multiple of K), L keys, D head size.
 import copy
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -29,10 +28,10 @@ import torch
 
 from .kv_cache import ROTATED_AT_ONCE, VideoXLCache, VideoXLCacheLayer, rotate
 from .prefill_videoxl import Decoding, Kept, positions_after, run_text
-from .sparse_attention import attention_mass, attention_rows
+from .sparse_attention import attention_mass
 
 DENSE, POOLED, DROPPED = "dense", "pooled", "dropped"
-SCORERS, LIMITS = ("probe", "mean_key"), ("count", "share", "mass")
+LIMITS = ("count", "share", "mass")
 # Share of the chunks that "auto" keeps dense: with pooling by 4, 0.2 + 0.8 / 4 = 40 % of the visual KV stays.
 AUTO_SHARE = 0.2
 
@@ -50,7 +49,7 @@ class ReloadPolicy:
     ValueError.
     """
 
-    method: str = "probe"  # or "mean_key", "none" (only the first and last chunk of a video), "all"
+    method: str = "probe"  # or "none" (only the first and last chunk of a video), "all"
     count: int | None = None  # at most so many chosen chunks
     share: float | None = None  # at most this share of all chunks, rounded up
     mass: float | None = None  # the fewest chunks that, with the first and last ones, hold this share of the score sum
@@ -58,12 +57,11 @@ class ReloadPolicy:
     max_bytes: int | None = None
     timestamps: str = "all"  # whose stay within the budget: all chunks' first, or ("kept") those of what is kept
     positions: str = "compact"  # of the kept keys: 0, 1, 2, ... or "true"
-    layers: tuple[float, float] = (1 / 3, 2 / 3)  # which of the layers the scorer reads, as shares of their number
-    reduce: str = "sum"  # of the attention of all heads and words of the question, or the one that gives most ("max")
+    layers: tuple[float, float] = (1 / 3, 2 / 3)  # which of the layers choose, as shares of their number
 
     def __post_init__(self):
-        words = {"positions": ("compact", "true"), "timestamps": ("all", "kept"), "reduce": ("sum", "max")}
-        methods, whole = (*SCORERS, "none", "all"), "None or an integer of at least {}"
+        words = {"positions": ("compact", "true"), "timestamps": ("all", "kept")}
+        methods, whole = ("probe", "none", "all"), "None or an integer of at least {}"
         layers = isinstance(self.layers, tuple) and all(_is_number(end, Real, 0, 1) for end in self.layers)
         for name, valid, expected in (
             ("method", self.method in methods, f"one of {('auto', *methods)}"),
@@ -71,7 +69,6 @@ class ReloadPolicy:
             *((name, self._fits(name, Real, 0, 1), "None or a number from 0 to 1") for name in ("share", "mass")),
             *((name, self._fits(name, Integral, 1), whole.format(1)) for name in ("max_tokens", "max_bytes")),
             *((name, getattr(self, name) in known, f"one of {known}") for name, known in words.items()),
-            ("reduce", self.reduce == "sum" or self.method == "probe", "'sum' with every method but 'probe'"),
             ("layers", layers and len(self.layers) == 2 and self.layers[0] < self.layers[1], "two ascending shares"),
             *((name, self.scores or getattr(self, name) is None, f"None with {self.method!r}") for name in LIMITS),
         ):
@@ -83,7 +80,7 @@ class ReloadPolicy:
     @property
     def scores(self) -> bool:
         """Whether the method chooses by score."""
-        return self.method in SCORERS
+        return self.method == "probe"
 
     def _fits(self, name, *bounds):
         return getattr(self, name) is None or _is_number(getattr(self, name), *bounds)
@@ -98,13 +95,14 @@ class ReloadPolicy:
             raise ValueError(f"sparse_attention.reload must be a method's name or a dict, got {reload!r:.90}")
         settings = {"method": reload} if isinstance(reload, str) else dict(reload)
         known = cls.__dataclass_fields__
+        settings.pop("reduce", None)  # configs of earlier releases have it; its rules are gone
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"sparse_attention.reload has no field {unknown[0]!r:.200}; it has {', '.join(known)}")
         if settings.get("method", "auto") == "auto":
             settings["method"] = "probe"
         if isinstance(settings.get("layers"), list):  # as it comes back from config.json
             settings["layers"] = tuple(settings["layers"])
-        if settings["method"] in SCORERS and all(settings.get(name) is None for name in LIMITS):
+        if settings["method"] == "probe" and all(settings.get(name) is None for name in LIMITS):
             settings["share"] = AUTO_SHARE
         return cls(**settings)
 
@@ -226,87 +224,21 @@ def _count_for_mass(mass, scores, order) -> int:
     return count
 
 
-class AttentionProbe:
-    """Scores chunks while the language model runs the question over the pooled KV.
-
-    `"probe"` adds up the attention of the question's tokens to the keys of each chunk (as FlexSelect does in a middle
-    layer, here over `layers`), or takes the largest that one head gives from one token (`reduce`): a model whose heads
-    each look for something of their own says more by its best head than by their sum. `"mean_key"` collects what
-    `mean_key_scores` needs.
+class LastQueries:
+    """Collects, while the language model runs a question, the queries of its last token in some layers.
 
     Args:
-        key_chunk: [keys] the chunk of each key of the pooled KV, -1 for text and timestamps.
-        num_chunks: Chunks in all.
-        layers: Layers to read; the others are ignored.
-        method: One of `SCORERS`.
-        reduce: For `"probe"`: `"sum"` or `"max"`.
-        unrotate: For `"mean_key"`: turns rotated queries [1, H, n, D] into un-rotated ones.
-        mean_keys: For `"mean_key"`: indexed by layer, un-rotated mean keys [C, K, D].
+        layers: Numbers of the layers.
     """
 
-    def __init__(self, key_chunk, num_chunks, layers, method="probe", unrotate=None, mean_keys=None, reduce="sum"):
-        assert method in SCORERS, f"method {method!r:.200} scores nothing"
-        self.layers, self.method, self._unrotate, self._mean_keys = layers, method, unrotate, mean_keys
-        self._key_chunk, self._num_chunks, self._reduce, self._queries = key_chunk, num_chunks, reduce, {}
-        self._mass = torch.zeros(len(key_chunk) if reduce == "sum" else num_chunks, dtype=torch.float32)
+    def __init__(self, layers):
+        self._layers, self.queries = layers, {}
 
-    @torch.no_grad()
     def record(self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> None:
-        """Takes in one layer of the question's pass; a question may come in several pieces.
-
-        Args:
-            query: [1, H, n, D], rotated.
-            key: [1, K, L, D], rotated: the pooled KV, earlier pieces of the question, and last the piece's own n keys.
-            scaling: See `attention_rows`.
-        """
-        if layer_idx not in self.layers:
-            return
-        assert query.shape[0] == 1, "the probe reads one sequence"
-        if self.method == "mean_key":
-            # A sum serves as the mean does: scores are standardised per layer.
-            self._queries[layer_idx] = self._queries.get(layer_idx, 0) + self._unrotate(query)[0].float().sum(dim=1)
-            return
-        self._mass = self._mass.to(query.device)
-        if self._reduce == "sum":
-            self._mass += attention_mass(query, key, scaling)[: len(self._key_chunk)]
-            return
-        slot = self._key_chunk.to(query.device) + 1
-        for weights in attention_rows(query, key, scaling):
-            chunks = weights.new_zeros(len(weights), self._num_chunks + 1)
-            chunks.index_add_(1, slot, weights[:, : len(slot)])
-            self._mass = torch.maximum(self._mass, chunks[:, 1:].amax(dim=0))
-
-    def scores(self) -> list[float]:
-        """Per chunk: for `"probe"` the mean attention per key, scaled to sum 1; else see `mean_key_scores`."""
-        if self.method == "mean_key":
-            return mean_key_scores(list(self._queries.values()), [self._mean_keys[layer] for layer in self._queries])
-        # On the CPU and in float64: a GPU's unordered additions could change a rank. Entry 0 is text and timestamps.
-        mass, slot, count = self._mass.cpu().double(), self._key_chunk.cpu() + 1, self._num_chunks + 1
-        keys = torch.bincount(slot, minlength=count)[1:].clamp(min=1)
-        per_key = (torch.bincount(slot, mass, minlength=count)[1:] if self._reduce == "sum" else mass) / keys
-        return (per_key / (per_key.sum() or 1)).tolist()
-
-
-def mean_key_scores(question_query, chunk_mean_keys) -> list[float]:
-    """Scores by mean query . mean key: the in-model rule of ReKV (public code), but one ranking for all layers.
-
-    Per layer the dot product over all heads, standardised over the chunks (layers differ in scale), then averaged, and
-    scaled to [0, 1]; all 0 if the chunks do not differ. Both sides are un-rotated, so the distance in time between
-    question and chunk plays no part.
-
-    Args:
-        question_query: Per layer, [H, D] mean over the question's tokens.
-        chunk_mean_keys: Per layer, [C, K, D] mean over a chunk's visual keys; a key head serves H / K query heads.
-    """
-    assert len(question_query) == len(chunk_mean_keys) > 0, "the question was not run through any layer to be read"
-    mean = 0.0
-    for query, keys in zip(question_query, chunk_mean_keys, strict=True):
-        shared = query.to(keys.device).float().view(keys.shape[1], -1, keys.shape[2]).sum(dim=1)
-        score = torch.einsum("ckd,kd->c", keys.float(), shared).cpu().double()
-        spread = score.std(correction=0)
-        differ = spread > 1e-6 * score.abs().max()  # else it is float32 rounding, not to be blown up
-        mean = mean + (score - score.mean()) * differ / spread.clamp(min=1e-12) / len(question_query)
-    return ((mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-12)).tolist()
+        """Takes in one layer's `query` [1, H, n, D], rotated; of a question in pieces the last one stays."""
+        if layer_idx in self._layers:
+            assert query.shape[0] == 1, "the question of one sequence chooses its chunks"
+            self.queries[layer_idx] = query[:, :, -1:].detach(), scaling
 
 
 SCORED_TOKENS = 1024  # last ones of the question that choose chunks: no more than run through the model at once
@@ -512,33 +444,26 @@ class DenseVideo:
     def _spans(self, levels: Levels) -> list[KeptSpan]:
         return kept_spans(self.cache.layout, self.chunks, levels, self.cache.get_seq_length())
 
+    @torch.no_grad()
     def _scores(self, question) -> list[float]:
-        """Scored over the cache in which everything is pooled, at compact positions whatever the answer's are."""
-        everything = Levels((POOLED,) * len(self.chunks), (True,) * len(self.chunks), 0)
-        pooled_cache = self.mix(everything)
-        probe = self._probe(pooled_cache, self._spans(everything), question.shape[1])
-        run_text(self.model, question, pooled_cache, keep_hidden=None, probe=probe)
-        return probe.scores()
+        """Mean attention of the question's last token to the dense visual keys of each chunk, scaled to sum 1.
 
-    def _probe(self, pooled_cache, spans, tokens) -> AttentionProbe:
-        """The scorer for one run of a question of `tokens` tokens over the pooled cache."""
-        count, policy = len(self.cache.layers), self.policy
-        first = int(policy.layers[0] * count)
-        layers = range(first, max(int(policy.layers[1] * count), first + 1))
-        chunk_of_group = {group: number for number, chunk in enumerate(self.chunks) for group in chunk.groups}
-        pooled_per_group = self.tokens_per_group // self.pool_size
-        key_chunk = []
-        for start, stop, group in spans:
-            key_chunk += [-1] * (stop - start) if group is None else [chunk_of_group[group]] * pooled_per_group
-        positions, means = positions_after(pooled_cache, tokens, device=self.inv_freq.device)[0], {}
-        for layer in layers if policy.method == "mean_key" else ():
-            pooled = self.cache.layers[layer].pooled_groups(self.visual, self.pool_size, self.inv_freq)[0]
-            per_group = pooled[0].float().mean(dim=2)
-            parts = [per_group[:, chunk.groups.start : chunk.groups.stop].mean(dim=1) for chunk in self.chunks]
-            means[layer] = torch.stack(parts)
-        unrotate = partial(rotate, old=positions, new=None, inv_freq=self.inv_freq)
-        places = torch.tensor(key_chunk), len(self.chunks), layers
-        return AttentionProbe(*places, policy.method, unrotate, means, policy.reduce)
+        What the token asks for is found behind the pooled video, at compact positions whatever the answer's are. Where
+        that is, pooled keys tell too coarsely: its queries are matched with every dense key, at its place behind them.
+        """
+        pooled = self.mix(Levels((POOLED,) * len(self.chunks), (True,) * len(self.chunks), 0))
+        first, last = (int(share * len(self.cache.layers)) for share in self.policy.layers)
+        probe = LastQueries(range(first, max(last, first + 1)))
+        here, behind = (positions_after(cache, question.shape[1])[0, -1:] for cache in (pooled, self.cache))
+        run_text(self.model, question, pooled, keep_hidden=None, probe=probe)
+        mass = 0.0
+        for layer, (query, scaling) in probe.queries.items():
+            query = rotate(query, here.to(query.device), behind.to(query.device), self.inv_freq)
+            # On the CPU and in float64: a GPU's unordered additions could change a rank.
+            mass = mass + attention_mass(query, self.cache.layers[layer].keys, scaling).cpu().double()
+        parts = [[mass[slice(*self.visual[group])] for group in chunk.groups] for chunk in self.chunks]
+        means = torch.stack([torch.cat(part).mean() for part in parts])
+        return (means / (means.sum() or 1)).tolist()
 
 
 def mix_cache(cache: VideoXLCache, spans, groups, pool_size, inv_freq, true_positions=False) -> VideoXLCache:

@@ -445,7 +445,7 @@ def _masked_attention(query, key, value, hidden, dropout, scaling) -> torch.Tens
 @torch.no_grad()
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
     """The weights of `attention_rows`, summed over heads and queries: [L] float32, whose sum is H * n."""
-    total = torch.zeros(key.shape[2], dtype=torch.float32, device=key.device)
+    total = torch.zeros(key.shape[2], dtype=torch.float32, device=query.device)
     for weights in attention_rows(query, key, scaling):
         total += weights.sum(dim=0)
     return total
@@ -458,23 +458,23 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, scaling: float | None
 
     Args:
         query: [1, H, n, D].
-        key: [1, K, L, D], the last n of them the queries' own.
+        key: [1, K, L, D], the last n of them the queries' own, or those before a single query; may lie elsewhere.
 
     Yields:
         [rows, L] float32, valid until the next.
     """
     (heads, queries, size), (kv_heads, length) = query.shape[1:], key.shape[1:3]
-    own = torch.arange(queries, device=key.device)
+    own = torch.arange(queries, device=query.device)
     position = own.repeat(heads // kv_heads)
     rows, columns = max(MAX_WEIGHTS // length, 1), max(MAX_KEY_ELEMENTS // size, 1)
-    buffer = torch.empty(min(rows, len(position)), length, dtype=torch.float32, device=key.device)
+    buffer = torch.empty(min(rows, len(position)), length, dtype=torch.float32, device=query.device)
     for head, head_queries in enumerate(query[0].reshape(kv_heads, -1, size)):
         for row in range(0, len(head_queries), rows):
             block = head_queries[row : row + rows].float() * (size**-0.5 if scaling is None else scaling)
             weights = buffer[: len(block)]
             for column in range(0, length, columns):
-                keys = key[0, head, column : column + columns].float()
-                with torch.autocast(key.device.type, enabled=False):
+                keys = key[0, head, column : column + columns].to(query.device, torch.float32)
+                with torch.autocast(query.device.type, enabled=False):
                     torch.mm(block, keys.T, out=weights[:, column : column + columns])
             weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)
             weights.sub_(weights.amax(dim=1, keepdim=True)).exp_()

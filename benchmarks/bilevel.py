@@ -79,9 +79,9 @@ def main() -> None:
     }
     rows, results = [], []
     for positions in ("compact", "true"):
-        for rule in ("none", "random", "mean_key", "probe"):
+        for rule in ("none", "random", "probe"):
             reload = {"method": rule if rule != "random" else "none", "positions": positions}
-            if rule in ("mean_key", "probe"):
+            if rule == "probe":
                 reload["count"] = args.count
             model.config.sparse_attention = {"decode": "bilevel", "pool_size": args.pool_size, "reload": reload}
             divergences, seconds, shares = [], [], []

@@ -111,14 +111,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--window-chunks", type=int, help="earlier chunks that a prefill chunk sees in full")
     sparse.add_argument("--decode-chunk-groups", type=int, help="groups in a chunk of bi-level decoding")
     sparse.add_argument("--pool-size", type=int, help="pooling over a group's visual key-values")
-    sparse.add_argument("--reload-method", choices=("auto", "probe", "mean_key"), help="how chunks are scored")
+    sparse.add_argument("--reload-method", choices=("auto", "probe", "all"), help="how chunks are chosen")
     sparse.add_argument("--reload-count", type=int, help="at most so many chosen chunks")
     sparse.add_argument("--reload-share", type=float, help="at most this share of all chunks")
     sparse.add_argument("--reload-mass", type=float, help="the fewest chunks that hold this share of the score")
     sparse.add_argument("--reload-max-tokens", type=int, help="budget of the whole kept KV, in tokens")
     sparse.add_argument("--reload-timestamps", choices=("all", "kept"), help="whose timestamps stay within the budget")
     sparse.add_argument("--reload-positions", choices=("compact", "true"), help="positions of kept keys")
-    sparse.add_argument("--reload-reduce", choices=("sum", "max"), help="attention of all heads, or of the best one")
     sparse.add_argument(
         "--reload-layers", type=float, nargs=2, metavar="SHARE", help="layers that are read, as shares"
     )
@@ -130,7 +129,7 @@ def sparse_settings(args: argparse.Namespace, model) -> dict:
     settings = {"offload": own.offload}
     for name in ("chunk_groups", "window_chunks", "decode_chunk_groups", "pool_size"):
         settings[name] = getattr(own, name) if getattr(args, name) is None else getattr(args, name)
-    fields = ("method", "count", "share", "mass", "max_tokens", "timestamps", "positions", "layers", "reduce")
+    fields = ("method", "count", "share", "mass", "max_tokens", "timestamps", "positions", "layers")
     reload = {name: value for name in fields if (value := getattr(args, f"reload_{name}")) is not None}
     base = {"method": own.reload} if isinstance(own.reload, str) else dict(own.reload)
     if {"count", "share", "mass"} & set(reload):

@@ -145,9 +145,8 @@ def test_refusals(model, tokenizer, video):
         logits_of(model, ids, pixel)
 
 
-@pytest.mark.parametrize("method", ["probe", "mean_key"])
-def test_automatic_choice_comes_back_with_times_and_scores(model, tokenizer, video, method):
-    model.config.sparse_attention = {**BILEVEL, "reload": {"method": method, "count": 2}}
+def test_automatic_choice_comes_back_with_times_and_scores(model, tokenizer, video):
+    model.config.sparse_attention = {**BILEVEL, "reload": {"method": "probe", "count": 2}}
     answer, chunks = model.chat(
         video, tokenizer, "What moves?", return_history=False, return_chunks=True, generation_config=SHORT
     )
@@ -162,6 +161,28 @@ def test_automatic_choice_comes_back_with_times_and_scores(model, tokenizer, vid
     assert {chunk["index"] for chunk in chosen} <= set(dense)
     options = {"return_history": False, "generation_config": SHORT}
     assert model.chat(video, tokenizer, "What moves?", dense_chunks=dense, **options) == answer
+
+
+@torch.no_grad()
+def test_a_chunk_scores_what_the_questions_last_token_attends_to_it(model):
+    """With pools of one token the question's queries are full attention's, whose weights the dense path spells out."""
+    ids, videos = prompt(model, [6], question=(20, 21, 22)), [pixels(model, 24)]
+    count = model.config.text_config.num_hidden_layers
+    model.config.sparse_attention = {**BILEVEL, "pool_size": 1, "reload": {"count": 2, "layers": [0.4, 0.8]}}
+    out = model(torch.tensor([ids]), pixel_values_videos=videos, use_cache=True)
+    choices, layout = out.past_key_values.choices, out.past_key_values.layout
+    model.config.sparse_attention = {}
+    model.set_attn_implementation("eager")
+    weights = model(
+        torch.tensor([ids]), pixel_values_videos=videos, output_attentions=True, use_cache=False
+    ).attentions
+    expected = torch.zeros(6, dtype=torch.float64)
+    for layer in range(int(0.4 * count), int(0.8 * count)):
+        seen = weights[layer][0, :, -1, :-3].double()  # before the question, whose own tokens are no part of it
+        mass = (seen / seen.sum(dim=1, keepdim=True)).sum(dim=0)
+        expected += torch.stack([mass[group.visual_start : group.end].mean() for group in layout.groups])
+    scores = [choice.score for choice in choices]
+    assert scores == pytest.approx((expected / expected.sum()).tolist(), rel=1e-3)
 
 
 def test_times_in_the_question_and_a_selector_choose(model, tokenizer, video):

@@ -70,7 +70,7 @@ def test_a_file_is_planned_as_it_is_encoded(model, tokenizer, clips, sampling):
         {"pool_size": 3, "decode_chunk_groups": 3},
         {"reload": {"method": "probe", "share": 0.5}},
         {"reload": "none"},
-        {"reload": {"method": "mean_key", "count": 1, "max_tokens": 250}},
+        {"reload": {"method": "probe", "count": 1, "max_tokens": 250}},
     ],
 )
 def test_mixed_key_values_are_exact(model, tokenizer, count, settings):
@@ -204,7 +204,7 @@ def test_other_members_peaks_never_fall(member):
         {"decode": "bilevel"},
         {"decode": "bilevel", "pool_size": 3, "reload": {"method": "probe", "share": 0.5, "max_tokens": 300}},
         {"decode": "bilevel", "decode_chunk_groups": 3, "reload": "none"},
-        {"decode": "bilevel", "reload": {"method": "mean_key", "count": 1, "timestamps": "kept", "max_tokens": 250}},
+        {"decode": "bilevel", "reload": {"method": "probe", "count": 1, "timestamps": "kept", "max_tokens": 250}},
     ],
 )
 def test_peaks_never_fall(model, settings):

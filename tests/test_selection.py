@@ -14,12 +14,11 @@ from videoxl.bilevel_videoxl import (
     DENSE,
     DROPPED,
     POOLED,
-    AttentionProbe,
     ChunkCost,
+    LastQueries,
     ReloadPolicy,
     attention_mass,
     choose_levels,
-    mean_key_scores,
     rank,
 )
 
@@ -232,8 +231,9 @@ def test_parse_reads_what_a_config_can_hold():
     assert auto == ReloadPolicy("probe", share=AUTO_SHARE) == ReloadPolicy.parse({}) == ReloadPolicy.parse("probe")
     assert ReloadPolicy.parse({"method": "auto", "count": 3}) == ReloadPolicy(count=3)
     assert ReloadPolicy.parse({"max_bytes": 10**9}) == ReloadPolicy(share=AUTO_SHARE, max_bytes=10**9)
+    assert ReloadPolicy.parse({"reduce": "max"}) == auto  # of earlier checkpoints
     assert ReloadPolicy.parse("none") == ReloadPolicy("none") and ReloadPolicy.parse("all").share is None
-    for value in ("auto", "none", {"method": "mean_key", "mass": 0.9, "layers": [0, 0.5], "positions": "true"}):
+    for value in ("auto", "none", {"method": "probe", "mass": 0.9, "layers": [0, 0.5], "positions": "true"}):
         policy = ReloadPolicy.parse(value)
         assert ReloadPolicy.parse(json.loads(json.dumps(asdict(policy)))) == policy
 
@@ -245,6 +245,7 @@ def test_parse_reads_what_a_config_can_hold():
         (3, "got 3"),
         ("best", "method must be one of .*'auto', 'probe'.* got 'best'"),
         ({"method": None}, "method must be"),
+        ("mean_key", "method must be one of .*'probe'.* got 'mean_key'"),
         ({"top": 3}, "no field 'top'; it has method, count"),
         ({"count": -1}, "count must be None or an integer of at least 0, got -1"),
         ({"count": True}, "count must be"),
@@ -301,104 +302,16 @@ def test_attention_mass_survives_large_logits_and_half_precision():
         torch.testing.assert_close(attention_mass(half_query, half_key).double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("blocks", [(2**23, 2**22), (64, 24)])
-def test_the_best_head_and_word_count(monkeypatch, blocks):
-    """With `max` a chunk scores what one head gives it from one word, per key, over layers and pieces."""
-    monkeypatch.setattr(sparse_attention, "MAX_WEIGHTS", blocks[0])
-    torch.manual_seed(0)
-    key_chunk = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, -1])
-    probe, best = AttentionProbe(key_chunk, 4, range(1, 3), reduce="max"), torch.zeros(4, dtype=torch.float64)
-    for layer in range(4):
-        query, key = torch.randn(1, 4, 3, 8) * 2, torch.randn(1, 2, 12, 8) * 2
-        probe.record(layer, query, key, 8**-0.5)
-        if layer in (1, 2):
-            weights = naive_weights(query, key, 8**-0.5)[0].flatten(0, 1)
-            for chunk in range(4):
-                share = weights[:, :9][:, key_chunk == chunk].sum(dim=1).max() / max(
-                    int((key_chunk == chunk).sum()), 1
-                )
-                best[chunk] = max(best[chunk], share)
-    assert probe.scores() == pytest.approx((best / best.sum()).tolist(), rel=1e-5)
-    with pytest.raises(ValueError, match="reduce must be 'sum'"):
-        ReloadPolicy.parse({"method": "mean_key", "reduce": "max"})
-
-
-def test_probe_scores_are_the_mean_attention_per_key():
-    torch.manual_seed(0)
-    # Two chunks of four keys, a short one, and one that pooling left without keys; text and timestamps between.
-    key_chunk = torch.tensor([-1, -1, 0, 0, 0, 0, -1, 1, 1, 1, 1, -1, 2])
-    probe, expected = AttentionProbe(key_chunk, 4, range(1, 3), "probe"), torch.zeros(4, dtype=torch.float64)
-    for layer in range(4):
-        query, key = torch.randn(1, 4, 3, 8) * 2, torch.randn(1, 2, 16, 8) * 2
-        probe.record(layer, query, key, 8**-0.5)
-        if layer in (1, 2):
-            mass = naive_weights(query, key, 8**-0.5).sum(dim=(0, 1, 2))
-            expected += torch.tensor([mass[2:6].mean(), mass[7:11].mean(), mass[12], 0])
-    scores = probe.scores()
-    assert sum(scores) == pytest.approx(1) and scores[3] == 0
-    assert scores == pytest.approx((expected / expected.sum()).tolist(), rel=1e-5)
-
-
-def test_probe_takes_a_question_in_pieces():
-    torch.manual_seed(0)
-    key_chunk = torch.tensor([-1, 0, 0, 1, 1, 2])
-    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 11, 8)
-    whole, pieces = AttentionProbe(key_chunk, 3, {0}), AttentionProbe(key_chunk, 3, {0})
-    whole.record(0, query, key)
-    pieces.record(0, query[:, :, :2], key[:, :, :8])
-    pieces.record(0, query[:, :, 2:], key)
-    assert pieces.scores() == pytest.approx(whole.scores(), rel=1e-5)
-
-
-def test_equal_chunks_score_equally_whatever_their_length():
-    key = torch.cat([torch.ones(1, 1, 9, 4), torch.randn(1, 1, 2, 4)], dim=2)
-    probe = AttentionProbe(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3, {0})
-    probe.record(0, torch.randn(1, 2, 2, 4), key)
-    assert probe.scores() == pytest.approx([1 / 3] * 3, rel=1e-5)
-
-
-def naive_mean_key(queries, keys):
-    layers = []
-    for query, key in zip(queries, keys, strict=True):
-        group = query.shape[0] // key.shape[1]
-        score = torch.tensor(
-            [sum(float(query[head] @ chunk[head // group]) for head in range(len(query))) for chunk in key],
-            dtype=torch.float64,
-        )
-        layers.append((score - score.mean()) / score.std(correction=0))
-    mean = torch.stack(layers).mean(dim=0)
-    return ((mean - mean.min()) / (mean.max() - mean.min())).tolist()
-
-
-def test_mean_key_scores():
-    torch.manual_seed(0)
-    queries, keys = [torch.randn(6, 8) for _ in range(3)], [torch.randn(7, 2, 8) for _ in range(3)]
-    scores = mean_key_scores(queries, keys)
-    assert scores == pytest.approx(naive_mean_key(queries, keys), abs=1e-5)
-    assert min(scores) == 0 and max(scores) == 1
-    assert mean_key_scores([query * 50 for query in queries], keys) == pytest.approx(scores, abs=1e-5)
-    same = [key[:1].expand(7, 2, 8) for key in keys]
-    assert mean_key_scores(queries, same) == [0.0] * 7 and mean_key_scores(queries, [key[:1] for key in keys]) == [0.0]
-
-
-def test_probe_collects_mean_keys():
-    torch.manual_seed(0)
-    keys = {layer: torch.randn(4, 2, 8) for layer in (1, 2)}
-    probe = AttentionProbe(
-        torch.zeros(0), 4, range(1, 3), "mean_key", unrotate=lambda query: query / 2, mean_keys=keys
-    )
-    queries = torch.randn(4, 1, 6, 5, 8)
-    for layer, query in enumerate(queries):
-        probe.record(layer, query[:, :, :2], None)
-        probe.record(layer, query[:, :, 2:], None)
-    expected = naive_mean_key([queries[layer][0].mean(dim=1) for layer in (1, 2)], [keys[1], keys[2]])
-    assert probe.scores() == pytest.approx(expected, abs=1e-5)
-
-
-def test_probe_works_in_inference_mode_with_queries_that_require_grad():
-    query = torch.randn(1, 2, 2, 4, requires_grad=True)
+def test_the_last_query_of_the_layers_that_choose_is_kept():
+    """A question may come in pieces, with gradients, and in inference mode."""
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
     for mode in (torch.inference_mode(), torch.enable_grad()):
-        probe = AttentionProbe(torch.tensor([0, 1]), 2, {0})
+        probe = LastQueries(range(1, 3))
         with mode:
-            probe.record(0, query, torch.randn(1, 1, 4, 4))
-        assert sum(probe.scores()) == pytest.approx(1)
+            for layer in range(4):
+                probe.record(layer, query[:, :, :2] + layer, None, 0.5)
+                probe.record(layer, query[:, :, 2:] + layer, None, 0.5)
+        assert list(probe.queries) == [1, 2]
+        for layer, (kept, scaling) in probe.queries.items():
+            assert scaling == 0.5 and not kept.requires_grad
+            torch.testing.assert_close(kept, query.detach()[:, :, -1:] + layer)

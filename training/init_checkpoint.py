@@ -77,7 +77,7 @@ def small_config(tokenizer) -> dict:
             "decode_chunk_groups": 1,
             "pool_size": 9,
             # One head of the third and one of the fourth layer look for what is asked (see training/looks.py).
-            "reload": {"method": "auto", "count": 32, "share": 0.18, "layers": [0.4, 0.8], "reduce": "max"},
+            "reload": {"method": "auto", "count": 32, "share": 0.18, "layers": [0.4, 0.8]},
         },
         "video_token_id": tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
         "time_start_token_id": time_ids[0],
