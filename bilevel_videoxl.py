@@ -433,7 +433,7 @@ class DenseVideo:
         """
         explicit, scores = explicit_chunks(dense_chunks, self.chunks), None
         if explicit is None and len(self.chunks) > 2 and self.policy.scores:
-            scores = self._scores(question[:, -SCORED_TOKENS:])
+            scores = self.scores(question[:, -SCORED_TOKENS:])
         videos = [chunk.video for chunk in self.chunks]
         return choose_levels(self.policy, scores, self.cost, videos, tuple(required_chunks), explicit), scores
 
@@ -445,7 +445,7 @@ class DenseVideo:
         return kept_spans(self.cache.layout, self.chunks, levels, self.cache.get_seq_length())
 
     @torch.no_grad()
-    def _scores(self, question) -> list[float]:
+    def scores(self, question) -> list[float]:
         """Mean attention of the question's last token to the dense visual keys of each chunk, scaled to sum 1.
 
         What the token asks for is found behind the pooled video, at compact positions whatever the answer's are. Where
