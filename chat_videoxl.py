@@ -216,7 +216,7 @@ class VideoXLChatMixin:
                 their own (VideoChat-Flash) follow that while both rates are at their defaults.
             timestamps: Seconds of the frames, for frames from memory.
             system_prompt: System message of the conversations to come; None takes the template's.
-            video_backend: `"pyav"` or `"decord"`.
+            video_backend: `"pyav"`, `"decord"` or `"torchcodec"`.
             progress: True or False forces or forbids the progress bar; None shows it for long videos on a terminal. Or
                 a class like tqdm, which is told of each batch of frames.
             media_dict: What of the path is wanted, in the words of VideoChat-Flash: `start` and `end` of a part, in
