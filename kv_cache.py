@@ -274,6 +274,8 @@ class VideoXLCacheLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.hidden = 0
         self.row_padding = self.row_shift = self._room = None
+        self._view = None  # `keys`, while they are a view of the room's buffer
+        self._sole = False  # whether nobody else may write behind them, so that no claim is needed
         self._reserved = 0
         self._pooled: dict = {}  # pool size -> pooled groups; shared by forks until either one's content changes
 
@@ -308,13 +310,19 @@ class VideoXLCacheLayer(DynamicLayer):
         if length and self.keys.device != key_states.device:
             # The language model's layers may lie on several devices, and what was moved or loaded on one.
             self.set_content(self.keys.to(key_states.device), self.values.to(key_states.device))
-        if not (self._has_room(length + added) and self._room.claim(self, length, length + added)):
+        if not (self._has_room(length + added) and (self._sole or self._room.claim(self, length, length + added))):
             self._grow(key_states, value_states, length, added)
+        self._sole = True
         for buffer, states in zip(self._room.buffers, (key_states, value_states), strict=True):
             buffer[:, :, length : length + added] = states
-        self.keys, self.values = (buffer[:, :, : length + added] for buffer in self._room.buffers)
+        self._look_at(length + added)
         self._pooled = {}
         return self.keys, self.values
+
+    def _look_at(self, length: int) -> None:
+        keys, values = self._room.buffers
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self._view = self.keys
 
     def reserve(self, tokens: int) -> None:
         """Makes the next growth leave room for `tokens` in all, so that a known length is allocated once."""
@@ -326,9 +334,11 @@ class VideoXLCacheLayer(DynamicLayer):
         removed = self.get_seq_length() - tokens if tokens > 0 else -tokens
         if removed > 0 and self.is_initialized:
             keep = max(self.held - removed, 0)
+            in_room = self._has_room(0)
             self.keys, self.values = self.keys[..., :keep, :], self.values[..., :keep, :]
             self._pooled = {}
-            if self._room is not None:
+            if in_room:
+                self._view, self._sole = self.keys, False  # forks may look at what is behind
                 self._room.set_end(self, keep)
 
     def keep_of_last(self, count: int, kept: torch.Tensor, tokens: int, inv_freq: torch.Tensor) -> None:
@@ -392,9 +402,10 @@ class VideoXLCacheLayer(DynamicLayer):
             self.make_room(MIN_SPARE_TOKENS)
         other = VideoXLCacheLayer()
         other.set_content(self.keys, self.values)
-        if self._room is not None and self._has_room(self.held):
-            other._room = self._room
-            self._room.set_end(other, self.held)
+        if self._has_room(self.held):
+            other._room, other._view, self._sole = self._room, self.keys, False
+            for layer in (self, other):
+                self._room.set_end(layer, self.held)
         other.hidden, other.row_padding, other.row_shift = self.hidden, self.row_padding, self.row_shift
         other._pooled = self._pooled
         return other
@@ -427,8 +438,7 @@ class VideoXLCacheLayer(DynamicLayer):
         length = self.held
         if length and not self._has_room(length + tokens):
             self._grow(self.keys, self.values, length, tokens)
-            self._room.set_end(self, length)
-            self.keys, self.values = (buffer[:, :, :length] for buffer in self._room.buffers)
+            self._look_at(length)
 
     def snapshot(self, held: int) -> Callable[[], None]:
         """As the cache's; only the keys behind the first `held` ones are copied, and restoring allocates nothing."""
@@ -438,6 +448,7 @@ class VideoXLCacheLayer(DynamicLayer):
         def restore() -> None:
             self._leave_room()
             self.__dict__.update(state)
+            self._sole = False  # there may be forks meanwhile
             if self._room is not None:
                 self._room.set_end(self, self.held)
             if self._has_room(self.held):  # other content is never written over
@@ -499,11 +510,7 @@ class VideoXLCacheLayer(DynamicLayer):
 
     def _has_room(self, tokens: int) -> bool:
         # Any method of the base class that replaces `keys` (reordering, repeating, moving) leaves the buffer behind.
-        if self._room is None or self._room.buffers[0].shape[2] < tokens:
-            return False
-        first = self._room.buffers[0]
-        same = self.keys.data_ptr() == first.data_ptr() and self.keys.shape[0] == first.shape[0]
-        return same or self.held == 0
+        return self._room is not None and self.keys is self._view and self._room.buffers[0].shape[2] >= tokens
 
     def _grow(self, key_states, value_states, length, added) -> None:
         spare = max(int(GROWTH * (length + added)), MIN_SPARE_TOKENS)
@@ -523,7 +530,7 @@ class VideoXLCacheLayer(DynamicLayer):
     def _leave_room(self) -> None:
         if self._room is not None:
             self._room.set_end(self, None)
-        self._room = None
+        self._room, self._view, self._sole = None, None, False
 
 
 def rotate(keys, old, new, inv_freq) -> torch.Tensor:
