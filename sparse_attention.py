@@ -327,6 +327,10 @@ def register_attention(base: str) -> str:
 
         def forward(module, query, key, value, attention_mask, attention_plan=None, **kwargs):
             if attention_plan is None:
+                if base == "sdpa" and query.shape[2] == 1 and not query.is_cuda:
+                    options = kwargs.get("dropout", 0.0), kwargs.get("scaling"), attention_mask
+                    output = _one_query_attention(query.to(key.dtype), key, value, *options)
+                    return output.to(query.dtype).transpose(1, 2), None
                 caller = module if base in ("eager", "sdpa") else _NamedCaller(module, base)
                 # The library keeps no global eager function: each model file has its own.
                 attend = eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
@@ -409,6 +413,8 @@ def _visible(states: torch.Tensor, step: AttentionStep) -> torch.Tensor:
 def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
     """Attention of the last positions of `key`, causal and aligned at the lower right."""
     queries, keys, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
+    if queries == 1 and not query.is_cuda:
+        return _one_query_attention(query, key, value, dropout, scaling)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
     if queries in (1, keys):
         return attend(query, key, value, is_causal=queries > 1)
@@ -427,6 +433,16 @@ def _causal_attention(query, key, value, dropout, scaling) -> torch.Tensor:
         block_mask = mask[rows - (end - begin) :, keys - seen :]
         outputs.append(attend(query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], attn_mask=block_mask))
     return torch.cat(outputs, dim=2)
+
+
+def _one_query_attention(query, key, value, dropout, scaling, mask=None) -> torch.Tensor:
+    """Attention of one query a row [B, H, 1, D] to all keys; `mask` is None or [B, 1, 1, L].
+
+    A CPU's kernel reads the keys once for each query head: as rows of one head, those of a key head share them.
+    """
+    folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return attended.reshape(query.shape)
 
 
 def _masked_attention(query, key, value, hidden, dropout, scaling) -> torch.Tensor:
