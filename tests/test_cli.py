@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 from command_line import one_line_error, run_main
 from videoxl import cli as cli_program
+from videoxl.shell.options import BFLOAT16_MIN_WIDTH, choose_dtype
 from videoxl.shell.output import chunk_table, printable
 
 CLIP = os.path.join("assets", "demo.mp4")
@@ -65,6 +67,23 @@ def test_answers_are_shown(cli, tokens_per_group):
         assert shown in done.stdout
     assert re.search(r"\[\d+\.\d+ s, [1-6] tokens, \d+ a second\]", done.stdout)
     assert all(sign.isprintable() or sign == "\n" for sign in done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "width", "capabilities", "chosen"),
+    [
+        ("auto", "cpu", BFLOAT16_MIN_WIDTH, {"avx512_bf16": True}, "bfloat16"),
+        ("auto", "cpu", BFLOAT16_MIN_WIDTH, {"amx_bf16": True, "avx512_bf16": False}, "bfloat16"),
+        ("auto", "cpu", BFLOAT16_MIN_WIDTH, {"avx2": True, "avx512_bf16": False}, "auto"),
+        ("auto", "cpu", BFLOAT16_MIN_WIDTH, {}, "auto"),
+        ("auto", "cpu", BFLOAT16_MIN_WIDTH - 1, {"avx512_bf16": True}, "auto"),
+        ("auto", "cuda", BFLOAT16_MIN_WIDTH, {"avx512_bf16": True}, "auto"),
+        ("float32", "cpu", BFLOAT16_MIN_WIDTH, {"avx512_bf16": True}, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_a_cpu_is_faster_in_it(name, device, width, capabilities, chosen):
+    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=width))
+    assert choose_dtype(name, torch.device(device), config, capabilities) == chosen
 
 
 def test_json_with_several_questions(cli_process, root, tmp_path, tokens_per_group):
