@@ -150,7 +150,13 @@ def measure(which: str, dtype: str, length: int, args) -> dict:
     found = {name: {unit: round(ms / STEPS, 3) for unit, ms in times.items()} for name, times in found.items()}
     questions = in_turns({"full": ask, "bilevel": partial(ask, "bilevel")}, args.repeats, device)
     return {
-        **{"model": which, "dtype": dtype, "tokens": prompt, "hidden": text.hidden_size, "layers": len(states)},
+        **{
+            "model": which,
+            "dtype": dtype,
+            "tokens": prompt,
+            "hidden": text.hidden_size,
+            "layers": text.num_hidden_layers,
+        },
         **{"step": found, "keys_in_bilevel": held, "second_question": questions, "prefill_seconds": round(filled, 3)},
         "outside_kernels": outside_kernels(several_of["ours"]),
     }
