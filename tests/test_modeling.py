@@ -334,3 +334,24 @@ def test_bad_arguments_say_what_to_do(model):
     for chunks in (2, "0"):
         with pytest.raises(ValueError, match="dense_chunks"):
             logits_of(model, ids[0].tolist(), videos, dense_chunks=chunks)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_decode_step_is_one_graph(model):
+    """Dynamo alone: no compiler is needed. A graph break would be an error."""
+    import torch._dynamo as dynamo
+
+    ids, video = torch.tensor([prompt(model, [2])]), pixels(model, 8)
+    caches = [model(ids, pixel_values_videos=video[None]).past_key_values for _ in range(2)]
+    compiled = torch.compile(model.forward, dynamic=True, fullgraph=True, backend="eager")
+    for number in range(3):
+        length = ids.shape[1] + number
+        inputs = {"input_ids": torch.tensor([[20 + number]]), "position_ids": torch.tensor([[length]])}
+        inputs |= {"attention_mask": torch.ones(1, length + 1, dtype=torch.long), "prompt_length": ids.shape[1]}
+        expected, found = (
+            forward(**inputs, past_key_values=cache).logits
+            for forward, cache in zip((model, compiled), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    dynamo.reset()
