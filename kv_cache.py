@@ -11,7 +11,6 @@ What is surprising:
   rotated ones is no key at all.
 * Rows that wait for a question have no keys yet, and count as tokens that went by: such a cache is as long as its
   sequence.
-
 * transformers 5.24 renamed `past_key_values` to `cache`; `CACHE_NAME` is what the installed release calls it.
 
 B batch, K key-value heads, L tokens in the layer, M tokens kept of them, D head size, G groups, N visual tokens a
@@ -36,7 +35,6 @@ GROWTH = 0.25
 MIN_SPARE_TOKENS = 256
 # Tokens that are rotated at once in float32: bounds the temporary copies.
 ROTATED_AT_ONCE = 65536
-
 
 CACHE_NAMES = ("cache", "past_key_values")
 # The first that the library's own models know; a release that knows neither is not supported, and says so at import.
@@ -320,8 +318,7 @@ class VideoXLCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def _look_at(self, length: int) -> None:
-        keys, values = self._room.buffers
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._room.buffers)
         self._view = self.keys
 
     def reserve(self, tokens: int) -> None:
@@ -449,9 +446,8 @@ class VideoXLCacheLayer(DynamicLayer):
             self._leave_room()
             self.__dict__.update(state)
             self._sole = False  # there may be forks meanwhile
-            if self._room is not None:
-                self._room.set_end(self, self.held)
             if self._has_room(self.held):  # other content is never written over
+                self._room.set_end(self, self.held)
                 for states, kept in zip((self.keys, self.values), behind, strict=False):
                     states[:, :, held:] = kept
 
