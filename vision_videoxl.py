@@ -46,8 +46,8 @@ from .configuration_videoxl import VideoXLInternVideo2Config, VideoXLUMTConfig
 PRETRAINED_FRAMES, PRETRAINED_GRID = 4, 14
 # What layer scale is before training (the published values are loaded).
 INITIAL_LAYER_SCALE = 1e-5
-# Bytes of a tower MLP's activations at once on a CPU. Beyond its caches, and with memory that is paged in anew for each
-# operation, a quarter-width SigLIP ran at 57 instead of 70 GFLOP/s a core.
+# Bytes of a tower MLP's activations at once on a CPU. Larger ones leave its caches and are paged in anew for each
+# operation: a quarter-width SigLIP ran at 57 instead of 70 GFLOP/s a core.
 CPU_TOWER_BYTES = 4 * 2**20
 
 

@@ -60,7 +60,7 @@ fi
 step end_to_end_2048 70 "$PYTHON" benchmarks/end_to_end.py $TRUE $ONE --frames $SHORT --out end_to_end_2048_gpu
 step end_to_end_10000 120 "$PYTHON" benchmarks/end_to_end.py $TRUE $ONE --frames $LONG --out end_to_end_10000_gpu
 step cuda_tests 60 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --continue-on-collection-errors $TESTS \
-    tests/test_video_file.py tests/test_witness.py tests/test_clients.py
+    tests/test_cuda.py tests/test_video_file.py tests/test_witness.py tests/test_clients.py
 step tower 40 "$PYTHON" benchmarks/encode.py $TOWER $ONE --frames $TOWER_FRAMES --tower-only --out tower_gpu
 step tower_channels_last 40 "$PYTHON" benchmarks/encode.py $TOWER $ONE --frames $TOWER_FRAMES --tower-only \
     --channels-last --out tower_channels_last_gpu
