@@ -4,6 +4,7 @@ python benchmarks/gpu_summary.py
 """
 
 import json
+import os
 
 from common import RESULTS, table
 
@@ -77,6 +78,8 @@ def main() -> None:
         found = value(line["results"])
         said = "-" if most is None else "reached" if found <= most else "missed"
         rows.append([*row, f"{found:,.3g} {unit}".strip(), said])
+    if "BENCHMARK_RESULTS" in os.environ:
+        print("a rehearsal at toy size: the figures say nothing")
     table(["streaming, true size", "target", "measured", ""], rows)
     print()
     if found := prefill_rows():
