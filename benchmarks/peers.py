@@ -425,12 +425,22 @@ def compare(results: list[dict]) -> list[dict]:
             by_cpu = 1 / ratio(lambda result: result["seconds"]["first_cpu"] / result["tflop"])
             by_hand = min(peer["seconds"]["by_hand"] for peer in peers) / ours["seconds"]["second"]
             asked = frames >= TARGET_FRAMES
-            found.append({"frames": frames, "system": name, "second_times_faster": round(faster, 1),
-                          "second_against_by_hand": round(by_hand, 2), "seconds_per_flop": round(slowness, 3), "cpu_seconds_per_flop": round(by_cpu, 3),
-                          "memory": round(memory, 3),
-                          "reached": {"second": faster >= TARGET_SECOND if asked else None,
-                                      "seconds_per_flop": slowness <= TARGET_SECONDS_PER_FLOP,
-                                      "memory": memory < 1 if asked else None}})  # fmt: skip
+            found.append(
+                {
+                    "frames": frames,
+                    "system": name,
+                    "second_times_faster": round(faster, 1),
+                    "second_against_by_hand": round(by_hand, 2),
+                    "seconds_per_flop": round(slowness, 3),
+                    "cpu_seconds_per_flop": round(by_cpu, 3),
+                    "memory": round(memory, 3),
+                    "reached": {
+                        "second": faster >= TARGET_SECOND if asked else None,
+                        "seconds_per_flop": slowness <= TARGET_SECONDS_PER_FLOP,
+                        "memory": memory < 1 if asked else None,
+                    },
+                }
+            )
     return found
 
 
