@@ -251,6 +251,10 @@ class Peer:
         ids, grid = self.inputs["input_ids"][0], self.inputs["video_grid_thw"][0].tolist()
         end = self.config.vision_end_token_id
         self.prefix = int((ids == end).nonzero()[-1]) + 1
+        # Where the text behind the video begins, for time, height and width: [3, 1, 1].
+        place = self.model.model.get_rope_index
+        taken = {name: self.inputs[name] for name in inspect.signature(place).parameters if name in self.inputs}
+        self.next_position = place(**taken)[0][:, :, self.prefix : self.prefix + 1]
         return {"tokens": len(ids), "frames_read": len(pixels), "patches": grid[1] * grid[2]}
 
     def ask(self, inputs):
@@ -273,8 +277,7 @@ class Peer:
         """Asks behind the key-values up to the end of the video, which the caller has kept."""
         self.cache.crop(self.prefix - self.cache.get_seq_length())  # negative: how many go
         ids = self.suffix(question)
-        places = torch.arange(self.prefix, self.prefix + ids.shape[1], device=ids.device)
-        positions = (places + self.model.model.rope_deltas.to(ids.device)).expand(3, 1, -1)
+        positions = self.next_position + torch.arange(ids.shape[1], device=ids.device)
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         output = self.model(
             input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{name: self.cache}
