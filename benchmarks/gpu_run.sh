@@ -41,6 +41,7 @@ FAILED=0
 FLASH=flash_attention_2 FLEX=flex_attention ONE="--repeats 1"
 SHORT=2048 LONG=10000 SHORT_TOKENS=78584 LONG_TOKENS=384736 TOWER_FRAMES=512
 SIZE="--preset video-xl-2-8b" TOWER=$SIZE TRUE="--true-size --device cuda --dtype bfloat16" TESTS=
+STORE="--device cuda --dtype bfloat16"
 if [ "$MODE" = run ]; then
     for package in torch transformers numpy einops PIL av safetensors; do
         has "$package" || { echo "missing for $PYTHON: $package (see the head of this script)"; exit 2; }
@@ -50,6 +51,7 @@ if [ "$MODE" = run ]; then
 elif [ "$MODE" = --rehearse ]; then
     FLASH=sdpa FLEX=sdpa SHORT=8 LONG=16 SHORT_TOKENS=700 LONG_TOKENS=1400 TOWER_FRAMES=4
     SIZE="--hidden 32 --mlp 64 --layers 1 --heads 2 --kv-heads 1" TRUE="--scale 16" TESTS=--collect-only
+    STORE="--frames 256 --layers 1"  # more than the window, which is never packed
     TOWER="--image-size 112 --vision-hidden 64 --vision-layers 1"
     export BENCHMARK_RESULTS=$LOGS/results
 elif [ "$MODE" != --list ]; then
@@ -68,6 +70,7 @@ step prefill_2048 50 "$PYTHON" benchmarks/prefill.py $SIZE $ONE --modes streamin
     --lengths $SHORT_TOKENS --out prefill_2048_gpu
 step decode 50 "$PYTHON" benchmarks/decode.py $SIZE $ONE --lengths $SHORT_TOKENS --out decode_gpu
 step store 60 "$PYTHON" benchmarks/end_to_end.py $TRUE $ONE --frames $SHORT --stores int8 int4 --out store_gpu
+step store_bytes 30 "$PYTHON" benchmarks/store.py $STORE --out store_bytes_gpu
 step prefill_10000 60 "$PYTHON" benchmarks/prefill.py $SIZE $ONE --modes streaming mask --lengths $LONG_TOKENS \
     --out prefill_10000_gpu
 if [ "$MODE" != run ] || has flash_attn; then
