@@ -29,6 +29,7 @@ from .prefill_videoxl import SEGMENT_TOKENS, InForce, SequenceSize
 from .processing_videoxl import VideoXLProcessor
 from .sparse_attention import MASK_ROWS
 from .video_processing_videoxl import open_video
+from .vision_videoxl import frames_at_once
 
 # Tokens in front of a video where no tokenizer is given: the default prompt's header under Qwen2's tokenizer.
 HEADER_TOKENS = 14
@@ -352,13 +353,20 @@ class _Planner:
         features = whole * (tower.image_size // tower.patch_size) ** 2 * tower.hidden_size * e
         # Eight copies in attention (input, normed, queries, keys, values, output, its projection, ...), or four and
         # both sides of the MLP's activation.
-        layer = features * max(8, 4 + 2 * tower.intermediate_size // tower.hidden_size)
+        copies = max(8, 4 + 2 * tower.intermediate_size // tower.hidden_size)
+        layer = features * copies
         if compressor.compressor_type == "tome":
             # Clip by clip, merged in float32; the features of all frames stay to the end, and are joined there.
             return cast + features + max(features, 5 * layer * self.config.frames_per_group // (4 * whole))
-        cells = whole * compressor.grid_size**2
+        frame, group = features // whole, self.config.frames_per_group
+        at_once = frames_at_once(self.device, whole, 1, frame // tower.hidden_size * tower.intermediate_size)
+        found = [frame * at_once * copies + (features if at_once < whole else 0)]
+        at_once = frames_at_once(
+            self.device, whole, group, group * compressor.grid_size**2 * compressor.hidden_size * e
+        )
+        cells = at_once * compressor.grid_size**2
         width = compressor.hidden_size + 2 * self.config.text_config.hidden_size
-        found = [layer, features + cells // self.config.frames_per_group * width * e]
+        found.append(features + cells // group * width * e)
         if compressor.compressor_type == "dts":
             # Temporal attention: ten copies, and queries and keys in float32. Spatial: seven, and the logits' three.
             temporal, logits = compressor.hidden_size * (10 * e + 8), 10 * compressor.grid_size**2

@@ -4,6 +4,7 @@ What is surprising:
 * Importing this module makes the package `videoxl` importable in a clone; import it before `videoxl.*`.
 * The small model of the CPU runs has the language model of issue 3 and a toy vision tower, so that a prefill benchmark
   measures the language model. `--preset` takes a published model's sizes instead.
+* Result files go to benchmarks/results, or to the folder that BENCHMARK_RESULTS names.
 * Memory on a CPU is resident memory, which only grows usefully in a fresh process: `in_fresh_process` gives one.
 """
 
@@ -14,10 +15,12 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
@@ -25,10 +28,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().parent / "results")
 MIB = 2**20
 # A machine is quiet when its CPUs were busy for less than this share of so many seconds.
 QUIET_SHARE, QUIET_SECONDS = 0.1, 3.0
@@ -36,6 +40,8 @@ QUIET_SHARE, QUIET_SECONDS = 0.1, 3.0
 SMALL_VOCABULARY = 2048
 # Tokens of the prompt header in front of a video (the published template, spec of Video-XL-2).
 HEADER_TOKENS = 14
+# Layers whose FLOPs are two for each weight and row.
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # for `videoxl`
@@ -51,6 +57,7 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     result.add_argument("--device", help="cpu or cuda; without it cuda with --preset, else cpu")
     result.add_argument("--dtype", help="float32 or bfloat16; without it bfloat16 with --preset, else float32")
     result.add_argument("--preset", help="sizes of a published model, a name in presets/ (random weights)")
+    result.add_argument("--attention", default="sdpa", help="transformers' name of the attention that is used")
     result.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     result.add_argument("--repeats", type=int, default=3, help="runs of each measurement; the median counts")
     result.add_argument(
@@ -127,7 +134,7 @@ def build_model(config, args):
         AutoModel.register(type(config), model_class, exist_ok=True)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = AutoModel.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+        model = AutoModel.from_config(config, dtype=getattr(torch, args.dtype), attn_implementation=args.attention)
     return model.to(args.device).eval()
 
 
@@ -194,6 +201,62 @@ class PeakMemory:
         """Bytes between the peak since then and what was held then."""
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _resident("VmHWM")
         return max(peak - self.before, 0)
+
+
+class Stages:
+    """Seconds inside of modules, by name; and how many rows passed each linear layer and convolution."""
+
+    def __init__(self, model, stages: dict, device: str):
+        self.seconds, self.rows, self.depth, self.device = Counter(), Counter(), 0, device
+        for name, modules in stages.items():
+            for module in modules:
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(lambda *_, name=name: self._leave(name), always_call=True)
+        for name, module in model.named_modules():
+            if isinstance(module, COUNTED):
+                module.register_forward_hook(lambda module, _, output, name=name: self._count(name, module, output))
+
+    def _enter(self, *_):
+        self.depth += 1
+        if self.depth == 1:
+            self.started = clock(self.device)
+
+    def _leave(self, name):
+        self.depth -= 1
+        if self.depth == 0:
+            self.seconds[name] += clock(self.device) - self.started
+
+    def _count(self, name, module, output):
+        self.rows[name] += output.numel() // module.weight.shape[0]
+
+    def reset(self) -> None:
+        self.seconds.clear()
+        self.rows.clear()
+
+
+def linear_flop(model, rows: Counter) -> int:
+    """FLOPs of linear layers and convolutions; layers that the counted model lacks have the rows of its first."""
+
+    def kind(name):
+        return re.sub(r"(layers|blocks)\.\d+", r"\1.0", name)
+
+    by_kind = Counter()
+    for name, count in rows.items():
+        by_kind[kind(name)] = max(by_kind[kind(name)], count)
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, COUNTED))
+    return sum(2 * module.weight.numel() * by_kind[kind(name)] for name, module in modules)
+
+
+def gemm_flops(args) -> float:
+    """FLOPs a second of a matrix product on the device in the dtype: the best of ten."""
+    side, dtype = (8192 if args.device == "cuda" else 2048), getattr(torch, args.dtype)
+    first, second = (torch.randn(side, side, dtype=dtype, device=args.device) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        started = clock(args.device)
+        torch.mm(first, second)
+        seconds.append(clock(args.device) - started)
+    return 2 * side**3 / min(seconds)
 
 
 def _resident(field: str) -> int:
@@ -264,10 +327,10 @@ def report(name: str, args, results) -> None:
     }
     print(json.dumps(line))
     if args.out:
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{Path(args.out).stem}.json"
         path.write_text(json.dumps(line, indent=1) + "\n")
-        print(f"written to {path.relative_to(ROOT)}", file=sys.stderr)
+        print(f"written to {os.path.relpath(path, ROOT)}", file=sys.stderr)
 
 
 def _hardware(device: str) -> dict:

@@ -1,6 +1,8 @@
 """From a file to visual tokens: frames per second of the vision tower with compressor, and of decoding the file.
 
 What is surprising:
+* FLOP/s of tower and compressor stand beside those of a plain matrix product in the same process, measured before and
+  after. FLOPs are counted: linear layers and convolutions by their rows, attention by its pairs.
 * The tower's numbers are for random pixels through `get_video_features`; the language model is a stub that only gives
   the projector its width. Without `--preset` the tower is much smaller than the published one, for a CPU.
 * Decoding is counted in *chosen* frames, resized, as `chat` reads them. A file has to be decoded between them too, so
@@ -14,9 +16,12 @@ import torch
 from common import (
     MIB,
     PeakMemory,
+    Stages,
     build_model,
     clock,
+    gemm_flops,
     in_fresh_process,
+    linear_flop,
     load_config,
     median,
     parse,
@@ -28,6 +33,9 @@ from common import (
 # The clip that is made where no file is given: moving stripes, H.264.
 CLIP = {"seconds": 60, "rate": 25, "width": 640, "height": 360}
 
+# The published tower's MLP is 4304 wide for 1152 channels.
+MLP_RATIO = 4304 / 1152
+
 EPILOG = """\
 examples:
   python benchmarks/encode.py
@@ -35,6 +43,10 @@ examples:
 
   python benchmarks/encode.py --video talk.mp4 --sample-fps 1 4 --max-num-frames 2048
       Decoding of a file of yours at two sampling rates.
+
+  python benchmarks/encode.py --frames 32 --image-size 384 --vision-hidden 288 --vision-layers 7 --vision-heads 4 \\
+      --tower-only --out encode_cpu
+      A quarter of the published tower. --vision-hidden 1152 --vision-layers 26 --vision-heads 16 is all of it.
 
   python benchmarks/encode.py --preset video-xl-2-8b --frames 512 2048 --out encode_8b
       The published tower and compressor with random weights in bfloat16 on a GPU.
@@ -49,38 +61,77 @@ def tower_config(args):
     vision = config.vision_config.to_dict()
     compressor = config.compressor_config.to_dict()
     if not args.preset:
-        side = args.image_size // 14
-        vision |= {"hidden_size": args.vision_hidden, "intermediate_size": 4 * args.vision_hidden}
-        vision |= {"num_hidden_layers": args.vision_layers + 1, "num_attention_heads": args.vision_hidden // 64}
-        vision |= {"image_size": args.image_size}
-        compressor |= {"hidden_size": args.vision_hidden, "grid_size": side // 2 * 2}
+        side, wide = args.image_size // 14, args.vision_hidden
+        vision |= {"hidden_size": wide, "intermediate_size": round(wide * MLP_RATIO), "image_size": args.image_size}
+        heads = args.vision_heads or wide // 64
+        vision |= {"num_hidden_layers": args.vision_layers + 1, "num_attention_heads": heads}
+        compressor |= {"hidden_size": wide, "grid_size": side // 8 * 8}  # 24 of 27, as published
     settings = {"vision_feature_layer": config.vision_feature_layer, "vision_chunk_frames": args.chunk_frames}
     return type(config)(vision_config=vision, compressor_config=compressor, text_config=text, **settings)
+
+
+def attention_flop(config, frames: int) -> dict[str, int]:
+    """FLOPs of attention in the tower and, over the cells of a step, in the compressor."""
+    vision, compressor = config.vision_config, config.compressor_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    groups, cells = -(-frames // compressor.frames_per_group), compressor.grid_size**2
+    steps = compressor.frames_per_group + compressor.frames_per_group // 2
+    return {
+        "tower": 4 * frames * (vision.num_hidden_layers - 1) * patches**2 * vision.hidden_size,
+        "compressor": 4 * groups * steps * cells**2 * compressor.hidden_size,
+        "projector": 0,
+    }
 
 
 def measure_tower(frames: int, args) -> dict:
     """Times `get_video_features` on one number of frames, in this process."""
     config = tower_config(args)
     model = build_model(config, args)
-    side = config.vision_config.image_size
+    whole, side = model.model, config.vision_config.image_size
+    if args.channels_last:
+        whole.compressor.to(memory_format=torch.channels_last_3d)
     pixels = torch.randn(frames, 3, side, side, dtype=getattr(torch, args.dtype), device=args.device)
+    parts = {
+        "tower": (whole.vision_tower, [whole.vision_tower.embeddings, whole.vision_tower.encoder]),
+        "compressor": (whole.compressor, [whole.compressor]),
+        "projector": (whole.multi_modal_projector, [whole.multi_modal_projector]),
+    }
     model.get_video_features([pixels[: args.chunk_frames]])
-    memory, seconds = PeakMemory(args.device), []
+    gemm, found = [gemm_flops(args)], []
+    memory = PeakMemory(args.device)
+    stages = Stages(model, {name: modules for name, (_, modules) in parts.items()}, args.device)
     for _ in range(args.repeats):
+        stages.reset()
         started = clock(args.device)
         tokens = model.get_video_features([pixels]).pooler_output[0]
-        seconds.append(round(clock(args.device) - started, 6))
-        if len(seconds) == 1:
+        found.append({"all": clock(args.device) - started, **stages.seconds})
+        if len(found) == 1:
             peak_bytes = memory.growth()
+    gemm.append(gemm_flops(args))
+    attention, seconds, tflops = attention_flop(config, frames), {}, {}
+    for name in ("all", *parts):
+        seconds[name] = median([run[name] for run in found])
+    for name, (module, _) in parts.items():
+        rows = {key: count for key, count in stages.rows.items() if module is model.get_submodule(_room(key))}
+        flop = linear_flop(model, rows) + attention[name]
+        tflops[name] = round(flop / seconds[name] / 1e12, 4)
     return {
         "frames": frames,
         "image_size": side,
-        "seconds": median(seconds),
-        "runs": seconds,
-        "frames_per_second": round(frames / median(seconds), 3),
+        "seconds": seconds.pop("all"),
+        "stage_seconds": seconds,
+        "runs": [round(run["all"], 6) for run in found],
+        "frames_per_second": round(frames / median([run["all"] for run in found]), 3),
+        "tflop_per_second": tflops,
+        "matrix_product_tflop_per_second": round(max(gemm) / 1e12, 4),
         "visual_tokens": tokens.shape[0] * tokens.shape[1],
         "peak_bytes": peak_bytes,
     }
+
+
+def _room(name: str) -> str:
+    """The part of the model that a layer is in: the first two names of its path."""
+    return ".".join(name.split(".")[:2])
 
 
 def make_clip(path: Path) -> None:
@@ -128,6 +179,11 @@ def main() -> None:
     arguments.add_argument("--image-size", type=int, default=224, help="side of a frame in pixels (without --preset)")
     arguments.add_argument("--vision-hidden", type=int, default=256, help="tower's width, a multiple of 64")
     arguments.add_argument("--vision-layers", type=int, default=4, help="layers of the tower (without --preset)")
+    arguments.add_argument("--vision-heads", type=int, help="heads of the tower; without it one for 64 channels")
+    arguments.add_argument(
+        "--channels-last", action="store_true", help="the compressor's convolutions in channels-last format"
+    )
+    arguments.add_argument("--tower-only", action="store_true", help="decode nothing")
     arguments.add_argument("--chunk-frames", type=int, default=32, help="frames per call of the tower")
     arguments.add_argument("--video", help="file to decode; without it a clip is made")
     arguments.add_argument("--sample-fps", type=float, nargs="+", default=[1.0, 4.0], help="frames taken per second")
@@ -142,7 +198,7 @@ def main() -> None:
         result = in_fresh_process(measure_tower, frames, args)
         tower.append(result if isinstance(result, dict) else {"frames": frames, "failed": result})
     rows = [
-        [f"{result['frames']:,}", result["failed"], *["-"] * 4]
+        [f"{result['frames']:,}", result["failed"], *["-"] * 7]
         if "failed" in result
         else [
             f"{result['frames']:,}",
@@ -150,11 +206,17 @@ def main() -> None:
             f"{result['seconds']:.3f}",
             f"{result['frames_per_second']:,.1f}",
             f"{result['visual_tokens']:,}",
+            *(f"{result['tflop_per_second'][part]:.3f}" for part in ("tower", "compressor")),
+            f"{result['matrix_product_tflop_per_second']:.3f}",
             f"{result['peak_bytes'] / MIB:,.0f}",
         ]
         for result in tower
     ]
-    table(["frames", "pixels", "seconds", "tower frames/s", "visual tokens", "peak MiB"], rows)
+    header = ["frames", "pixels", "seconds", "tower frames/s", "visual tokens"]
+    table([*header, "tower TFLOP/s", "compressor", "matrix product", "peak MiB"], rows)
+    if args.tower_only:
+        report("encode", args, {"tower": tower})
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = args.video
         if path is None:
