@@ -175,6 +175,8 @@ def main() -> None:
     arguments.add_argument("--goldens", type=Path, help="folder of Video-XL-2's goldens, for distances of logits")
     arguments.set_defaults(dtype="bfloat16")
     args = parse(arguments)
+    if args.frames < 128:
+        arguments.error("--frames must be at least 128: what the window of streaming prefill holds is never packed")
     args.hidden, args.mlp = args.heads * args.head_size, 4 * args.head_size
     model = build_model(load_config(args), args)
     layout = video_layout(HEADER_TOKENS + args.frames // GROUP_FRAMES * args.group_tokens, args)
