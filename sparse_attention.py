@@ -489,7 +489,8 @@ def attention_rows(query: torch.Tensor, key: torch.Tensor, scaling: float | None
             block = head_queries[row : row + rows].float() * (size**-0.5 if scaling is None else scaling)
             weights = buffer[: len(block)]
             for column in range(0, length, columns):
-                keys = key[0, head, column : column + columns].to(query.device, torch.float32)
+                # A copy: products round by how memory is aligned, and equal keys are to give equal weights.
+                keys = key[0, head, column : column + columns].to(query.device, torch.float32, copy=True)
                 with torch.autocast(query.device.type, enabled=False):
                     torch.mm(block, keys.T, out=weights[:, column : column + columns])
             weights[:, length - queries :].masked_fill_(own > position[row : row + rows, None], -torch.inf)

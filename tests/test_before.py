@@ -35,6 +35,8 @@ from transformers import AutoConfig
 
 FACTS = json.loads((BEFORE / "before.json").read_text())
 QUESTION = "What color is the star?"
+# What "auto" chose then.
+CHOSEN = {"saved": [1]}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,9 @@ def test_folders_load_and_answer_as_they_did(name, opened):
         "pixels": pytest.approx(facts["pixels"], abs=2e-5),
     }
     video = model.encode_video(pictures(14), tokenizer, timestamps=seconds(14))
-    assert_as_before(ask(model, tokenizer, video, QUESTION), f"folders.{name}", facts)
+    # Chunks are chosen by another rule today; behind those of that day the answer is the same.
+    chosen = {"dense_chunks": CHOSEN[name]} if name in CHOSEN else {}
+    assert_as_before(ask(model, tokenizer, video, QUESTION, **chosen), f"folders.{name}", facts)
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *SAVED])

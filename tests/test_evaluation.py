@@ -523,7 +523,7 @@ def test_summary_counts_errors_in_seconds_and_what_changed():
             }
             for name, answer in modes.items()
         }
-        return {"type": kind, "expected": expected, "choices": choices, "modes": replies}
+        return {"video": "a", "type": kind, "expected": expected, "choices": choices, "modes": replies}
 
     records = [
         record("when", "At 4 seconds", full="At 4 seconds", bilevel="At 6 seconds"),
