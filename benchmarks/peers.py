@@ -492,7 +492,7 @@ def plot(line: dict, path: Path) -> None:
         frames = sorted({result["frames"] for result in found})
         axis.set_xticks(frames, [f"{count:,}" for count in frames])
         axis.minorticks_off()
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
