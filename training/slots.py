@@ -7,7 +7,7 @@ its first and last colour, size, way, text and key. So a language model can lear
 has learnt to see (`SlotCode.tokens` of the facts of a clip), and read its tokens afterwards.
 
 `story_of` tells what can be known at the end of each group about what was seen up to then. A small language model is
-asked for it at the visual tokens while it learns to read (`pretrain_reading.py`).
+asked for it at the visual tokens while it learns to read (`small_model.py`).
 
 G groups, T frames a group, N slots = visual tokens a group, K facts a slot, C width of the language model.
 """
