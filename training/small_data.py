@@ -67,11 +67,12 @@ class ClipBatches:
 
     Args:
         sources: Each a dict: `share` (of the batches), `clips` (B), `questions` (a clip), `clip` (arguments of
-            `make_clip`), `sample_fps` (one or several), `talk` (share of the questions that are asked in
-            conversations), `segments` (clips one after the other, whose cards are asked for),
-            `time_offset_max`, `gaps` (seconds that may be missing between groups), `stretch` (positions reach up to
-            it in half of the batches), `streaming` (share of the batches that are prefilled so), `mix` (share of the groups that stay dense while the others are pooled, as in
-            bi-level decoding; only what is seen in those is asked), `from` (the first batch that may draw it).
+            `make_clip`), `sample_fps` (one or several), `talk` (share of what is asked in conversations), `segments`
+            (clips one after the other, whose cards are asked for), `kinds` (of the questions about segments, see
+            `needle_questions`), `time_offset_max`, `gaps` (seconds that may be missing between groups), `stretch`
+            (positions reach up to it in half of the batches), `streaming` (share of the batches that are prefilled
+            so), `mix` (share of the groups that stay dense while the others are pooled, as in bi-level decoding; only
+            what is seen in those is asked), `from` (the first batch that may draw it).
         processor: The model's.
         seed: Of everything that is drawn.
         split: Of the world.
@@ -90,8 +91,8 @@ class ClipBatches:
 
     def __getitem__(self, index: int) -> dict:
         """A batch: `ids` and `positions` of the prompts [B, P], `facts` [B, G, N, K] or `pixels` [B, F, 3, S, S],
-        `story` (dict of [B, G, N]), whether the prefill is `streaming`, perhaps `mix` [B, n, P] (what the kept positions are made of), and `asked`: rows
-        of questions, see `_pad`."""
+        `story` (dict of [B, G, N]), whether the prefill is `streaming`, perhaps `mix` [B, n, P] (what the kept
+        positions are made of), and `asked`: rows of questions, see `_pad`."""
         rng = random.Random(f"{self.seed}-{index}")
         sources = [item for item in self.sources if item.get("from", 0) <= index]
         source = rng.choices(sources, [item.get("share", 1.0) for item in sources])[0]

@@ -217,7 +217,7 @@ class Reading(nn.Module):
             hits[kind].append(hit)
 
     def _window(self, visual):
-        """What streaming prefill lets each position see, bool [1, 1, P, P]: visual tokens are hidden from later chunks.
+        """What streaming prefill lets each position see, bool [1, 1, P, P]: not the visual tokens of chunks long ago.
 
         Without having learnt with it, a model misreads a sixth of the cards behind the first window.
         """

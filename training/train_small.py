@@ -25,7 +25,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
@@ -51,6 +50,7 @@ DEFAULTS = {
     "processes": 1,
     "frames": False,  # whether `read` reads what the vision path sees, instead of facts
     "look": {},
+    "text_config": {},  # of the language model's config, what differs from the repository's
     "groups": 64,  # of a batch of `see`
     "data": [],
     "held_out": [],
@@ -93,10 +93,10 @@ def read_part(path: Path, overrides=()) -> dict:
 
 def machine() -> str:
     """The machine, for the log."""
-    cpu = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = (line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-        cpu = next(lines, cpu)
+    cpu, told = platform.machine(), Path("/proc/cpuinfo")
+    if told.is_file():
+        names = [line for line in told.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(": ")[2] if names else cpu
     return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
@@ -166,6 +166,9 @@ def build(recipe: dict, folder: Path):
     options = {"trust_remote_code": True, "attn_implementation": "eager" if recipe["trains"] == "see" else "sdpa"}
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config.vision_chunk_frames = 1024
+    text = config.text_config.to_dict() | recipe["text_config"]
+    text.pop("layer_types", None)  # one a layer
+    config.text_config = type(config.text_config)(**text)
     model = AutoModel.from_config(config, **options)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     if recipe["trains"] == "see":

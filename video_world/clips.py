@@ -302,10 +302,8 @@ def _cards(rng, seconds, items, cards, chains) -> tuple[Card, ...]:
     words = [str(word) for word in rng.permutation(WORDS)]
     placed = []
     for number, (second, key) in enumerate(zip(seconds_free, keys, strict=True)):
-        if rng.random() < 0.6:
-            value = words.pop() if words else str(rng.choice(WORDS))  # once all were there, some are there twice
-        else:
-            value = str(rng.choice(DIGITS))
+        # Once all words were there, some are there twice.
+        value = (words.pop() if words else str(rng.choice(WORDS))) if rng.random() < 0.6 else str(rng.choice(DIGITS))
         if chains and number % 2 == 1 and number // 2 < chains:
             # The card before leads here: it shows a word, this one has the word as its key.
             word = words.pop()
