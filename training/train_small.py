@@ -369,7 +369,8 @@ def install(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as written:
         model.save_pretrained(written)
         shutil.copyfile(Path(written) / "model.safetensors", ROOT / "model.safetensors")
-    LOGS.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
     for name in parts():
         shutil.copyfile(folder / f"{name}.jsonl", LOGS / f"{name}.jsonl")
     draw_curves(read_logs(LOGS), LOGS / "curves.png")
