@@ -1,6 +1,8 @@
 """The bundled checkpoint's recipes, their order, and the curves."""
 
+import json
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -106,6 +108,61 @@ def test_a_process_that_fails_stops_its_stage(small, tmp_path, monkeypatch):
     monkeypatch.setattr(small.subprocess, "Popen", Process)
     with pytest.raises(RuntimeError, match="stage 1 failed"):
         small.train(tmp_path)
+
+
+TOGETHER = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from videoxl.training import train_small
+recipe = train_small.DEFAULTS | json.loads(sys.argv[3])
+train_small.train_part("p", pathlib.Path(sys.argv[2]), place=tuple(map(int, sys.argv[4:])), recipe=recipe)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small, root, tmp_path):
+    """The mean of both gradients: a step of two processes with one clip each is the step that both clips ask for."""
+    import torch
+
+    text = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
+    recipe = {
+        "trains": "see",
+        "groups": 4,
+        "data": [{"clip": {"seconds": 4}}],
+        "steps": 2,
+        "save_steps": 1,
+        "warmup": 1,
+    }
+    recipe |= {"text_config": text, "learning_rate": 1e-3, "max_norm": 1e9}
+    port = small.free_port()
+    command = [sys.executable, "-c", TOGETHER, str(root), str(tmp_path), json.dumps(recipe)]
+    both = [subprocess.Popen([*command, str(rank), "2", str(port)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    state = small.State(tmp_path, "p")
+    assert state.facts["step"] == 2 and state.facts["finished"]
+
+    class Both:
+        def __init__(self, *given):
+            self.batches = found(*given)
+
+        def __getitem__(self, index):
+            pair = [self.batches[2 * index + rank] for rank in range(2)]
+            return {key: torch.cat([batch[key] for batch in pair]) for key in pair[0]}
+
+    found = small.batches_of
+    small.batches_of = Both
+    try:
+        alone = small.train_part("one", tmp_path, recipe=small.DEFAULTS | recipe)
+    finally:
+        small.batches_of = found
+    assert alone.facts["step"] == 2
+    weights = small.State(tmp_path, "one").weights()
+    fresh = dict(small.build(small.DEFAULTS | recipe, tmp_path)[0].named_parameters())
+
+    def far(others):
+        return sum(float((value - others[name].detach()).square().sum()) for name, value in state.weights().items()) ** 0.5
+
+    assert far(weights) < 0.2 * far(fresh)
 
 
 def test_curves_of_the_committed_logs(small, root, tmp_path):

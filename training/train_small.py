@@ -322,6 +322,13 @@ def _step(module, optimizer, batch, recipe, step, rank, world, until, told) -> b
     return bool(late > 0)
 
 
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def train(folder: Path, hours: float = math.inf) -> bool:
     """Runs all that is not finished, stage by stage; whether all is finished then.
 
@@ -336,9 +343,7 @@ def train(folder: Path, hours: float = math.inf) -> bool:
                 print(f"{name}: finished before", flush=True)
                 continue
             processes = read_part(RECIPES / f"{name}.yaml")["processes"]
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            port = free_port()
             for rank in range(processes):
                 command = [sys.executable, str(Path(__file__).resolve()), "--state", str(folder), "--part", name]
                 command += ["--place", str(rank), str(processes), str(port)]
