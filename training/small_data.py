@@ -30,7 +30,8 @@ class GroupBatches:
     """Batches of groups of frames, each group with its facts.
 
     Args:
-        sources: Each a dict: `share` (of the clips), `clip` (arguments of `make_clip`), `sample_fps` (one or several).
+        sources: Each a dict: `share` (of the clips), `clip` (arguments of `make_clip`), `sample_fps` (one or several),
+            `from` (the first batch that may draw it).
         processor: The model's.
         seed: Of everything that is drawn.
         split: Of the world.
@@ -44,7 +45,7 @@ class GroupBatches:
         """`pixels` [G, T, 3, S, S] and `facts` [G, N, K]."""
         rng, pixels, facts = random.Random(f"{self.seed}-{index}"), [], []
         while len(facts) < self.groups:
-            source = rng.choices(self.sources, [item.get("share", 1.0) for item in self.sources])[0]
+            source = _drawn(self.sources, index, rng)
             clip = make_clip(
                 rng.randrange(SEEDS), self.split, size=self.processor.image_size, num_questions=0, **source["clip"]
             )
@@ -94,8 +95,7 @@ class ClipBatches:
         `story` (dict of [B, G, N]), whether the prefill is `streaming`, perhaps `mix` [B, n, P] (what the kept
         positions are made of), and `asked`: rows of questions, see `_pad`."""
         rng = random.Random(f"{self.seed}-{index}")
-        sources = [item for item in self.sources if item.get("from", 0) <= index]
-        source = rng.choices(sources, [item.get("share", 1.0) for item in sources])[0]
+        source = _drawn(self.sources, index, rng)
         rate = float(rng.choice(_listed(source.get("sample_fps", 1))))
         limit = source.get("time_offset_max", 0)
         common = float(rng.randint(0, limit))  # with as many tokens for the times of each clip
@@ -277,6 +277,12 @@ class ClipBatches:
 
     def _length(self, text) -> int:
         return len(self._encode(f"\n{text}"))
+
+
+def _drawn(sources, index, rng) -> dict:
+    """One of the sources that batch `index` may draw, by their shares."""
+    ready = [source for source in sources if source.get("from", 0) <= index]
+    return rng.choices(ready, [source.get("share", 1.0) for source in ready])[0]
 
 
 def _listed(value) -> list:
