@@ -160,7 +160,10 @@ def test_two_processes_train_as_one(small, root, tmp_path):
     fresh = dict(small.build(small.DEFAULTS | recipe, tmp_path)[0].named_parameters())
 
     def far(others):
-        return sum(float((value - others[name].detach()).square().sum()) for name, value in state.weights().items()) ** 0.5
+        return (
+            sum(float((value - others[name].detach()).square().sum()) for name, value in state.weights().items())
+            ** 0.5
+        )
 
     assert far(weights) < 0.2 * far(fresh)
 
@@ -171,6 +174,29 @@ def test_curves_of_the_committed_logs(small, root, tmp_path):
     assert logs
     small.draw_curves(logs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_what_is_installed_is_what_was_trained(small, root, tmp_path, monkeypatch):
+    """The weights of all parts, under the names that the repository's file has."""
+    pytest.importorskip("matplotlib")
+    import torch
+    from safetensors.torch import load_file
+
+    eyes = {"trains": "see", "groups": 2, "data": [{"clip": {"seconds": 4}}]}
+    mind = {"trains": "read", "data": [{"clips": 1, "questions": 2, "clip": {"seconds": 4}}], "from": ["eyes"]}
+    for name, part in (("eyes", eyes), ("mind", mind)):
+        part |= {"steps": 1, "log_steps": 1, "held_out": part["data"], "eval_steps": 1, "eval_batches": 1}
+        small.train_part(name, tmp_path, recipe=small.DEFAULTS | part)
+    monkeypatch.setattr(small, "parts", lambda: ["eyes", "mind"])
+    small.install(tmp_path, tmp_path)
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path, root))
+    assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in before.items()}
+    seen, read = (small.State(tmp_path, name).weights() for name in ("eyes", "mind"))
+    trained = {**seen, **{name: value for name, value in read.items() if not name.startswith("story")}}
+    assert all(torch.equal(written[f"model.{name}"], value) for name, value in trained.items())
+    assert set(written) - {f"model.{name}" for name in trained} <= {n for n in written if "vision_tower" in n}
+    assert sorted(path.name for path in (tmp_path / "training/logs/small").iterdir()) == [
+        "curves.png", "eyes.jsonl", "mind.jsonl"]  # fmt: skip
 
 
 def test_help(root, monkeypatch):

@@ -145,6 +145,7 @@ class State:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".new")
             save_file(tensors, new, {"format": "pt", "facts": json.dumps(self.facts)})
+            new.chmod(0o644)  # safetensors writes it for its owner alone
             new.replace(self.path)
 
 
@@ -365,20 +366,22 @@ def train(folder: Path, hours: float = math.inf) -> bool:
     return True
 
 
-def install(folder: Path) -> None:
-    """Puts the weights and logs of a finished run into the repository, and draws the curves."""
+def install(folder: Path, root: Path = ROOT) -> None:
+    """Puts the weights and logs of a finished run into a repository, and draws the curves."""
+    set_seed(0)  # of what no part trains
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     model = AutoModel.from_config(config, trust_remote_code=True)
     for name in parts():
         load_weights(model.model, State(folder, name).weights())
     with tempfile.TemporaryDirectory() as written:
         model.save_pretrained(written)
-        shutil.copyfile(Path(written) / "model.safetensors", ROOT / "model.safetensors")
-    shutil.rmtree(LOGS, ignore_errors=True)
-    LOGS.mkdir(parents=True)
+        shutil.copyfile(Path(written) / "model.safetensors", root / "model.safetensors")
+    logs = root / LOGS.relative_to(ROOT)
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
     for name in parts():
-        shutil.copyfile(folder / f"{name}.jsonl", LOGS / f"{name}.jsonl")
-    draw_curves(read_logs(LOGS), LOGS / "curves.png")
+        shutil.copyfile(folder / f"{name}.jsonl", logs / f"{name}.jsonl")
+    draw_curves(read_logs(logs), logs / "curves.png")
 
 
 def read_logs(folder: Path) -> list[tuple[str, list[dict]]]:
