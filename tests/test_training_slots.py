@@ -76,6 +76,57 @@ def test_facts_say_what_a_group_shows(workshop):
     assert len(ways) == 4 and changes and keys
 
 
+def test_patches_say_what_stands_where(workshop):
+    """Against pixels: where a patch is said to show a colour, its middle has it."""
+    slots, _, _ = workshop
+    from videoxl.video_world import COLORS, make_clip
+
+    checked, signs = 0, 0
+    for seed in range(12):
+        clip = make_clip(seed, "held_out", seconds=16, cards=1, shapes=4, num_questions=0)
+        times = np.arange(16.0)
+        patches, frames = slots.patches_of(clip, times, 6), clip.frames(times).astype(int)
+        assert patches.shape == (16, 36, 4)
+        for number, frame in enumerate(frames):
+            for place, (shape, color, size, text) in enumerate(patches[number]):
+                none = shape == len(slots.SHAPES)
+                assert (color == len(COLORS)) == (size == 2) == none
+                signs += text < len(slots.TEXTS)
+                y, x = divmod(place, 6)
+                middle = frame[8 * y + 3 : 8 * y + 5, 8 * x + 3 : 8 * x + 5].reshape(-1, 3).mean(axis=0)
+                # A ring and a star have corners and holes.
+                if not none and slots.SHAPES[shape] == "square" and text == len(slots.TEXTS):
+                    wanted = np.array(list(COLORS.values())[color])
+                    checked += bool(np.abs(middle - wanted).max() < 40)
+            if any(card.second == number for card in clip.cards):
+                assert (patches[number] == [6, 8, 2, 26]).all()
+    assert checked > 30 and signs > 30
+
+
+def test_slots_look_where_their_things_stand(workshop, processor):
+    """Against the attention that the compressor itself computes, of the cells that make a slot's token."""
+    slots, data, small = workshop
+    seeing, _ = small.build(small_part(small, trains="see"), None)
+    batch = data.GroupBatches([{"clip": {"seconds": 8, "cards": 0, "shapes": 3}}], processor, 0, groups=4)[0]
+    layer, given = seeing.compressor.encoder[0], []
+    layer.register_forward_pre_hook(lambda _, states: given.append(states[0]))
+    with torch.no_grad():
+        told = seeing(**batch)["told"]
+        normed = layer.norm(given[0].float())
+        query, key = (part(normed).flatten(3) for part in (layer.q, layer.k))
+        weights = torch.einsum("gctq,gctk->gtqk", query, key).mul(layer.scale).softmax(dim=-1).mean(dim=1)
+    shares = []
+    for group, patches in enumerate(batch["patches"]):
+        for slot in range(slots.SIGN + 1):
+            shown = patches[..., 0] == slot if slot < slots.SIGN else patches[..., 3] < len(slots.TEXTS)
+            cells = shown.any(dim=0)
+            if cells.any():
+                row, column = 2 * (slot // 3), 2 * (slot % 3)
+                own = [6 * (row + down) + column + across for down in (0, 1) for across in (0, 1)]
+                shares.append(weights[group][own][:, cells].sum(dim=-1).mean())
+    assert shares and told["look"] == pytest.approx(float(torch.stack(shares).mean()), rel=0.03)
+
+
 def test_the_code_can_be_read_back(workshop):
     slots, _, _ = workshop
     code = slots.SlotCode(128)
@@ -145,7 +196,8 @@ def test_seeing_lowers_its_loss_and_keeps_only_the_vision_path(workshop, tmp_pat
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0] and "held_out/h/right" in lines[-1] and "cores" in lines[0]["machine"]
     weights = small.State(tmp_path, "see").weights()
-    assert {name.split(".")[0] for name in weights} == {"vision_tower", "compressor", "multi_modal_projector"}
+    kept = {"vision_tower", "compressor", "multi_modal_projector", "patch_head"}
+    assert {name.split(".")[0] for name in weights} == kept and "patch/shape" in lines[1] and "look" in lines[1]
 
 
 def test_a_part_that_was_stopped_goes_on_as_if_it_had_not_been(workshop, tmp_path):
@@ -414,7 +466,7 @@ def test_reading_learns_and_starts_from_what_was_seen(workshop, tmp_path):
     module, _ = small.build(part | {"from": ["eyes", "read"]}, tmp_path)
     seen = small.State(tmp_path, "eyes").weights()
     tower = dict(module.encode.__self__.model.named_parameters())
-    assert all(torch.equal(tower[name], value) for name, value in seen.items())
+    assert all(torch.equal(tower[name], value) for name, value in seen.items() if "patch_head" not in name)
     assert torch.equal(module.language_model.norm.weight, weights["language_model.norm.weight"])
     with pytest.raises(ValueError, match="nobody is not finished"):
         small.build(part | {"from": ["nobody"]}, tmp_path)

@@ -11,12 +11,13 @@ import torch
 from videoxl.training.collator import IGNORE
 from videoxl.training.data import stretch_positions
 from videoxl.training.looks import LOOKS, looks_of, option_lines
-from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, story_of
+from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, patches_of, story_of
 from videoxl.video_world import NOT_THERE, Question, absent_keys, make_clip, name_of, needle_questions
 from videoxl.video_world.questions import LETTERS, TEXTS
 
 SEEDS = 2**40  # clips to draw from
 MOST_TURNS = 6  # of a conversation
+PATCH_SIZE = 8  # of the small model's tower, in pixels
 PADDED_ROWS = 12  # at least so many rows are padded to one length
 
 
@@ -40,10 +41,11 @@ class GroupBatches:
 
     def __init__(self, sources: list[dict], processor, seed: int, split: str = "train", groups: int = 64):
         self.sources, self.processor, self.seed, self.split, self.groups = sources, processor, seed, split, groups
+        self.side = processor.image_size // PATCH_SIZE
 
     def __getitem__(self, index: int) -> dict:
-        """`pixels` [G, T, 3, S, S] and `facts` [G, N, K]."""
-        rng, pixels, facts = random.Random(f"{self.seed}-{index}"), [], []
+        """`pixels` [G, T, 3, S, S], `facts` [G, N, K] and `patches` (see `patches_of`)."""
+        rng, pixels, facts, patches = random.Random(f"{self.seed}-{index}"), [], [], []
         while len(facts) < self.groups:
             source = _drawn(self.sources, index, rng)
             clip = make_clip(
@@ -60,7 +62,8 @@ class GroupBatches:
                 times = [min(first + number, int(clip.seconds * rate) - 1) / rate for number in range(FRAMES)]
                 pixels.append(normalise(clip.frames(times), self.processor))
                 facts.append(torch.from_numpy(facts_of(clip, times)))
-        return {"pixels": torch.stack(pixels), "facts": torch.stack(facts)}
+                patches.append(torch.from_numpy(patches_of(clip, times, self.side)))
+        return {"pixels": torch.stack(pixels), "facts": torch.stack(facts), "patches": torch.stack(patches)}
 
 
 class ClipBatches:

@@ -21,12 +21,14 @@ from torch import nn
 from transformers import DynamicCache
 from videoxl.training.collator import IGNORE
 from videoxl.training.looks import Queries
-from videoxl.training.slots import FRAMES, NUM_SLOTS, STARTS, STORY, SlotCode, confused, shows, told_right
+from videoxl.training.slots import FRAMES, NUM_SLOTS, PATCH, SIGN, STARTS, STORY, SlotCode, confused, shows, told_right
 
 # In the loss of `Seeing`: a fact of a slot that shows nothing, and what tokens hold beside facts.
 EMPTY_WEIGHT, BESIDE_WEIGHT = 0.1, 0.1
 # Squared distances hardly tell look-alikes apart; so where there is a fact of a kind, cross-entropy counts, too.
 CONFUSED_WEIGHT = 0.5
+# Beside them what patches show, and where slots look.
+PATCH_WEIGHT, GAZE_WEIGHT = 2.0, 2.0
 # In the loss of `Reading`, beside the answers.
 STORY_WEIGHT, LOOK_WEIGHT = 0.3, 0.5
 # Of visual tokens that are made from facts: noise, and the share of the facts that are not told.
@@ -41,6 +43,10 @@ EARLY, STORY_LAYER = {"time": 0, "before": 1}, 2
 class Seeing(nn.Module):
     """A model's vision path, whose tokens should tell facts.
 
+    Two things are asked for on the way, since the loss of the tokens alone is a slow teacher of what stands anywhere:
+    each patch of the tower should tell what it shows (a head that is thrown away), and the cells from which a slot's
+    token is made should look at the cells in which its thing stands, in the compressor's first attention.
+
     Args:
         model: A Video-XL model with DTS; its language model is left alone.
     """
@@ -53,17 +59,24 @@ class Seeing(nn.Module):
         self.encode = model.get_video_features
         self.code = SlotCode(model.config.text_config.hidden_size)
         self.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
+        self.patch_head = nn.Linear(model.config.vision_config.hidden_size, sum(PATCH.values()))
+        self.taken = {}
+        for name, module in (("patches", self.compressor), ("cells", self.compressor.encoder[0])):
+            module.register_forward_pre_hook(lambda _, given, name=name: self.taken.__setitem__(name, given[0]))
 
-    def forward(self, pixels, facts) -> dict:
-        """The loss of G groups, and what their tokens tell [G, N, K].
+    def forward(self, pixels, facts, patches) -> dict:
+        """The loss of G groups, and how much of it is told right.
 
         Args:
             pixels: [G, T, 3, S, S].
             facts: See `facts_of`, [G, N, K].
+            patches: See `patches_of`, [G, T, P, 4] with P patches.
         """
         # bfloat16 takes two thirds of the time here, where processors have it, and none of the precision.
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
             tokens = torch.cat(self.encode(pixels).pooler_output)
+            told_by_patches = self.patch_head(self.taken["patches"])
+            shares = self._shares(patches)
         tokens = tokens.float()
         told = self.code.facts(tokens)
         beside = (tokens - self.code.tokens(told)) / self.code.loudness
@@ -72,7 +85,42 @@ class Seeing(nn.Module):
         loss = (weight * (told - facts).square()).sum() + BESIDE_WEIGHT * beside.square().sum()
         loss = (loss + CONFUSED_WEIGHT * confused(told, facts)) / len(facts)
         kinds = told_right(told.detach(), facts)
-        return {"loss": loss, "told": kinds | {"right": sum(kinds.values()) / len(kinds)}}
+        result = kinds | {"right": sum(kinds.values()) / len(kinds)}
+        if len(shares):
+            loss = loss - GAZE_WEIGHT * shares.clamp(min=1e-6).log().mean()
+            result["look"] = shares.mean().item()
+        asked = zip(
+            PATCH, told_by_patches.float().split(list(PATCH.values()), dim=-1), patches.unbind(-1), strict=True
+        )
+        for kind, logits, wanted in asked:
+            logits, wanted = logits.flatten(0, -2), wanted.flatten()
+            # What shows nothing is most of a frame: a tenth of it is enough.
+            counts = torch.where(wanted == PATCH[kind] - 1, 0.1, 1.0)
+            losses = F.cross_entropy(logits, wanted, reduction="none")
+            loss = loss + PATCH_WEIGHT * (counts * losses).sum() / counts.sum()
+            there = wanted != PATCH[kind] - 1
+            if there.any():
+                result[f"patch/{kind}"] = (logits.argmax(dim=-1) == wanted)[there].float().mean().item()
+        return {"loss": loss, "told": result}
+
+    def _shares(self, patches):
+        """How much of its attention a slot's cells give to the cells where its thing stands, of all that show one."""
+        module, cells = self.compressor.encoder[0], self.taken["cells"]
+        normed = module.norm(cells)
+        query, key = (layer(normed).flatten(3).permute(0, 2, 3, 1).float() for layer in (module.q, module.k))
+        shares = (query @ key.transpose(2, 3) * module.scale).softmax(dim=-1)  # [G, time, cells, cells]
+        shapes = torch.arange(SIGN, device=patches.device)
+        stands = (patches[..., None, 0] == shapes[:, None].T).any(dim=1).transpose(1, 2)  # [G, shapes, cells]
+        sign = (patches[..., 3] != PATCH["text"] - 1).any(dim=1)
+        stands = torch.cat([stands, sign[:, None]], dim=1)
+        side = int(stands.shape[-1] ** 0.5)
+        # A token is the mean of two by two cells.
+        of_slot = torch.arange(side**2, device=patches.device)
+        of_slot = of_slot // side // 2 * (side // 2) + of_slot % side // 2
+        group, slot = stands.any(dim=-1).nonzero(as_tuple=True)
+        own = of_slot == slot[:, None]  # [things, cells]
+        looked = (shares[group] * stands[group, slot][:, None, None]).sum(dim=-1).mean(dim=1)
+        return (looked * own).sum(dim=-1) / own.sum(dim=-1)
 
 
 def number_codes(count: int) -> torch.Tensor:
