@@ -103,6 +103,28 @@ def test_patches_say_what_stands_where(workshop):
     assert checked > 30 and signs > 30
 
 
+def test_crowds_show_all_that_they_say(workshop):
+    """Shapes side by side, none of them out of the frame or over another's middle."""
+    import random
+
+    slots, data, _ = workshop
+    from videoxl.video_world import make_clip
+
+    most = 0
+    for seed in range(20):
+        clip = make_clip(seed, "train", 6, shapes=0, cards=0, signs=0, num_questions=0)
+        crowd = data.crowded(clip, random.Random(seed))
+        assert len({item.shape for item in crowd.items}) == len(crowd.items) in (4, 5, 6)
+        for second in range(6):
+            there = [item for item in crowd.items if item.span_at(second)]
+            most = max(most, len(there))
+            places = [crowd.place_of(item, second) for item in there]
+            assert all(np.hypot(*np.subtract(a, b)) > 0.2 for n, a in enumerate(places) for b in places[:n])
+            facts = slots.facts_of(crowd, [second, second + 0.25, second + 0.5, second + 0.75])
+            assert (facts[:6, 9:13].all(axis=1) == [any(i.shape == s for i in there) for s in slots.SHAPES]).all()
+    assert most == 6
+
+
 def test_slots_look_where_their_things_stand(workshop, processor):
     """Against the attention that the compressor itself computes, of the cells that make a slot's token."""
     slots, data, small = workshop

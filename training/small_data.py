@@ -5,6 +5,7 @@ frames a group, N visual tokens a group, K facts a token, S image side, n positi
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,18 @@ from videoxl.training.collator import IGNORE
 from videoxl.training.data import stretch_positions
 from videoxl.training.looks import LOOKS, looks_of, option_lines
 from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, patches_of, story_of
-from videoxl.video_world import NOT_THERE, Question, absent_keys, make_clip, name_of, needle_questions
+from videoxl.video_world import (
+    COLORS,
+    NOT_THERE,
+    SHAPES,
+    SIZES,
+    Item,
+    Question,
+    absent_keys,
+    make_clip,
+    name_of,
+    needle_questions,
+)
 from videoxl.video_world.questions import LETTERS, TEXTS
 
 SEEDS = 2**40  # clips to draw from
@@ -27,12 +39,29 @@ def normalise(frames: np.ndarray, processor) -> torch.Tensor:
     return (torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+def crowded(clip, rng):
+    """A clip with up to six shapes side by side: four times as much to see as usually."""
+    items, shapes = [], rng.sample(SHAPES, len(SHAPES))
+    for lane in (0, 1):
+        places = (0.16, 0.5, 0.84) if rng.random() < 0.7 else (0.25, 0.75)
+        for place in places:
+            begin = rng.randrange(max(clip.seconds - 1, 1))
+            end = rng.randint(begin + 1, clip.seconds)
+            color, new = rng.sample(list(COLORS), 2)
+            size = "small" if len(places) == 3 else rng.choice(list(SIZES))
+            change = (rng.randrange(begin + 1, end), new) if end > begin + 1 and rng.random() < 0.3 else None
+            place += rng.uniform(-0.04, 0.04)
+            items.append(Item(((begin, end),), lane, place, color, shapes.pop(), size, change=change))
+    return replace(clip, items=tuple(items))
+
+
 class GroupBatches:
     """Batches of groups of frames, each group with its facts.
 
     Args:
         sources: Each a dict: `share` (of the clips), `clip` (arguments of `make_clip`), `sample_fps` (one or several),
-            `from` (the first batch that may draw it).
+            `crowd` (whether all shapes may stand side by side, see `crowded`), `from` (the first batch that may draw
+            it).
         processor: The model's.
         seed: Of everything that is drawn.
         split: Of the world.
@@ -51,6 +80,8 @@ class GroupBatches:
             clip = make_clip(
                 rng.randrange(SEEDS), self.split, size=self.processor.image_size, num_questions=0, **source["clip"]
             )
+            if source.get("crowd"):
+                clip = crowded(clip, rng)
             for _ in range(4):
                 rate = float(rng.choice(_listed(source.get("sample_fps", 1))))
                 last = max(int(clip.seconds * rate) - FRAMES, 0)

@@ -144,6 +144,21 @@ class NumberHead(nn.Module):
 
 
 @torch.no_grad()
+def set_positions(model) -> None:
+    """A new tower's positions as waves across and down, so that to look at a neighbour is the same from everywhere."""
+    weight = model.model.vision_tower.get_parameter(
+        next(name for name, _ in model.model.vision_tower.named_parameters() if "position_embedding" in name)
+    )
+    side = int(len(weight) ** 0.5)
+    codes = number_codes(side)[:, [0, 1, 2, 3, 4, 11, 12, 13, 14, 15]]  # the waves that are no longer than a row
+    codes = torch.cat([codes.repeat_interleave(side, 0), codes.repeat(side, 1)], dim=1)
+    generator = torch.Generator().manual_seed(2)
+    directions, _ = torch.linalg.qr(torch.randn(weight.shape[1], codes.shape[1], generator=generator))
+    size = weight.std() * weight.shape[1] ** 0.5
+    weight.copy_(size * codes / codes.shape[1] ** 0.5 * 2**0.5 @ directions.T + 0.1 * weight)
+
+
+@torch.no_grad()
 def set_embeddings(model, tokenizer) -> None:
     """A new model's embeddings: all louder, and those of numbers by their codes, so that neighbours are alike.
 

@@ -38,7 +38,7 @@ from videoxl.training.looks import LOOKS  # noqa: E402
 from videoxl.training.muon import MuonWithAdamW, is_matrix  # noqa: E402
 from videoxl.training.recipe import read_numbers, read_recipe  # noqa: E402
 from videoxl.training.small_data import ClipBatches, GroupBatches  # noqa: E402
-from videoxl.training.small_model import Reading, Seeing, set_embeddings  # noqa: E402
+from videoxl.training.small_model import Reading, Seeing, set_embeddings, set_positions  # noqa: E402
 from videoxl.training.trainer import Journal  # noqa: E402
 
 RECIPES = ROOT / "training" / "recipes" / "small"
@@ -173,6 +173,7 @@ def build(recipe: dict, folder: Path):
     model = AutoModel.from_config(config, **options)
     processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
     if recipe["trains"] == "see":
+        set_positions(model)
         module = Seeing(model)
     else:
         set_embeddings(model, processor.tokenizer)
