@@ -417,17 +417,17 @@ def test_streaming_and_mixed_caches_are_the_models_own(workshop, processor):
 
     _, data, small = workshop
     reading, _ = small.build(small_part(small), None)
-    source = {"clips": 1, "questions": 30, "mix": 0.3, "streaming": 1, "clip": {"seconds": 128, "cards": 6}}
+    source = {"clips": 1, "questions": 30, "mix": 0.3, "streaming": [3], "clip": {"seconds": 128, "cards": 6}}
     batch = data.ClipBatches([source], processor, 1)[0]
-    assert batch["streaming"]
+    assert batch["window"] == 3
     visual = batch["ids"] == reading.config.video_token_id
     places = visual[0].nonzero().flatten().reshape(-1, 9)
     begins = [15 - 1, *(places[:-1, -1] + 1).tolist()]
     spans = [GroupSpan(begin, int(group[0]), int(group[-1]) + 1) for begin, group in zip(begins, places, strict=True)]
     settings = reading.config.resolve_sparse_attention()
     layout = VisualLayout((tuple(spans),), visual.shape[1])
-    oracle = dense_mask(layout, "streaming", settings.chunk_groups, settings.window_chunks)
-    assert torch.equal(reading._window(visual)[0, 0], oracle) and not oracle.tril().equal(
+    oracle = dense_mask(layout, "streaming", settings.chunk_groups, 3)
+    assert torch.equal(reading._window(visual, 3)[0, 0], oracle) and not oracle.tril().equal(
         torch.ones_like(oracle).tril()
     )
     keys, mix = torch.randn(1, 3, visual.shape[1], 32), batch["mix"]

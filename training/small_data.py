@@ -105,9 +105,9 @@ class ClipBatches:
             `make_clip`), `sample_fps` (one or several), `talk` (share of what is asked in conversations), `segments`
             (clips one after the other, whose cards are asked for), `kinds` (of the questions about segments, see
             `needle_questions`), `time_offset_max`, `gaps` (seconds that may be missing between groups), `stretch`
-            (positions reach up to it in half of the batches), `streaming` (share of the batches that are prefilled
-            so), `mix` (share of the groups that stay dense while the others are pooled, as in bi-level decoding; only
-            what is seen in those is asked), `from` (the first batch that may draw it).
+            (positions reach up to it in half of the batches), `streaming` (windows of the prefill in chunks, 0 for
+            none, to draw from), `mix` (share of the groups that stay dense while the others are pooled, as in bi-level
+            decoding; only what is seen in those is asked), `from` (the first batch that may draw it).
         processor: The model's.
         seed: Of everything that is drawn.
         split: Of the world.
@@ -126,7 +126,7 @@ class ClipBatches:
 
     def __getitem__(self, index: int) -> dict:
         """A batch: `ids` and `positions` of the prompts [B, P], `facts` [B, G, N, K] or `pixels` [B, F, 3, S, S],
-        `story` (dict of [B, G, N]), whether the prefill is `streaming`, perhaps `mix` [B, n, P] (what the kept
+        `story` (dict of [B, G, N]), the `window` of the prefill, perhaps `mix` [B, n, P] (what the kept
         positions are made of), and `asked`: rows of questions, see `_pad`."""
         rng = random.Random(f"{self.seed}-{index}")
         source = _drawn(self.sources, index, rng)
@@ -159,7 +159,7 @@ class ClipBatches:
         batch["ids"] = torch.tensor(batch["ids"])
         batch["positions"] = self._positions(batch["ids"], source.get("stretch", 0), rng)
         batch["facts"] = torch.from_numpy(np.stack(facts))
-        batch["streaming"] = rng.random() < source.get("streaming", 0.0)
+        batch["window"] = rng.choice(_listed(source.get("streaming", 0)))
         if stories:
             batch["story"] = {kind: torch.from_numpy(np.stack([s[kind] for s in stories])) for kind in STORY}
         if pixels:

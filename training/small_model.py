@@ -203,7 +203,7 @@ class Reading(nn.Module):
             }
         )
 
-    def forward(self, ids, positions, facts, asked, streaming=False, story=None, pixels=None, mix=None) -> dict:
+    def forward(self, ids, positions, facts, asked, window=0, story=None, pixels=None, mix=None) -> dict:
         """The loss of a batch (see `ClipBatches`), which answers are right per type, and how well the rest is told."""
         tokens = self.tokens(facts) if pixels is None else self.see(pixels)
         embeds = self.language_model.embed_tokens(ids)
@@ -211,7 +211,7 @@ class Reading(nn.Module):
         embeds = embeds.masked_scatter(visual[..., None], tokens.flatten(0, 2).to(embeds.dtype))
         output = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=self._window(visual) if streaming else None,
+            attention_mask=self._window(visual, window) if window else None,
             position_ids=positions,
             past_key_values=DynamicCache(),
             use_cache=True,
@@ -279,15 +279,19 @@ class Reading(nn.Module):
         for kind, hit in zip(part["types"], right.tolist(), strict=True):
             hits[kind].append(hit)
 
-    def _window(self, visual):
+    def _window(self, visual, window):
         """What streaming prefill lets each position see, bool [1, 1, P, P]: not the visual tokens of chunks long ago.
 
         Without having learnt with it, a model misreads a sixth of the cards behind the first window.
+
+        Args:
+            visual: Which positions hold visual tokens, [B, P], the same in all rows.
+            window: In chunks.
         """
-        settings, seen = self.config.resolve_sparse_attention(), visual[0].cumsum(0)
+        seen = visual[0].cumsum(0)
         group = (seen - visual[0].long()).div(NUM_SLOTS, rounding_mode="floor")
-        chunk = group.div(settings.chunk_groups, rounding_mode="floor")
-        far = chunk[:, None] - chunk[None] > settings.window_chunks
+        chunk = group.div(self.config.resolve_sparse_attention().chunk_groups, rounding_mode="floor")
+        far = chunk[:, None] - chunk[None] > window
         return (~(far & visual[0])).tril()[None, None]
 
     def _compact(self, mix):
