@@ -85,6 +85,7 @@ class Reply:
         chunks: Per chunk of the video, a dict as `chat(..., return_chunks=True)` gives it.
         kept_tokens: Visual tokens of which key-values were kept, pooled ones counted as what is left of them.
         kept_share: `kept_tokens` over all visual tokens.
+        history: The conversation with this turn.
     """
 
     text: str
@@ -92,6 +93,7 @@ class Reply:
     chunks: list[dict]
     kept_tokens: int
     kept_share: float
+    history: list[dict]
 
     @property
     def dense(self) -> list[int]:
@@ -273,9 +275,10 @@ def ask(
     settings: dict,
     evidence=(),
     max_new_tokens=24,
+    history=None,
     **generation,
 ) -> Reply:
-    """Asks one question about an encoded video, by itself and greedily.
+    """Asks one question about an encoded video, by itself or after others, and greedily.
 
     Args:
         checkpoint: From `load_checkpoint`.
@@ -284,6 +287,7 @@ def ask(
         mode, settings: How to decode, see `sparse_settings`.
         evidence: (start, end) seconds, for the oracle.
         max_new_tokens: Longest answer.
+        history: Of the earlier reply's, to go on with its conversation.
         **generation: Further generation settings.
 
     Raises:
@@ -303,18 +307,18 @@ def ask(
         options["dense_chunks"] = evidence_chunks(video.chunks(chunk_groups), evidence)
     with sparse_attention(checkpoint.model, mode, settings):
         begin = time.perf_counter()
-        answer, chunks = checkpoint.model.chat(
+        answer, history, chunks = checkpoint.model.chat(
             video,
             checkpoint.tokenizer,
             text,
-            return_history=False,
+            history,
             generation_config={"max_new_tokens": max_new_tokens, "do_sample": False, **generation},
             return_chunks=True,
             **options,
         )
         seconds = time.perf_counter() - begin
     kept = kept_visual_tokens(checkpoint.model, video, chunks, chunk_groups, settings["pool_size"])
-    return Reply(answer, seconds, chunks, kept, kept / video.num_visual_tokens)
+    return Reply(answer, seconds, chunks, kept, kept / video.num_visual_tokens, history)
 
 
 def kept_visual_tokens(model, video, chunks: Sequence[dict], chunk_groups: int, pool_size: int) -> int:

@@ -6,6 +6,9 @@ What is surprising:
 * The oracle is told where the evidence is; questions without evidence are left out of its column, and counted.
 * Errors in seconds are measured on open `when` questions. An answer that is no time has an infinite error, so a median
   exists only where more than half of the answers are times.
+* A description is right if it says everything, and nothing else; `facts told` is the mean F1 of its single facts.
+* With --turns every question is asked a second time, in conversations of so many questions with the model's own
+  answers between them. Of things that are not there (types `absent...`) it should say so, and only of those.
 * "Lost" and "gained" compare each mode with the first one question by question: both can be large where the
   accuracies agree. A mode over packed key-values (`--store`) is compared with itself over the model's precision.
 
@@ -23,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +34,9 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # for `videoxl`, in a clone
 
 from videoxl.evaluation import harness  # noqa: E402
-from videoxl.evaluation.scoring import accuracy, is_correct, mean, seconds_off  # noqa: E402
+from videoxl.evaluation.scoring import accuracy, f1, is_correct, mean, normalize, seconds_off  # noqa: E402
 from videoxl.shell.records import read_json  # noqa: E402
-from videoxl.video_world import make_clip  # noqa: E402
+from videoxl.video_world import ABSENT, NOT_THERE, facts_told, make_clip  # noqa: E402
 
 FORMAT = "videoxl-report-1"
 REQUIRED = ("video", "question", "answer", "type")
@@ -40,6 +44,7 @@ REQUIRED = ("video", "question", "answer", "type")
 FILE_FPS = 8
 # An answer to a `when` question counts as close within so many seconds.
 CLOSE_SECONDS = 1.0
+DESCRIPTION_TOKENS = 96  # at least so many for the answer, where a clip is to be described
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", nargs="+", choices=("int8", "int4"), default=[], help="ask each mode over packed key-values, too"
     )
+    parser.add_argument("--turns", type=int, default=0, help="also ask in conversations of so many questions")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="FILE.md gets the table")
     parser.add_argument(
         "--answers", action=argparse.BooleanOptionalAction, default=True, help="keep single answers in the JSON"
@@ -86,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     clips.add_argument("--questions", type=int, help="questions a clip (default: all that can be asked)")
     clips.add_argument("--kinds", nargs="+", help="question types (default: all that are scored exactly)")
     clips.add_argument("--choice-share", type=float, default=0.3, help="share of questions with options")
+    clips.add_argument("--wordings", type=int, default=2, help="of each question, to draw from")
+    clips.add_argument("--lifelike", type=float, default=0.0, help="share of clips that look like films")
     clips.add_argument(
         "--encode", choices=("frames", "h264"), default="frames", help="h264 writes and decodes a video file"
     )
@@ -113,6 +121,8 @@ def world_videos(args: argparse.Namespace, size: int) -> Iterator[Video]:
             num_questions=args.questions,
             kinds=None if args.kinds is None else tuple(args.kinds),
             choice_share=args.choice_share,
+            wordings=args.wordings,
+            lifelike=args.lifelike,
         )
         # What is seen nowhere ("how many cards": none) takes the whole clip to know.
         whole = ((clip.start, clip.start + clip.seconds),)
@@ -161,8 +171,8 @@ def file_videos(args: argparse.Namespace) -> Iterator[Video]:
         yield Video(name, tuple(questions), encode)
 
 
-def ask_video(checkpoint, video: Video, modes, sparse: dict, max_new_tokens: int) -> tuple[dict, list[dict]]:
-    """Encodes a video once for each prefill and asks all questions in all modes.
+def ask_video(checkpoint, video: Video, modes, sparse: dict, max_new_tokens: int, turns=0) -> tuple[dict, list[dict]]:
+    """Encodes a video once for each prefill and asks all questions in all modes, with `turns` also in conversations.
 
     Returns:
         Facts of the video, and a record for each question.
@@ -196,19 +206,31 @@ def ask_video(checkpoint, video: Video, modes, sparse: dict, max_new_tokens: int
             stored[store] = copy.deepcopy(encoded).quantize(store)
             facts.setdefault("store_share", {})[f"{prefill} {store}"] = round(stored[store].nbytes / encoded.nbytes, 4)
         for mode in same:
-            for asked, record in zip(video.questions, records, strict=True):
+            history = None
+            for number, (asked, record) in enumerate(zip(video.questions, records, strict=True)):
                 if mode.chunks == "oracle" and not asked.evidence:
                     continue
-                packed = stored[mode.store]
-                reply = harness.ask(checkpoint, packed, asked.text, mode, sparse, asked.evidence, max_new_tokens)
-                record["modes"][mode.name] = {
-                    "answer": reply.text,
-                    "correct": is_correct(reply.text, asked.answer, asked.choices),
+                ask = partial(harness.ask, checkpoint, stored[mode.store], asked.text, mode, sparse, asked.evidence)
+                longest = max(max_new_tokens, DESCRIPTION_TOKENS * (asked.type == "describe"))
+                reply = ask(longest)
+                record["modes"][mode.name] = verdict(reply.text, asked) | {
                     "seconds": round(reply.seconds, 4),
                     "kept_tokens": reply.kept_tokens,
                     "kept_share": round(reply.kept_share, 4),
                 }
+                if turns:
+                    reply = ask(longest, history if number % turns else None)
+                    history = reply.history
+                    record["modes"][mode.name]["in_turn"] = {"turn": number % turns + 1, **verdict(reply.text, asked)}
     return facts, records
+
+
+def verdict(answer: str, asked: Asked) -> dict:
+    """An answer, whether it is right, and of a description the F1 of its facts."""
+    result = {"answer": answer, "correct": is_correct(answer, asked.answer, asked.choices)}
+    if asked.type == "describe":
+        result["facts"] = round(f1(facts_told(answer), facts_told(asked.answer)), 4)
+    return result
 
 
 def is_time_question(record: dict) -> bool:
@@ -237,6 +259,14 @@ def summarize(records: Sequence[dict], videos: Sequence[dict], modes) -> dict:
                 times[record["type"]].append(seconds_off(record["modes"][mode.name]["answer"], record["expected"]))
         entry["when"] = time_errors([error for errors in times.values() for error in errors])
         entry["when_types"] = {name: time_errors(errors) for name, errors in sorted(times.items())}
+        entry["in_turns"] = accuracy(reply["in_turn"]["correct"] for reply in replies if "in_turn" in reply)
+        # Of what is not there it should say so, and only of that.
+        for name, absent in (("absent", True), ("wrongly_absent", False)):
+            chosen = [
+                reply for record, reply in zip(own, replies, strict=True) if (record["type"] in ABSENT) == absent
+            ]
+            entry[name] = accuracy(normalize(reply["answer"]) == NOT_THERE for reply in chosen)
+        entry["facts"] = mean(reply.get("facts") for reply in replies)
         for name in ("seconds", "kept_share", "kept_tokens"):
             entry[name] = mean(reply[name] for reply in replies)
         entry["encode_seconds"] = mean(video["encode_seconds"][mode.prefill] for video in videos)
@@ -312,6 +342,13 @@ def markdown(result: dict) -> str:
         count = max(summary[name][field]["total"] for name in names)
         if count:
             row(label, lambda entry, field=field: interval(entry[field]), count)
+    if turns := configuration.get("turns"):
+        row(f"all, in conversations of {turns} turns", lambda entry: interval(entry["in_turns"]), total)
+    if summary[names[0]]["absent"]["total"]:
+        for label, field in (("says that it is not there: where so", "absent"), ("where not so", "wrongly_absent")):
+            row(label, lambda entry, field=field: interval(entry[field]), summary[names[0]][field]["total"])
+    if summary[names[0]]["facts"] is not None:
+        row("descriptions: facts told (F1)", lambda entry: _percent(entry["facts"]))
     asked = max(summary[name]["when"]["total"] for name in names)
     if asked:
         row("`when`: median error, s", lambda entry: _number(entry["when"]["median_error"]), asked)
@@ -378,13 +415,14 @@ def run(args: argparse.Namespace) -> dict:
     if args.data is None:
         source, videos = f"procedural world, {args.split}", world_videos(args, size)
         names = ("clips", "first_seed", "split", "seconds", "fps", "questions", "kinds", "choice_share", "encode")
+        names += ("wordings", "lifelike")
     else:
         source, videos = args.data.name, file_videos(args)
         names = ("max_num_frames", "sample_fps", "max_sample_fps")
     settings = {name: getattr(args, name) for name in names} | ({"frame_size": size} if args.data is None else {})
     facts, records = [], []
     for number, video in enumerate(videos, 1):
-        own_facts, own_records = ask_video(checkpoint, video, modes, sparse, args.max_new_tokens)
+        own_facts, own_records = ask_video(checkpoint, video, modes, sparse, args.max_new_tokens, args.turns)
         facts.append(own_facts)
         records += own_records
         shares = (
@@ -403,6 +441,7 @@ def run(args: argparse.Namespace) -> dict:
             "modes_left_out": left_out,
             "sparse_attention": sparse,
             "max_new_tokens": args.max_new_tokens,
+            "turns": args.turns,
             "source": source,
             **settings,
         },

@@ -106,6 +106,11 @@ def seconds_off(answer: str, expected: str) -> float:
     return math.inf if given is None else abs(given - time)
 
 
+def f1(told: set, expected: set) -> float:
+    """The harmonic mean of how many of the told facts are expected and how many of the expected are told."""
+    return 2 * len(told & expected) / (len(told) + len(expected))
+
+
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, (0, 1) where nothing was asked."""
     if not 0 <= correct <= total:

@@ -6,6 +6,7 @@ The bundled checkpoint is taken as it is; nothing here depends on what it answer
 import copy
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -357,7 +358,7 @@ def test_niah_counts_right_answers_and_draws_them(tmp_path, monkeypatch):
 
     def perfect(checkpoint, video, text, *rest):
         reply = ask(checkpoint, video, text, *rest)
-        return harness.Reply(answers[text], reply.seconds, reply.chunks, reply.kept_tokens, reply.kept_share)
+        return replace(reply, text=answers[text])
 
     answers = {}
     make = haystacks.make_haystack
@@ -478,6 +479,42 @@ def test_report_has_all_modes(tmp_path):
     assert "| question type | questions | full | mask | streaming | bilevel | oracle | pooled |" in table
     assert all(line.count("|") == 9 for line in table.splitlines() if line.startswith("|"))
     assert str(ROOT) not in json.dumps(result) + table
+
+
+def test_report_on_absent_things_descriptions_and_conversations(tmp_path, monkeypatch):
+    """What was said in a conversation is asked behind; who says that a thing is absent is counted."""
+    prompts = []
+
+    def chat(video, tokenizer, text, history=None, **options):
+        prompts.append((text, len(history or [])))
+        right = next(asked for asked in clip.questions if asked.text == text)
+        answer = "Not in the video." if right.type == "color" else right.answer
+        if right.type == "describe" and not history:
+            answer = answer.replace("There is a", "There is a small", 1)
+        return answer, [*(history or []), {"role": "user"}, {"role": "assistant"}], []
+
+    kinds = ("absent", "color", "describe")
+    clip = report.make_clip(3, "held_out", 16, kinds=kinds, wordings=4, num_questions=5, choice_share=0.0)
+    start = harness.start
+
+    def started(args):
+        checkpoint = start(args)
+        monkeypatch.setattr(checkpoint.model, "chat", chat)
+        return checkpoint
+
+    monkeypatch.setattr(harness, "start", started)
+    flags = ("--clips", "1", "--first-seed", "3", "--seconds", "16", "--questions", "5", "--wordings", "4")
+    flags += ("--choice-share", "0", "--kinds", *kinds, "--turns", "2", "--modes", "full", "--lifelike", "1")
+    result, table = run_report(tmp_path / "report.json", *flags)
+    texts = [asked.text for asked in clip.questions]
+    behind = [0, 0, 0, 2, 0, 0, 0, 2, 0, 0]
+    assert prompts == [(text, turn) for text, turn in zip(np.repeat(texts, 2), behind, strict=True)]
+    entry = result["summary"]["full"]
+    colors = sum(asked.type == "color" for asked in clip.questions)
+    assert colors and entry["absent"]["accuracy"] == 1 and entry["wrongly_absent"]["correct"] == colors
+    assert entry["in_turns"]["total"] == 5 and 0 < entry["facts"] < 1
+    for row in ("in conversations of 2 turns", "it is not there: where so", "| where not so", "facts told (F1)"):
+        assert row in table
 
 
 def test_report_on_written_files(tmp_path):

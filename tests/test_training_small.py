@@ -1,106 +1,209 @@
 """The bundled checkpoint's recipes, their order, and the curves."""
 
+import json
 import runpy
+import subprocess
 import sys
 
 import pytest
 from command_line import run_main
 
 pytest.importorskip("accelerate")
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("yaml")
 
 
 @pytest.fixture(scope="module")
-def workshop(root):
-    import videoxl.training.pretrain_reading as read
-    import videoxl.training.pretrain_vision as see
+def small(root):
     import videoxl.training.train_small as small
 
-    yield {"see": see, "read": read}, small
+    return small
 
 
-def test_recipes_follow_each_other(workshop):
-    programs, small = workshop
-    names = small.stages()
-    assert len(names) >= 2
-    earlier = set()
-    for name in names:
-        path = small.RECIPES / f"{name}.yaml"
-        recipe = programs[yaml.safe_load(path.read_text())["stage"]].load_recipe(path, [])
-        assert recipe["output_dir"] == f"outputs/small/{name}"
-        sources = [recipe["model"], recipe.get("heads"), *(part["path"] for part in recipe["load"].values())]
-        for source in filter(None, sources):
-            assert source.removesuffix("/heads.safetensors") in earlier, "a stage starts from earlier ones"
-        earlier.add(recipe["output_dir"])
+def test_recipes_follow_each_other(small):
+    finished, trained = set(), set()
+    names = small.parts()
+    for stage in sorted({name[0] for name in names}):
+        now = [name for name in names if name[0] == stage]
+        recipes = [small.read_part(small.RECIPES / f"{name}.yaml") for name in now]
+        for recipe in recipes:
+            assert set(recipe["from"]) <= finished, "a part starts from those of earlier stages"
+            assert recipe["data"] and recipe["held_out"] and recipe["frames"] <= {"1_see", "1_read"}.issubset(finished)
+        assert sum(recipe["processes"] for recipe in recipes) <= 2, "a stage is for two cores"
+        finished |= set(now)
+        trained |= {recipe["trains"] for recipe in recipes}
+    assert trained == {"see", "read"}
 
 
-def test_commands_point_into_the_output_folder(workshop, tmp_path, monkeypatch):
-    _, small = workshop
+def test_every_source_gives_batches(small, root):
+    """As small as they can be: what a recipe's sources name is known."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(root, trust_remote_code=True)
+    for name in small.parts():
+        recipe = small.read_part(small.RECIPES / f"{name}.yaml")
+        for source in recipe["data"] + recipe["held_out"]:
+            clip = source["clip"] | {"seconds": min(source["clip"]["seconds"], 16)}
+            source = source | {"clip": clip | {"cards": 2, "chains": 1}, "clips": 1, "from": 0, "segments": 1}
+            batch = small.batches_of(recipe | {"groups": 4, "frames": False}, processor, [source], 0)[0]
+            assert batch["facts"].shape[-2:] == (9, 91)
+
+
+def test_wrong_recipes_are_named(small):
+    path = small.RECIPES / "1_read.yaml"
+    assert small.read_part(path, ["learning_rate=3e-3"])["learning_rate"] == 0.003
+    for override, says in (
+        ("colour=1", "no colour"),
+        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
+        ("look.cards=[0, 0]", "look has no cards; it takes card, shape"),
+        ("trains=write", "trains must be see or read, got 'write'"),
+        ("schedule=steep", "schedule must be constant, cosine or linear"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            small.read_part(path, [override])
+
+
+def test_finished_stages_are_skipped_and_the_next_is_started(small, tmp_path, monkeypatch, capsys):
     commands = []
 
-    def run(command, cwd, check):
-        commands.append(command)
+    class Process:
+        def __init__(self, command, env):
+            commands.append(command)
+            small.State(tmp_path, command[command.index("--part") + 1]).path.touch()
 
-    monkeypatch.setattr(small.subprocess, "run", run)
-    names = small.stages()
-    assert small.train(tmp_path, None) == tmp_path / names[-1]
-    assert [command[2].rsplit("/", 1)[1] for command in commands] == [f"{name}.yaml" for name in names]
-    for command in commands:
-        assert not any("=outputs/" in part for part in command)
-    commands.clear()
-    small.train(tmp_path, names[-1])
-    assert len(commands) == 1 and f"model={small.ROOT}" in commands[0]
-    # Every reading stage goes on with the committed story heads, whatever its recipe starts from.
-    first = next(
-        name for name in names if yaml.safe_load((small.RECIPES / f"{name}.yaml").read_text())["stage"] == "read"
-    )
-    commands.clear()
-    small.train(tmp_path, first)
-    assert f"heads={small.HEADS}" in commands[0] and small.HEADS.is_file()
+        def poll(self):
+            return 0
 
+        wait = poll
 
-def test_an_unknown_stage_and_an_unknown_key_are_named(workshop, tmp_path):
-    programs, small = workshop
-    with pytest.raises(ValueError, match="no stage 'x'"):
-        small.train(tmp_path, "x")
-    for stage, name in (("see", small.stages()[0]), ("read", small.stages()[-1])):
-        with pytest.raises(ValueError, match="no colour"):
-            programs[stage].load_recipe(small.RECIPES / f"{name}.yaml", ["colour=1"])
+    class State:
+        def __init__(self, folder, name):
+            self.path = folder / name
+            self.facts = {"finished": self.path.is_file()}
+
+    monkeypatch.setattr(small, "State", State)
+    monkeypatch.setattr(small.subprocess, "Popen", Process)
+    (tmp_path / "1_see").touch()
+    assert small.train(tmp_path)
+    assert capsys.readouterr().out == "1_see: finished before\n"
+    started = [command[command.index("--part") + 1] for command in commands]
+    assert started == ["1_read", "2_meet", "2_meet"]
+    assert [command[command.index("--place") + 1] for command in commands] == ["0", "0", "1"]
+    assert small.train(tmp_path) and len(commands) == 3
 
 
-def test_stages_that_are_finished_are_skipped(workshop, tmp_path, capsys):
-    _, small = workshop
-    for name in small.stages():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").touch()
-    assert small.train(tmp_path, None) == tmp_path / small.stages()[-1]
-    assert capsys.readouterr().out.count("finished before") == len(small.stages())
+def test_a_process_that_fails_stops_its_stage(small, tmp_path, monkeypatch):
+    class Process:
+        def __init__(self, command, env):
+            self.code = 1 if "1_see" in command else None
+
+        def poll(self):
+            return self.code
+
+        def wait(self):
+            return self.code
+
+        def terminate(self):
+            self.code = -15
+
+    monkeypatch.setattr(small.subprocess, "Popen", Process)
+    with pytest.raises(RuntimeError, match="stage 1 failed"):
+        small.train(tmp_path)
 
 
-def test_curves_of_the_committed_logs(workshop, root, tmp_path):
+TOGETHER = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from videoxl.training import train_small
+recipe = train_small.DEFAULTS | json.loads(sys.argv[3])
+train_small.train_part("p", pathlib.Path(sys.argv[2]), place=tuple(map(int, sys.argv[4:])), recipe=recipe)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small, root, tmp_path):
+    """The mean of both gradients: a step of two processes with one clip each is the step that both clips ask for."""
+    import torch
+
+    text = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
+    recipe = {
+        "trains": "see",
+        "groups": 4,
+        "data": [{"clip": {"seconds": 4}}],
+        "steps": 2,
+        "save_steps": 1,
+        "warmup": 1,
+    }
+    recipe |= {"text_config": text, "learning_rate": 1e-3, "max_norm": 1e9}
+    port = small.free_port()
+    command = [sys.executable, "-c", TOGETHER, str(root), str(tmp_path), json.dumps(recipe)]
+    both = [subprocess.Popen([*command, str(rank), "2", str(port)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    state = small.State(tmp_path, "p")
+    assert state.facts["step"] == 2 and state.facts["finished"]
+
+    class Both:
+        def __init__(self, *given):
+            self.batches = found(*given)
+
+        def __getitem__(self, index):
+            pair = [self.batches[2 * index + rank] for rank in range(2)]
+            return {key: torch.cat([batch[key] for batch in pair]) for key in pair[0]}
+
+    found = small.batches_of
+    small.batches_of = Both
+    try:
+        alone = small.train_part("one", tmp_path, recipe=small.DEFAULTS | recipe)
+    finally:
+        small.batches_of = found
+    assert alone.facts["step"] == 2
+    weights = small.State(tmp_path, "one").weights()
+    fresh = dict(small.build(small.DEFAULTS | recipe, tmp_path)[0].named_parameters())
+
+    def far(others):
+        return (
+            sum(float((value - others[name].detach()).square().sum()) for name, value in state.weights().items())
+            ** 0.5
+        )
+
+    assert far(weights) < 0.2 * far(fresh)
+
+
+def test_curves_of_the_committed_logs(small, root, tmp_path):
     pytest.importorskip("matplotlib")
-    _, small = workshop
     logs = small.read_logs(root / "training" / "logs" / "small")
-    assert [name for name, _ in logs] == small.stages(), "the logs of the bundled checkpoint's stages"
+    assert logs
     small.draw_curves(logs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
+def test_what_is_installed_is_what_was_trained(small, root, tmp_path, monkeypatch):
+    """The weights of all parts, under the names that the repository's file has."""
+    pytest.importorskip("matplotlib")
+    import torch
+    from safetensors.torch import load_file
+
+    eyes = {"trains": "see", "groups": 2, "data": [{"clip": {"seconds": 4}}]}
+    mind = {"trains": "read", "data": [{"clips": 1, "questions": 2, "clip": {"seconds": 4}}], "from": ["eyes"]}
+    for name, part in (("eyes", eyes), ("mind", mind)):
+        part |= {"steps": 1, "log_steps": 1, "held_out": part["data"], "eval_steps": 1, "eval_batches": 1}
+        small.train_part(name, tmp_path, recipe=small.DEFAULTS | part)
+    monkeypatch.setattr(small, "parts", lambda: ["eyes", "mind"])
+    small.install(tmp_path, tmp_path)
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path, root))
+    assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in before.items()}
+    seen, read = (small.State(tmp_path, name).weights() for name in ("eyes", "mind"))
+    heads = ("story", "patch_head")  # are thrown away
+    trained = {name: value for name, value in (seen | read).items() if not name.startswith(heads)}
+    assert all(torch.equal(written[f"model.{name}"], value) for name, value in trained.items())
+    assert set(written) - {f"model.{name}" for name in trained} <= {n for n in written if "vision_tower" in n}
+    assert sorted(path.name for path in (tmp_path / "training/logs/small").iterdir()) == [
+        "curves.png", "eyes.jsonl", "mind.jsonl"]  # fmt: skip
+
+
 def test_help(root, monkeypatch):
-    for name in ("train_small", "pretrain_vision", "pretrain_reading"):
-        path = root / "training" / f"{name}.py"
-        # As Python starts a file.
-        monkeypatch.syspath_prepend(str(path.parent))
-        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-        run = run_main(lambda _, path=path: runpy.run_path(str(path), run_name="__main__"))
-        assert run.returncode == 0 and "usage" in run.stdout, run.stderr
-
-
-def test_numbers_that_yaml_takes_for_text_and_unknown_looks(workshop):
-    programs, small = workshop
-    path = small.RECIPES / f"{small.stages()[-1]}.yaml"
-    assert programs["read"].load_recipe(path, ["learning_rate=3e-3"])["learning_rate"] == 0.003
-    with pytest.raises(ValueError, match="learning_rate must be a number, got 'fast'"):
-        programs["read"].load_recipe(path, ["learning_rate=fast"])
-    with pytest.raises(ValueError, match="look has no cards; it takes card, shape"):
-        programs["read"].load_recipe(path, ["look.cards=[0, 0]"])
+    path = root / "training" / "train_small.py"
+    # As Python starts a file.
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    run = run_main(lambda _: runpy.run_path(str(path), run_name="__main__"))
+    assert run.returncode == 0 and "usage" in run.stdout, run.stderr

@@ -12,22 +12,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from videoxl.video_world import (
+    ABSENT,
     CHOICE_PROMPT,
     COLORS,
     DIGITS,
     NEEDLE_KINDS,
+    NOT_THERE,
     SHAPES,
     SIZES,
     SPLITS,
     TEXTS,
+    WORDINGS,
     WORDS,
     Card,
+    absent_keys,
     draw_needle,
+    facts_told,
     haystack_frames,
     make_clip,
+    name_of,
     needle_questions,
     render_choices,
 )
+from videoxl.video_world.drawing import compress
 
 SIDE = 48  # of frames, in pixels
 LETTERS = "ABCD"
@@ -39,6 +46,7 @@ clips = st.builds(
     st.integers(1, 70),
     start=st.sampled_from([0.0, 100.0]),
     choice_share=st.sampled_from([0.0, 0.5, 1.0]),
+    wordings=st.sampled_from([2, WORDINGS]),
 )
 
 
@@ -214,7 +222,7 @@ def test_answers_are_what_items_and_cards_say(clip):
 
 def test_every_type_of_question_is_asked():
     asked = {question.type for seed in range(40) for question in make_clip(seed, "train", 32).questions}
-    assert asked == set(TEXTS) - {"caption"}
+    assert asked == set(TEXTS) - {"caption", "describe"}
     caption = make_clip(0, "train", 8, kinds=("caption",)).questions
     assert [question.type for question in caption] == ["caption"] and caption[0].answer
 
@@ -236,7 +244,7 @@ def test_options_hold_the_answer_once(clip):
             assert "\n" not in question.text
             continue
         text, *options, prompt = question.text.split("\n")
-        assert prompt == CHOICE_PROMPT and text.endswith("?")
+        assert prompt == CHOICE_PROMPT and text.endswith(("?", "."))
         assert options == [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
         assert 2 <= len(question.choices) == len(set(question.choices)) <= 4
         assert question.answer in LETTERS and question.choices.count(said(question)) == 1
@@ -264,6 +272,75 @@ def test_kinds_and_numbers_of_questions_are_chosen():
     assert bare.items == bare.cards == ()
     assert {said(question) for question in bare.questions if question.type in ("count", "card_count")} == {"0"}
     assert make_clip(1, num_questions=0).questions == ()
+
+
+def test_every_wording_is_asked_and_no_other_question_changes():
+    few, many = (
+        {
+            question.text.split("\n")[0]
+            for seed in range(100)
+            for question in make_clip(seed, seconds=32, wordings=wordings).questions
+        }
+        for wordings in (2, WORDINGS)
+    )
+    for kind, wordings in TEXTS.items():
+        for number, wording in enumerate(wordings if kind not in ("caption", "describe") else ()):
+            pattern = re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(wording)))
+            assert any(pattern.fullmatch(text) for text in many), wording
+            assert any(pattern.fullmatch(text) for text in few) == (number < 2), wording
+    assert all(
+        len(set(wordings)) == WORDINGS for kind, wordings in TEXTS.items() if kind not in ("caption", "describe")
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 24, 64]))
+def test_what_is_absent_is_not_there(seed, seconds):
+    clip = make_clip(seed, "held_out", seconds, kinds=tuple(ABSENT), choice_share=0.5, wordings=WORDINGS)
+    named = {item.shape for item in clip.items if item.shape}
+    for question in clip.questions:
+        assert question.answer == NOT_THERE and question.choices is None
+        assert question.evidence == ((0.0, float(seconds)),)
+        if question.type == "absent":
+            assert any(shape in question.text for shape in SHAPES)
+            assert not any(shape in question.text for shape in named), "asked for a shape that is there"
+        if question.type == "absent_sign":
+            assert not any(item.text for item in clip.items)
+        if question.type == "absent_card":
+            assert not any(f"the {name_of(card.key)}" in question.text for card in clip.cards)
+    assert clip.questions
+
+
+def test_absent_cards_resemble_those_that_are_there():
+    keys = [("red", "star"), "sun"]
+    absent = absent_keys(keys, np.random.default_rng(0))
+    assert not set(keys) & set(absent) and len(absent) == len(COLORS) * len(SHAPES) + len(WORDS) - 2
+    assert all("red" in key or "star" in key for key in absent[:2])
+
+
+def test_a_description_tells_true_facts_in_two_sentences():
+    seen = set()
+    for seed in range(30):
+        clip = make_clip(seed, "train", 24, kinds=("describe",), wordings=WORDINGS)
+        (question,) = clip.questions
+        sentences = question.answer.removesuffix(".").split(". ")
+        assert len(sentences) == 2 and sentences[0].startswith("There is ")
+        places = []
+        for item in clip.items:
+            if item.shape:
+                assert f"a {item.size} {item.color} {item.shape}" in sentences[0]
+                places.append((item.spans[0][0], sentences[0].index(item.shape)))
+            else:
+                assert item.text in sentences[1]
+        assert sorted(places, key=lambda place: place[1]) == sorted(places, key=lambda place: (place[0], place[1]))
+        facts = facts_told(question.answer)
+        shapes = sum(bool(item.shape) for item in clip.items)
+        assert len(facts) == max(shapes, 1) + max(len(clip.items) - shapes, 1) + 1
+        number = {0: "no card", 1: "1 card"}.get(len(clip.cards), f"{len(clip.cards)} cards")
+        assert sentences[1].endswith(f" and there {'is' if len(clip.cards) < 2 else 'are'} {number}")
+        seen |= {question.text}
+        assert facts_told("something else") != facts
+    assert seen == set(TEXTS["describe"])
 
 
 @pytest.mark.parametrize("kind", NEEDLE_KINDS)
@@ -316,6 +393,37 @@ def test_shapes_are_drawn_where_and_when_they_are():
                 checked.add((item.shape, item.size, bool(changed)))
     assert {(shape, size) for shape, size, _ in checked} == {(shape, size) for shape in SHAPES for size in SIZES}
     assert any(changed for _, _, changed in checked)
+
+
+def test_clips_like_films_show_and_ask_the_same():
+    """Landscapes, cuts and compression change pictures, not what happens; and follow from the seed."""
+    cuts = compressed = 0
+    for seed in range(12):
+        plain, film, again = (make_clip(seed, "train", 32, lifelike=share) for share in (0.0, 1.0, 1.0))
+        assert (plain.items, plain.cards, plain.questions) == (film.items, film.cards, film.questions)
+        times = np.arange(32.0)
+        frames, drawn = film.frames(times), plain.frames(times)
+        assert np.array_equal(frames, again.frames(times))
+        assert not np.array_equal(frames, drawn)
+        for card in film.cards:
+            off = frames[card.second].astype(float) - draw_needle(card.key, card.value, SIDE)
+            assert np.abs(off).mean() < 12, "a card can still be read"
+        assert [second for second, _ in film.cuts] == sorted({second for second, _ in film.cuts})
+        for (second, after), before in zip(film.cuts, [film.backdrop, *(view for _, view in film.cuts)], strict=False):
+            assert 0 < second < 32 and np.abs(after - before).mean() > 1
+        cuts += len(film.cuts)
+        compressed += film.loss > 0
+    assert cuts > 12 and 3 < compressed < 12
+
+
+def test_compression_loses_detail_and_keeps_flat_pictures():
+    flat = np.full((SIDE, SIDE, 3), (120.0, 60.0, 200.0), np.float32)
+    assert np.abs(compress(flat, 8.0) - flat).max() < 20
+    card = draw_needle(("red", "star"), "cat", SIDE).astype(np.float32)
+    errors = [float(np.abs(compress(card, loss) - card).mean()) for loss in (0.01, 5.0, 40.0)]
+    assert errors[0] < 0.1 < errors[1] < errors[2]
+    odd = compress(card[:45, :45], 10.0)
+    assert odd.shape == (45, 45, 3)
 
 
 def test_what_is_gone_is_not_drawn():

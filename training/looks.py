@@ -2,7 +2,7 @@
 
 Of many questions it is known where in the prompt their answer is best read: on a card, in a shape's slot, at the right
 one of several options. A head that is told so finds the way in a few hundred steps; the loss of the answer alone is a
-slow teacher of where to look (`pretrain_reading.py`, `look`).
+slow teacher of where to look (`small_model.py`, `look`).
 
 R questions, L of the longest, P positions of a clip's prompt, G groups, T frames a group, N visual tokens a group,
 M looks.
@@ -54,34 +54,39 @@ def looks_of(question, groups, visual) -> list[tuple[str, str, np.ndarray]]:
         later[-1] = True
         return later
 
-    evidence = question.evidence
-    text = question.text.partition("?")[0]
+    evidence, kind = question.evidence, question.type
+    text = question.text.partition("\n")[0].rstrip("?.")
     # Open answers begin with an article.
     words, answer = (("", "article"), question.answer) if question.choices is None else (("",), option_of(question))
     named = [SHAPES.index(word) for word in text.replace(",", "").split() if word in SHAPES]
-    if question.type in ONE_CARD:
+    if kind == "absent_card":
+        # No card fits: the head looks at what stands before the video, where it finds nothing.
+        return [("card", "", ~visual & (visual.cumsum() == 0))]
+    if kind in ("absent", "absent_sign"):
+        return [("shape", "", places(named[:1] or (SIGN,), since(np.inf)))]
+    if kind in ONE_CARD:
         return [
             ("card", begin, places(CARD, during(span))) for begin, span in zip(("", "answer"), evidence, strict=False)
         ]
-    if question.type in TWO_CARDS:
-        # At each card's name, which ends before " or " and the question mark.
+    if kind in TWO_CARDS:
+        # At each card's name: before " or ", and at the question's end.
         begins = text[: text.index(" or ")], text
         looks = [("card", begin, places(CARD, during(span))) for begin, span in zip(begins, evidence, strict=True)]
         return [*looks, *(("shape", word, places(CARD, during(min(evidence)))) for word in words)]
-    if question.type in SHAPE_SEEN:
+    if kind in SHAPE_SEEN:
         return [("shape", "", places((SHAPES.index(answer.split()[-1]),), during(evidence[0])))]
-    if question.type == "when":
+    if kind == "when":
         return [("shape", "", places(named[:1], during(evidence[0])))]
-    if question.type in SIGNS:
+    if kind in SIGNS:
         return [("shape", "", places((SIGN,), during(evidence[0])))]
-    if question.type in SHAPE_KNOWN:
+    if kind in SHAPE_KNOWN:
         # A second before the end of the last span: what ends there is known a group later, or at the end.
-        second = evidence[-1][0] if question.type in ("color", "size") else evidence[-1][1] - 1
+        second = evidence[-1][0] if kind in ("color", "size") else evidence[-1][1] - 1
         return [("shape", "", places(named[:1], since(second)))]
-    if question.type in TWO_SHAPES:
+    if kind in TWO_SHAPES:
         # A head that prefers what is earlier, or longer, has compared.
         slot = SHAPES.index(answer.split()[-1])
-        second = evidence[named.index(slot)][0] if question.type == "first" else max(max(evidence))
+        second = evidence[named.index(slot)][0] if kind == "first" else max(max(evidence))
         return [("shape", word, places((slot,), since(second))) for word in words]
     return []
 
@@ -107,10 +112,12 @@ class Queries:
     Args:
         language_model: A Qwen2 model.
         heads: (layer, head) of each kind of `LOOKS`.
+        length: L of the rows that are run.
     """
 
-    def __init__(self, language_model, heads: dict):
-        self.model, self.heads, self.taken, self.before_choice, self.hooks = language_model, heads, {}, None, []
+    def __init__(self, language_model, heads: dict, length: int):
+        self.model, self.heads, self.length = language_model, heads, length
+        self.taken, self.before_choice, self.hooks = {}, None, []
 
     def __enter__(self):
         for layer in {layer for layer, _ in self.heads.values()}:
@@ -133,13 +140,14 @@ class Queries:
     def shares(self, kind, positions, cache, visual, rows, place, look) -> list[torch.Tensor]:
         """The share of a head's attention that goes where it should, and to the right groups if keys were pooled.
 
-        The second is what chooses chunks in bi-level decoding. In the question there is nothing to pool.
+        The second is what chooses chunks in bi-level decoding. In the question there is nothing to pool, nor in front
+        of the video.
 
         Args:
             kind: Of `heads`.
             positions: Of the questions, [R, L].
             cache: Key-values of prompts and questions.
-            visual: Which positions of the prompts hold visual tokens, bool [R, P].
+            visual: Which positions of the prompts hold visual tokens, bool [R, P]; None if some are pooled already.
             rows: Of the R, [M].
             place: In the question, from which the head looks, [M].
             look: Where it should look in prompt and question, bool [M, P + L].
@@ -153,22 +161,26 @@ class Queries:
         query = self.taken[layer][rows, place].unflatten(-1, (config.num_attention_heads, -1))[:, None, None, head]
         cos, sin = self.model.rotary_emb(query, positions[rows, place][:, None])
         query = apply_rotary_pos_emb(query, query, cos, sin)[0][:, 0, 0] * query.shape[-1] ** -0.5
-        logits, prompt = (keys @ query[..., None])[..., 0], visual.shape[1]
+        logits = (keys @ query[..., None])[..., 0]
+        prompt = keys.shape[1] - self.length
         later = torch.arange(keys.shape[1], device=keys.device) > (prompt + place)[:, None]
         logits = logits.masked_fill(later, -torch.inf)
         shares = [(logits.softmax(dim=-1) * look).sum(dim=-1)]
-        if kind in OF_VIDEO:
-            seen = visual[rows]
+        if kind not in OF_VIDEO or visual is None:
+            return shares
+        found = (look[:, :prompt] & visual[rows]).any(dim=1)
+        logits, look, seen = logits[found], look[found], visual[rows][found]
+        if not len(seen):
+            return shares
 
-            def groups(values):
-                return values[:, :prompt][seen].unflatten(0, (len(rows), -1, NUM_SLOTS))
+        def groups(values):
+            return values[:, :prompt][seen].unflatten(0, (len(seen), -1, NUM_SLOTS))
 
-            # The mean of keys gives the mean of their logits.
-            rest = logits.masked_fill(F.pad(seen, (0, logits.shape[1] - prompt)), -torch.inf)
-            pooled = torch.cat([groups(logits).mean(dim=-1), rest], dim=-1).softmax(dim=-1)
-            wanted = groups(look).any(dim=-1)
-            shares.append((pooled[:, : wanted.shape[1]] * wanted).sum(dim=-1))
-        return shares
+        # The mean of keys gives the mean of their logits.
+        rest = logits.masked_fill(F.pad(seen, (0, logits.shape[1] - prompt)), -torch.inf)
+        pooled = torch.cat([groups(logits).mean(dim=-1), rest], dim=-1).softmax(dim=-1)
+        wanted = groups(look).any(dim=-1)
+        return [*shares, (pooled[:, : wanted.shape[1]] * wanted).sum(dim=-1)]
 
     def said(self, rows, place, tokens=slice(None)) -> torch.Tensor:
         """What a question's tokens would say if there were no layers from the choice on: logits [M, tokens].

@@ -7,7 +7,7 @@ its first and last colour, size, way, text and key. So a language model can lear
 has learnt to see (`SlotCode.tokens` of the facts of a clip), and read its tokens afterwards.
 
 `story_of` tells what can be known at the end of each group about what was seen up to then. A small language model is
-asked for it at the visual tokens while it learns to read (`pretrain_reading.py`).
+asked for it at the visual tokens while it learns to read (`small_model.py`).
 
 G groups, T frames a group, N slots = visual tokens a group, K facts a slot, C width of the language model.
 """
@@ -101,6 +101,47 @@ def facts_of(clip, times) -> np.ndarray:
         if looks[0][1] and len(looks) > 1:
             row[_column("way", DIRECTIONS.index(looks[0][1]))] = 1
     return facts
+
+
+# What a patch of the tower may show: number of classes, the last of them "none of these".
+PATCH = {"shape": len(SHAPES) + 1, "color": len(COLOR_NAMES) + 1, "size": len(SIZE_NAMES) + 1, "text": len(TEXTS) + 1}
+SIGN_REACH = (0.2, 0.13)  # of a sign's board to each side and up and down, as shares of the frame's side
+
+
+def patches_of(clip, times, side: int) -> np.ndarray:
+    """What stands where, in frames that show no card.
+
+    Args:
+        clip: A `video_world.Clip`.
+        times: Seconds of T frames.
+        side: Patches in a row.
+
+    Returns:
+        Classes as in `PATCH`, [T, side * side, 4] int64.
+    """
+    found = np.tile(np.array([classes - 1 for classes in PATCH.values()]), (len(times), side * side, 1))
+    centres = (np.arange(side) + 0.5) / side
+    for frame, time in enumerate(times):
+        second = time - clip.start
+        if _card_at(clip, second) is not None:
+            continue
+        for item in clip.items:
+            if item.span_at(second) is None:
+                continue
+            x, y = clip.place_of(item, second)
+            reach = SIGN_REACH if item.text else (SIZES[item.size] / 2,) * 2
+            across, down = (
+                np.abs(centres - place) < max(half, 0.5 / side + 1e-6)
+                for place, half in zip((x, y), reach, strict=True)
+            )
+            inside = (down[:, None] & across).reshape(-1)
+            if item.text:
+                found[frame, inside, 3] = TEXTS.index(item.text)
+                continue
+            color = item.change[1] if item.change and second >= item.change[0] else item.color
+            row = SHAPES.index(item.shape), COLOR_NAMES.index(color), SIZE_NAMES.index(item.size)
+            found[frame, inside, :3] = row
+    return found
 
 
 def _card_at(clip, second):

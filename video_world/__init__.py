@@ -13,9 +13,23 @@ evaluation both draw from here; nothing here knows of models.
 from .clips import SPLITS, Card, Clip, Item, haystack_frames, make_clip
 from .drawing import COLORS, DIGITS, SHAPES, SIZES, WORDS, draw_needle
 from .grounding import GROUNDING_PROMPTS, Moment, grounding_moments, grounding_question
-from .questions import CHOICE_PROMPT, NEEDLE_KINDS, TEXTS, Question, needle_questions, render_choices
+from .questions import (
+    ABSENT,
+    CHOICE_PROMPT,
+    NEEDLE_KINDS,
+    NOT_THERE,
+    TEXTS,
+    WORDINGS,
+    Question,
+    absent_keys,
+    facts_told,
+    name_of,
+    needle_questions,
+    render_choices,
+)
 
 __all__ = [
+    "ABSENT",
     "CHOICE_PROMPT",
     "COLORS",
     "Card",
@@ -25,17 +39,22 @@ __all__ = [
     "Item",
     "Moment",
     "NEEDLE_KINDS",
+    "NOT_THERE",
     "Question",
     "SHAPES",
     "SIZES",
     "SPLITS",
     "TEXTS",
+    "WORDINGS",
     "WORDS",
+    "absent_keys",
     "draw_needle",
+    "facts_told",
     "grounding_moments",
     "grounding_question",
     "haystack_frames",
     "make_clip",
+    "name_of",
     "needle_questions",
     "render_choices",
 ]

@@ -8,12 +8,25 @@ S side of a frame in pixels, F frames.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
-from .drawing import COLORS, DIGITS, SHAPES, SIZES, WORDS, background, draw_needle, paste, shape_sprite, sign_sprite
+from .drawing import (
+    COLORS,
+    DIGITS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    background,
+    compress,
+    draw_needle,
+    paste,
+    scenery,
+    shape_sprite,
+    sign_sprite,
+)
 from .questions import Question, clip_questions
 
 # Each split has random streams of its own; new ones go to the end.
@@ -63,6 +76,8 @@ class Clip:
     cards: tuple[Card, ...]
     backdrop: np.ndarray  # [S, S, 3] float32
     noise: np.ndarray  # [S, S, 3] float32, shifted from frame to frame
+    cuts: tuple[tuple[int, np.ndarray], ...] = ()  # from this second on there is this backdrop
+    loss: float = 0.0  # of compression, see `drawing.compress`
     questions: tuple[Question, ...] = ()
 
     def frames(self, times) -> np.ndarray:
@@ -79,17 +94,22 @@ class Clip:
         return frames
 
     def _frame(self, second: float) -> np.ndarray:
+        frame = self._drawn(second)
+        if self.loss:
+            frame = compress(frame.astype(np.float32), self.loss)
+        return np.clip(np.rint(frame), 0, 255).astype(np.uint8)
+
+    def _drawn(self, second: float) -> np.ndarray:
         for card in self.cards:
             if card.second <= second < card.second + card.seconds:
                 return draw_needle(card.key, card.value, self.size)
-        frame = self.backdrop.copy()
+        frame = next((after for begin, after in reversed(self.cuts) if begin <= second), self.backdrop).copy()
         for item in self.items:
             if item.span_at(second) is not None:
                 x, y = self.place_of(item, second)
                 paste(frame, self._sprite(item, second), x * self.size, y * self.size)
         shift = int(second * 8) * 7
-        frame += np.roll(self.noise, (shift, shift // self.size), axis=(0, 1))
-        return np.clip(np.rint(frame), 0, 255).astype(np.uint8)
+        return frame + np.roll(self.noise, (shift, shift // self.size), axis=(0, 1))
 
     def _sprite(self, item: Item, second: float) -> np.ndarray:
         if item.text:
@@ -150,6 +170,8 @@ def make_clip(
     cards: int | None = None,
     chains: int | None = None,
     vivid: float = 0.2,
+    lifelike: float = 0.0,
+    wordings: int = 2,
 ) -> Clip:
     """Makes the clip of a seed.
 
@@ -160,11 +182,14 @@ def make_clip(
         size: Side of the frames in pixels.
         start: Time of the first frame.
         num_questions: How many questions to draw (None: all that can be asked).
-        kinds: Question types to draw from, with or without weights (None: all but captions).
+        kinds: Question types to draw from, with or without weights (None: all but `questions.OPTIONAL`).
         choice_share: Share of the questions that offer options to choose from.
         shapes, signs, cards: At most so many of each (None: drawn by length).
         chains: Pairs of cards of which the first names the second (None: drawn).
         vivid: Probability of a background with colours and edges.
+        lifelike: Probability of what films have, too: landscapes, cuts, stronger noise, traces of compression. What
+            happens, and what is asked, is the same with and without it.
+        wordings: How many wordings of each question there are to draw from, at most `questions.WORDINGS`.
 
     Raises:
         ValueError: On an unknown split or kind, or a length below 1.
@@ -185,8 +210,27 @@ def make_clip(
         backdrop=background(rng, size, bool(rng.random() < vivid)),
         noise=rng.normal(0, rng.uniform(0, 5), (size, size, 3)).astype(np.float32),
     )
-    questions = clip_questions(clip, _streams(split, seed, 1), num_questions, kinds, choice_share)
-    return Clip(**{**clip.__dict__, "questions": questions})
+    film = np.random.default_rng([SPLITS.index(split), int(seed), 0, 1])
+    if film.random() < lifelike:
+        clip = replace(clip, **_film(film, clip))
+    return replace(
+        clip, questions=clip_questions(clip, _streams(split, seed, 1), num_questions, kinds, choice_share, wordings)
+    )
+
+
+def _film(rng, clip) -> dict:
+    """What makes a clip look like a film: landscapes, cuts, noise, compression."""
+
+    def view():
+        return scenery(rng, clip.size) if rng.random() < 0.7 else background(rng, clip.size, bool(rng.random() < 0.5))
+
+    cuts = rng.integers(1, max(clip.seconds, 2), rng.integers(0, 2 + clip.seconds // 8))
+    return {
+        "backdrop": view(),
+        "noise": rng.normal(0, rng.uniform(0, 9), clip.noise.shape).astype(np.float32),
+        "cuts": tuple((second, view()) for second in sorted(set(cuts.tolist()))),
+        "loss": float(rng.uniform(4, 20)) if rng.random() < 0.7 else 0.0,
+    }
 
 
 def _items(rng, seconds, columns, shapes, signs) -> tuple[Item, ...]:
@@ -258,7 +302,8 @@ def _cards(rng, seconds, items, cards, chains) -> tuple[Card, ...]:
     words = [str(word) for word in rng.permutation(WORDS)]
     placed = []
     for number, (second, key) in enumerate(zip(seconds_free, keys, strict=True)):
-        value = words.pop() if rng.random() < 0.6 else str(rng.choice(DIGITS))
+        # Once all words were there, some are there twice.
+        value = (words.pop() if words else str(rng.choice(WORDS))) if rng.random() < 0.6 else str(rng.choice(DIGITS))
         if chains and number % 2 == 1 and number // 2 < chains:
             # The card before leads here: it shows a word, this one has the word as its key.
             word = words.pop()
@@ -269,13 +314,13 @@ def _cards(rng, seconds, items, cards, chains) -> tuple[Card, ...]:
     return tuple(sorted(placed, key=lambda card: card.second))
 
 
-def haystack_frames(seed: int, times, size: int = 48, split: str = "held_out") -> np.ndarray:
+def haystack_frames(seed: int, times, size: int = 48, split: str = "held_out", lifelike: float = 0.0) -> np.ndarray:
     """Ordinary scenes without cards, one after the other, as long as wanted.
 
     Args:
         seed: Of the haystack.
         times: Seconds, ascending.
-        size, split: See `make_clip`.
+        size, split, lifelike: See `make_clip`.
 
     Returns:
         uint8 [len(times), size, size, 3].
@@ -284,6 +329,7 @@ def haystack_frames(seed: int, times, size: int = 48, split: str = "held_out") -
     for number, time in enumerate(times):
         if segment != (segment := int(time // SEGMENT_SECONDS)):
             clip_seed = int(_streams(split, seed, 2 + segment).integers(2**31))
-            clip = make_clip(clip_seed, split, SEGMENT_SECONDS, size=size, num_questions=0, cards=0)
+            options = {"size": size, "num_questions": 0, "cards": 0, "lifelike": lifelike}
+            clip = make_clip(clip_seed, split, SEGMENT_SECONDS, **options)
         frames[number] = clip.frames([time % SEGMENT_SECONDS])[0]
     return frames

@@ -30,6 +30,7 @@ WORDS = (
 DIGITS = tuple("0123456789")
 INK, PAPER = (15, 15, 15), (250, 250, 250)
 _OVERSAMPLING = 6
+BLOCK = 8  # side, in pixels, of what `compress` quantises together
 
 
 def _polygon(points: int, inner: float, turn: float) -> list[tuple[float, float]]:
@@ -157,3 +158,63 @@ def background(rng: np.random.Generator, size: int, vivid: bool) -> np.ndarray:
             (x0, x1), (y0, y1) = np.sort(rng.integers(0, size + 1, 2)), np.sort(rng.integers(0, size + 1, 2))
             image[y0:y1, x0:x1] += rng.normal(0, 45, 3)
     return np.clip(image, 0, 255)
+
+
+def scenery(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A landscape, float32 [size, size, 3]: a graded sky, hills one behind the other, a tiled floor in perspective."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    sky = rng.uniform(70, 220, (2, 3))
+    image = sky[0] + (sky[1] - sky[0]) * y[..., None]
+    horizon = rng.uniform(0.4, 0.75)
+    for depth in range(int(rng.integers(1, 4))):
+        waves, turns = rng.uniform(3, 14, 3), rng.uniform(0, 6, 3)
+        height = sum(np.sin(wave * x + turn) / wave for wave, turn in zip(waves, turns, strict=True))
+        ridge = horizon - 0.25 + 0.12 * depth - rng.uniform(0.1, 0.6) * height
+        shade = rng.uniform(40, 190, 3) * (1 - 0.3 * (y - ridge).clip(0, 1))[..., None]
+        image = np.where((y > ridge)[..., None], shade, image)
+    # Tiles get narrower towards the horizon.
+    far = 1 / (y - horizon + 0.08).clip(0.05)
+    columns, rows = rng.uniform(1, 4), rng.uniform(0.3, 1.5)
+    tiles = np.sign(np.sin(columns * (x - rng.uniform(0, 1)) * far) * np.sin(rows * far * 3))
+    floor = rng.uniform(50, 190, 3) + rng.uniform(4, 22) * tiles[..., None]
+    image = np.where((y > horizon)[..., None], floor, image)
+    return np.clip(image, 0, 255).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _cosines() -> np.ndarray:
+    """The cosine transform of a block's rows, [BLOCK, BLOCK], orthonormal."""
+    places = np.arange(BLOCK)
+    matrix = np.cos(np.pi * (2 * places + 1) * places[:, None] / (2 * BLOCK)) * (2 / BLOCK) ** 0.5
+    matrix[0] /= 2**0.5
+    return matrix.astype(np.float32)
+
+
+# From red, green, blue to brightness and two differences of colour, as JPEG and H.264 have them.
+_BRIGHTNESS = np.array(
+    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=np.float32
+)
+
+
+def compress(frame: np.ndarray, loss: float) -> np.ndarray:
+    """What an encoder leaves of a picture: cosines of blocks in steps, coarser for fine detail and for colours.
+
+    Args:
+        frame: float32 [S, S, 3], 0 to 255.
+        loss: Width of the steps of brightness; 4 is hardly seen, 40 blurs words.
+
+    Returns:
+        float32 [S, S, 3], not clipped.
+    """
+    size = len(frame)
+    room = -size % BLOCK
+    planes = np.pad(frame, ((0, room), (0, room), (0, 0)), mode="edge") @ _BRIGHTNESS.T
+    side = (size + room) // BLOCK
+    blocks = planes.reshape(side, BLOCK, side, BLOCK, 3).transpose(0, 2, 4, 1, 3)
+    cosines = _cosines()
+    finer = np.arange(BLOCK)
+    steps = loss * (1 + (finer[:, None] + finer) / 6) * np.array([1, 2, 2])[:, None, None]
+    kept = np.rint((cosines @ blocks @ cosines.T) / steps) * steps
+    blocks = (cosines.T @ kept.astype(np.float32) @ cosines).transpose(0, 3, 1, 4, 2)
+    planes = blocks.reshape(size + room, size + room, 3)[:size, :size]
+    return planes @ np.linalg.inv(_BRIGHTNESS).T.astype(np.float32)

@@ -33,39 +33,159 @@ class Question:
     evidence: tuple[tuple[float, float], ...] = ()
 
 
-# Two wordings each; {} are filled by name.
+# Wordings of each question; {} are filled by name. The bundled checkpoint of before knows the first two.
 TEXTS = {
-    "color": ("What color is the {shape}?", "Which color does the {shape} have?"),
-    "shape": ("What shape is {color}?", "Which {color} shape is there?"),
-    "size": ("Is the {shape} small or large?", "How big is the {shape}?"),
-    "direction": ("Which way does the {shape} move?", "In which direction does the {shape} move?"),
-    "motion": ("Does the {shape} move?", "Is the {shape} moving?"),
-    "change": ("Which color does the {shape} turn into?", "What color does the {shape} become?"),
-    "count": ("How many shapes are there, cards aside?", "How many different shapes appear, cards aside?"),
-    "times": ("How many times does the {shape} appear?", "How often does the {shape} appear?"),
-    "exists": ("Is there a {shape}, cards aside?", "Does a {shape} appear, cards aside?"),
-    "when": ("When does the {shape} first appear?", "At what time does the {shape} first appear?"),
-    "when_gone": ("When does the {shape} disappear?", "At what time does the {shape} disappear?"),
-    "when_card": ("When is the card with the {key} shown?", "At what time is the card with the {key} shown?"),
-    "duration": ("How long is the {shape} visible?", "For how many seconds is the {shape} visible?"),
-    "first": ("Which comes first, the {a} or the {b}?", "What appears first, the {a} or the {b}?"),
-    "longer": ("Which is visible longer, the {a} or the {b}?", "What is visible longer, the {a} or the {b}?"),
-    "between": ("What appears between {a} and {b} seconds?", "Which shape appears between {a} and {b} seconds?"),
-    "sign_word": ("Which word is on the sign?", "What word does the sign show?"),
-    "sign_digit": ("Which digit is on the sign?", "What digit does the sign show?"),
-    "needle": ("What is on the card with the {key}?", "What does the card with the {key} say?"),
+    "color": (
+        "What color is the {shape}?",
+        "Which color does the {shape} have?",
+        "The {shape} is of which color?",
+        "Of which color is the {shape}?",
+    ),
+    "shape": (
+        "What shape is {color}?",
+        "Which {color} shape is there?",
+        "Which of the shapes is {color}?",
+        "What is the shape that is {color}?",
+    ),
+    "size": (
+        "Is the {shape} small or large?",
+        "How big is the {shape}?",
+        "How large is the {shape}?",
+        "Is the {shape} large or small?",
+    ),
+    "direction": (
+        "Which way does the {shape} move?",
+        "In which direction does the {shape} move?",
+        "Where does the {shape} move to?",
+        "To which side does the {shape} move?",
+    ),
+    "motion": (
+        "Does the {shape} move?",
+        "Is the {shape} moving?",
+        "Is the {shape} moving or not?",
+        "Does the {shape} move at all?",
+    ),
+    "change": (
+        "Which color does the {shape} turn into?",
+        "What color does the {shape} become?",
+        "To which color does the {shape} change?",
+        "What is the new color of the {shape}?",
+    ),
+    "count": (
+        "How many shapes are there, cards aside?",
+        "How many different shapes appear, cards aside?",
+        "How many shapes do you see, cards aside?",
+        "How many different shapes are shown, cards aside?",
+    ),
+    "times": (
+        "How many times does the {shape} appear?",
+        "How often does the {shape} appear?",
+        "How many times do you see the {shape}?",
+        "How many times is the {shape} shown?",
+    ),
+    "exists": (
+        "Is there a {shape}, cards aside?",
+        "Does a {shape} appear, cards aside?",
+        "Do you see a {shape}, cards aside?",
+        "Is a {shape} shown, cards aside?",
+    ),
+    "when": (
+        "When does the {shape} first appear?",
+        "At what time does the {shape} first appear?",
+        "At which second does the {shape} first appear?",
+        "When do you first see the {shape}?",
+    ),
+    "when_gone": (
+        "When does the {shape} disappear?",
+        "At what time does the {shape} disappear?",
+        "At which second does the {shape} disappear?",
+        "When does the {shape} leave?",
+    ),
+    "when_card": (
+        "When is the card with the {key} shown?",
+        "At what time is the card with the {key} shown?",
+        "When do you see the card with the {key}?",
+        "At which second is the card with the {key} shown?",
+    ),
+    "duration": (
+        "How long is the {shape} visible?",
+        "For how many seconds is the {shape} visible?",
+        "How many seconds is the {shape} shown?",
+        "For how long do you see the {shape}?",
+    ),
+    "first": (
+        "Which comes first, the {a} or the {b}?",
+        "What appears first, the {a} or the {b}?",
+        "Which do you see first, the {a} or the {b}?",
+        "What is seen first, the {a} or the {b}?",
+    ),
+    "longer": (
+        "Which is visible longer, the {a} or the {b}?",
+        "What is visible longer, the {a} or the {b}?",
+        "Which is shown longer, the {a} or the {b}?",
+        "Which stays longer, the {a} or the {b}?",
+    ),
+    "between": (
+        "What appears between {a} and {b} seconds?",
+        "Which shape appears between {a} and {b} seconds?",
+        "Which shape comes between {a} and {b} seconds?",
+        "What do you see first between {a} and {b} seconds?",
+    ),
+    "sign_word": (
+        "Which word is on the sign?",
+        "What word does the sign show?",
+        "Read the word on the sign.",
+        "Which word does the sign say?",
+    ),
+    "sign_digit": (
+        "Which digit is on the sign?",
+        "What digit does the sign show?",
+        "Read the digit on the sign.",
+        "Which digit does the sign say?",
+    ),
+    "needle": (
+        "What is on the card with the {key}?",
+        "What does the card with the {key} say?",
+        "What does the card with the {key} show?",
+        "Read the card with the {key}.",
+    ),
     "two_hop": (
         "Follow the word on the card with the {key} to the next card. What do they say?",
         "The card with the {key} names the next card. What do the two cards say?",
+        "Read the card with the {key} and the card that it names.",
+        "What do the card with the {key} and the card that it names say?",
     ),
-    "card_count": ("How many cards are shown?", "How many cards are there?"),
-    "card_order": ("What do the cards say, in order of appearance?", "Read the cards in order of appearance."),
+    "card_count": (
+        "How many cards are shown?",
+        "How many cards are there?",
+        "How many cards do you see?",
+        "How many cards appear?",
+    ),
+    "card_order": (
+        "What do the cards say, in order of appearance?",
+        "Read the cards in order of appearance.",
+        "What is on the cards, from first to last?",
+        "Read the cards from first to last.",
+    ),
     "card_first": (
         "Which card comes first, the one with the {a} or the one with the {b}?",
         "Which card is shown first, the one with the {a} or the one with the {b}?",
+        "Which card do you see first, the one with the {a} or the one with the {b}?",
+        "Which card is seen first, the one with the {a} or the one with the {b}?",
     ),
     "caption": ("Describe the video.", "What happens in this video?"),
+    "describe": ("Describe the clip.", "Describe the clip in two sentences.", "Describe what you see."),
 }
+WORDINGS = 4
+# What asks for a thing that is not there: type, and the types whose wordings it has.
+ABSENT = {
+    "absent": ("color", "size", "direction", "change", "times", "when", "when_gone", "duration"),
+    "absent_card": ("needle", "when_card", "two_hop"),
+    "absent_sign": ("sign_word", "sign_digit"),
+}
+NOT_THERE = "not in the video"
+# Types that are drawn only when they are asked for.
+OPTIONAL = ("caption", "describe", *ABSENT)
 POOLS = {
     "color": tuple(COLORS),
     "shape": SHAPES,
@@ -76,7 +196,7 @@ POOLS = {
     "sign_digit": DIGITS,
 }
 # Types that stay open: their answers are lists or sentences.
-OPEN = ("two_hop", "card_order", "caption")
+OPEN = ("two_hop", "card_order", *OPTIONAL)
 
 
 def name_of(key) -> str:
@@ -99,11 +219,12 @@ def _time(second: float) -> str:
 class _Asker:
     """Collects the questions that can be asked; `ask` adds one in a random wording, perhaps with options."""
 
-    def __init__(self, rng, choice_share):
-        self.rng, self.choice_share, self.questions = rng, choice_share, []
+    def __init__(self, rng, choice_share, wordings=2):
+        self.rng, self.choice_share, self.wordings, self.questions = rng, choice_share, wordings, []
 
-    def ask(self, kind, answer, evidence, pool=(), **names):
-        text = TEXTS[kind][int(self.rng.integers(2))].format(**names)
+    def ask(self, kind, answer, evidence, pool=(), wording=None, **names):
+        texts = TEXTS[wording or kind][: self.wordings]
+        text = texts[int(self.rng.integers(len(texts)))].format(**names)
         with_choices = self.rng.random() < self.choice_share and kind not in OPEN
         choices = None
         if with_choices and len({str(option) for option in pool} | {answer}) > 1:
@@ -111,20 +232,25 @@ class _Asker:
         self.questions.append(Question(kind, text, answer, choices, tuple(evidence)))
 
 
-def clip_questions(clip, rng, count, kinds, choice_share) -> tuple[Question, ...]:
+def clip_questions(clip, rng, count, kinds, choice_share, wordings=2) -> tuple[Question, ...]:
     """Draws questions about a clip: `count` of them (None: all), by kind first, so that rare kinds are not drowned."""
+    known = tuple(dict.fromkeys((*TEXTS, *ABSENT)))
     if kinds is None:
-        kinds = tuple(kind for kind in TEXTS if kind != "caption")
+        kinds = tuple(kind for kind in known if kind not in OPTIONAL)
     weights = dict(kinds) if isinstance(kinds, dict) else dict.fromkeys(kinds, 1.0)
-    if unknown := [kind for kind in weights if kind not in TEXTS]:
-        raise ValueError(f"there is no question type {unknown[0]!r}; there are {', '.join(TEXTS)}")
+    if unknown := [kind for kind in weights if kind not in known]:
+        raise ValueError(f"there is no question type {unknown[0]!r}; there are {', '.join(known)}")
     if count == 0:
         return ()
-    asker = _Asker(rng, choice_share)
+    asker = _Asker(rng, choice_share, wordings)
     _ask_about_shapes(clip, asker)
     _ask_about_signs(clip, asker)
     _ask_about_cards(clip.cards, asker, clip.start, whole=((clip.start, clip.start + clip.seconds),))
     _ask_for_caption(clip, asker)
+    if "describe" in weights:
+        _ask_for_description(clip, asker)
+    if ABSENT.keys() & weights.keys():
+        _ask_for_absent(clip, asker)
     by_kind = {}
     for index in rng.permutation(len(asker.questions)):
         question = asker.questions[index]
@@ -265,6 +391,61 @@ def _ask_for_caption(clip, asker):
     asker.ask("caption", answer, [(clip.start, clip.start + clip.seconds)])
 
 
+def description_of(clip) -> str:
+    """Two sentences: the shapes in order of their first appearance, then the signs and the number of cards."""
+    shapes = sorted((item for item in clip.items if item.shape), key=lambda item: (item.spans[0][0], item.shape))
+    told = [f"a {item.size} {item.color} {item.shape}" for item in shapes]
+    signs = sorted((item.spans[0][0], item.text) for item in clip.items if item.text)
+    signs = f"The sign says {', then '.join(text for _, text in signs)}" if signs else "There is no sign"
+    cards = {0: "there is no card", 1: "there is 1 card"}.get(len(clip.cards), f"there are {len(clip.cards)} cards")
+    return f"There is {', then '.join(told) or 'no shape'}. {signs} and {cards}."
+
+
+def facts_told(description: str) -> set[str]:
+    """The single facts of a description, to compare those of two: shapes with size and colour, signs, cards."""
+    body = description.strip().removeprefix("There is ").rstrip(".")
+    shapes, _, rest = body.partition(". ")
+    signs, _, cards = rest.partition(" and ")
+    found = {f"shape: {part}" for part in shapes.split(", then ")}
+    found |= {f"sign: {part}" for part in signs.removeprefix("The sign says ").split(", then ")}
+    return {*found, f"cards: {cards}"}
+
+
+def _ask_for_description(clip, asker):
+    asker.ask("describe", description_of(clip), [(clip.start, clip.start + clip.seconds)])
+
+
+def _ask_for_absent(clip, asker):
+    """What is asked of things that are there, of things that are not."""
+    rng, whole = asker.rng, ((clip.start, clip.start + clip.seconds),)
+
+    def ask(kind, **names):
+        wording = str(rng.choice(ABSENT[kind]))
+        asker.ask(kind, NOT_THERE, whole, wording=wording, **names)
+
+    there = {item.shape for item in clip.items}
+    for shape in rng.permutation([shape for shape in SHAPES if shape not in there])[:3]:
+        ask("absent", shape=str(shape))
+    if not any(item.text for item in clip.items):
+        ask("absent_sign")
+    for key in absent_keys([card.key for card in clip.cards], rng)[:3]:
+        ask("absent_card", key=name_of(key))
+
+
+def absent_keys(keys, rng) -> list:
+    """Keys of cards that are not there, in random order but those that resemble one that is there first."""
+    every = [(color, shape) for color in COLORS for shape in SHAPES] + list(WORDS)
+    absent = [every[index] for index in rng.permutation(len(every)) if every[index] not in keys]
+    near = [key for key in absent if any(_resemble(key, other) for other in keys)]
+    # One of three resembles none.
+    near = near[:2]
+    return near + [key for key in absent if key not in near]
+
+
+def _resemble(key, other) -> bool:
+    return not isinstance(key, str) and not isinstance(other, str) and (key[0] == other[0] or key[1] == other[1])
+
+
 _NEEDLE_TYPES = {
     "single": ("needle",),
     "multi_hop": ("two_hop",),
@@ -273,7 +454,9 @@ _NEEDLE_TYPES = {
 }
 
 
-def needle_questions(cards, kind: str, rng, choice_share: float = 0.0, start: float = 0.0) -> list[Question]:
+def needle_questions(
+    cards, kind: str, rng, choice_share: float = 0.0, start: float = 0.0, wordings: int = 2
+) -> list[Question]:
     """The questions of a kind about cards in a haystack.
 
     Args:
@@ -282,12 +465,13 @@ def needle_questions(cards, kind: str, rng, choice_share: float = 0.0, start: fl
         rng: `numpy.random.Generator` for wording and options.
         choice_share: Share of questions with options.
         start: Time of the haystack's first frame, in seconds.
+        wordings: See `make_clip`.
 
     Raises:
         ValueError: On an unknown kind.
     """
     if kind not in NEEDLE_KINDS:
         raise ValueError(f"kind must be one of {NEEDLE_KINDS}, got {kind!r}")
-    asker = _Asker(rng, choice_share)
+    asker = _Asker(rng, choice_share, wordings)
     _ask_about_cards(tuple(cards), asker, start, _NEEDLE_TYPES[kind])
     return asker.questions
