@@ -62,7 +62,7 @@ PAGES = tuple(f"docs/{page}.md" for page in (
     "questions", "serving", "sparse_attention", "tools", "training"))  # fmt: skip
 # What the pages show or link to.
 NOTEBOOK = "notebooks/quickstart.ipynb"
-SHOWN = ("assets/demo.mp4", "assets/demo_page.png", "evaluation/results/niah_single.png",
+SHOWN = ("assets/demo.mp4", "assets/demo_page.png", "docs/peers.png", "evaluation/results/niah_single.png",
          "training/logs/small/curves.png", NOTEBOOK)  # fmt: skip
 HANDLER = "handler.py"
 OPTIONAL = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.json",

@@ -375,8 +375,8 @@ def test_shipped_recipes_are_valid():
     recipes = sorted((ROOT / "training" / "recipes").rglob("*.yaml"))
     assert len(recipes) >= 5
     for path in recipes:
-        if yaml.safe_load(path.read_text()).get("stage") in ("see", "read"):
-            continue  # other programs', see test_training_small.py and test_training_slots.py
+        if path.parent.name == "small":
+            continue  # another program's, see test_training_small.py
         recipe = load_recipe(path)
         training_arguments(recipe | {"bf16": False})
         if "world" in str(recipe["data"]):

@@ -83,7 +83,7 @@ def test_the_bundled_checkpoint_is_gathered_without_the_workshop(bundled, root):
     assert {f"docs/{path.name}" for path in (root / "docs").glob("*.md")} <= files
     assert bundled.size == sum((bundled.folder / name).stat().st_size for name in files)
     card = (bundled.folder / "README.md").read_text()
-    for page in ("README.md", *(name for name in files if name.startswith("docs/"))):
+    for page in ("README.md", *(name for name in files if name.startswith("docs/") and name.endswith(".md"))):
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (bundled.folder / page).read_text())
         linked = {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in links}
         assert linked and linked <= files, page
