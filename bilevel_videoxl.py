@@ -460,11 +460,10 @@ class DenseVideo:
         for layer, (query, scaling) in probe.queries.items():
             query = rotate(query, here.to(query.device), behind.to(query.device), self.inv_freq)
             # On the CPU and in float64: a GPU's unordered additions could change a rank.
-            held = self.cache.layers[layer]
-            keys = held.keys if held.store is None else held.whole(held.held)[0]
-            mass = mass + attention_mass(query, keys, scaling).cpu().double()
-        parts = [[mass[slice(*self.visual[group])] for group in chunk.groups] for chunk in self.chunks]
-        means = torch.stack([torch.cat(part).mean() for part in parts])
+            mass = mass + attention_mass(query, self.cache.layers[layer].all_keys(), scaling).cpu().double()
+        starts = torch.tensor([start for start, _ in self.visual])
+        of_group = mass[starts[:, None] + torch.arange(self.tokens_per_group)].mean(dim=1)
+        means = torch.stack([part.mean() for part in of_group.split([len(chunk.groups) for chunk in self.chunks])])
         return (means / (means.sum() or 1)).tolist()
 
 

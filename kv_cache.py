@@ -426,6 +426,10 @@ class VideoXLCacheLayer(DynamicLayer):
         """This layer on a device and in full precision."""
         return self.at(device)
 
+    def all_keys(self) -> torch.Tensor:
+        """The keys of every token, rotated, wherever they lie."""
+        return self.keys
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds of it, by name."""
         return {"keys": self.keys, "values": self.values} if self.held else {}

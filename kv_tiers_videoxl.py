@@ -349,6 +349,9 @@ class VideoXLPackedLayer(VideoXLOffloadedLayer):
         pieces = [self.read(part, part, self._inv_freq) for part in torch.arange(stop).split(ROWS_AT_ONCE)]
         return tuple(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
 
+    def all_keys(self):
+        return self.whole(self.held)[0]
+
     def unpacked(self, device):
         layer, inv_freq = VideoXLCacheLayer(), self._inv_freq.to(device)
         layer.reserve(self.held + MIN_SPARE_TOKENS)

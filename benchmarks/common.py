@@ -2,7 +2,7 @@
 
 What is surprising:
 * Importing this module makes the package `videoxl` importable in a clone; import it before `videoxl.*`.
-* The small model of the CPU runs has the language model of issue 3 and a toy vision tower, so that a prefill benchmark
+* The small model of the CPU runs has a language model of width 512 and a toy vision tower, so that a prefill benchmark
   measures the language model. `--preset` takes a published model's sizes instead.
 * Result files go to benchmarks/results, or to the folder that BENCHMARK_RESULTS names.
 * Memory on a CPU is resident memory, which only grows usefully in a fresh process: `in_fresh_process` gives one.

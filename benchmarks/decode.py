@@ -28,13 +28,13 @@ from common import (
 )
 
 DECODE_MODES = ("full", "bilevel")
-# Time to first token of a second question, as a share of the first one's: the target of issue 3.
+# Time to first token of a second question, as a share of the first one's: the target.
 TARGET_SHARE = 0.03
 
 EPILOG = """\
 examples:
   python benchmarks/decode.py
-      The comparison of issue 3: 20,000 tokens, a small model in float32 on two CPU threads.
+      20,000 tokens, a small model in float32 on two CPU threads.
 
   python benchmarks/decode.py --lengths 5000 20000 --decode full --new-tokens 64
       Two lengths, decoding over all key-values only.

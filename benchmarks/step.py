@@ -33,7 +33,7 @@ from common import (
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, DynamicCache, Qwen2ForCausalLM
 
-# Most that a step may cost of stock Qwen2's, and least that compiling it should gain: the targets of issue 19.
+# Most that a step may cost of stock Qwen2's, and least that compiling it should gain: the targets.
 MOST_OF_STOCK, LEAST_GAIN = 1.15, 1.3
 QUESTION_TOKENS = 32
 # A measurement is so many steps, taken `--repeats` times in turns.
