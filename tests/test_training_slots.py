@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 pytest.importorskip("accelerate")
 yaml = pytest.importorskip("yaml")
@@ -86,11 +86,13 @@ def test_patches_say_what_stands_where(workshop):
         clip = make_clip(seed, "held_out", seconds=16, cards=1, shapes=4, num_questions=0)
         times = np.arange(16.0)
         patches, frames = slots.patches_of(clip, times, 6), clip.frames(times).astype(int)
-        assert patches.shape == (16, 36, 4)
+        assert patches.shape == (16, 36, 5)
         for number, frame in enumerate(frames):
-            for place, (shape, color, size, text) in enumerate(patches[number]):
+            card = any(card.second == number for card in clip.cards)
+            assert (patches[number, :, 4] == (0 if card else 1)).all()
+            for place, (shape, color, size, text, _) in enumerate(patches[number]):
                 none = shape == len(slots.SHAPES)
-                assert (color == len(COLORS)) == (size == 2) == none
+                assert (color == len(COLORS)) == none and (size == 2) == (none or card)
                 signs += text < len(slots.TEXTS)
                 y, x = divmod(place, 6)
                 middle = frame[8 * y + 3 : 8 * y + 5, 8 * x + 3 : 8 * x + 5].reshape(-1, 3).mean(axis=0)
@@ -98,9 +100,36 @@ def test_patches_say_what_stands_where(workshop):
                 if not none and slots.SHAPES[shape] == "square" and text == len(slots.TEXTS):
                     wanted = np.array(list(COLORS.values())[color])
                     checked += bool(np.abs(middle - wanted).max() < 40)
-            if any(card.second == number for card in clip.cards):
-                assert (patches[number] == [6, 8, 2, 26]).all()
+            if card:
+                # The key is above the line, the text below it.
+                upper, lower = patches[number].reshape(6, 6, 5)[:3], patches[number].reshape(6, 6, 5)[3:]
+                assert (lower[..., :2] == [6, 8]).all() and (lower[..., 3] < 26).any()
+                assert (upper[..., :2] != [6, 8]).all(axis=-1).any() != (upper[..., 3] < 26).any()
     assert checked > 30 and signs > 30
+
+
+def test_words_are_like_the_facts_they_name(workshop, processor, root):
+    """A new model's embeddings: a word is nearest to tokens that tell its facts, a number to its neighbours."""
+    slots, _, small = workshop
+    from videoxl.training.small_model import set_embeddings
+
+    config = AutoConfig.from_pretrained(root, trust_remote_code=True)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    set_embeddings(model, processor.tokenizer)
+    weight = torch.nn.functional.normalize(model.get_input_embeddings().weight, dim=-1)
+    basis = slots.SlotCode(weight.shape[1]).basis
+    for word, kind in (("sun", "text"), ("sun", "key_word"), ("7", "text"), ("red", "color"), ("red", "last_color")):
+        names = slots.COLOR_NAMES if kind.endswith("color") else slots.TEXTS
+        for written in (word, f" {word}"):
+            (token,) = processor.tokenizer.encode(written)
+            told = weight[token] @ basis[slots.STARTS[kind] :][: slots.KINDS[kind]].T
+            assert told.argmax() == names.index(word) and told.max() > 3 * told.sort().values[-2], (word, kind)
+    near, far = (
+        (weight[processor.tokenizer.encode(" 57")[0]] @ weight[processor.tokenizer.encode(text)[0]])
+        for text in (" 58", " 83")
+    )
+    assert near > far
 
 
 def test_crowds_show_all_that_they_say(workshop):
@@ -191,7 +220,7 @@ def test_the_story_so_far(workshop):
 
 
 def small_part(small, **given):
-    return small.DEFAULTS | {"trains": "read", "text_config": SMALL, "warmup": 2, "log_steps": 8} | given
+    return small.DEFAULTS | {"trains": "read", "text_config": SMALL, "rates": {0: 0, 2: 1}, "log_steps": 8} | given
 
 
 def log_of(folder, name):
@@ -226,7 +255,7 @@ def test_a_part_that_was_stopped_goes_on_as_if_it_had_not_been(workshop, tmp_pat
     """To the bit: weights, optimizer and data all follow from the file."""
     _, _, small = workshop
     part = small_part(small, data=[{"clips": 1, "questions": 4, "talk": 0.5, "clip": {"seconds": 8}}], look=LOOK)
-    part |= {"steps": 6, "save_steps": 3, "schedule": "linear"}
+    part |= {"steps": 6, "save_steps": 3, "rates": {0: 0, 2: 1, 6: 0}}
     small.train_part("read", tmp_path / "whole", recipe=part)
     calls, step = 0, small._step
 

@@ -56,7 +56,7 @@ def test_wrong_recipes_are_named(small):
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
         ("look.cards=[0, 0]", "look has no cards; it takes card, shape"),
         ("trains=write", "trains must be see or read, got 'write'"),
-        ("schedule=steep", "schedule must be constant, cosine or linear"),
+        ("rates={0: much}", "rates must be numbers by step"),
     ):
         with pytest.raises(ValueError, match=says):
             small.read_part(path, [override])
@@ -131,7 +131,7 @@ def test_two_processes_train_as_one(small, root, tmp_path):
         "data": [{"clip": {"seconds": 4}}],
         "steps": 2,
         "save_steps": 1,
-        "warmup": 1,
+        "rates": {0: 0, 1: 1},
     }
     recipe |= {"text_config": text, "learning_rate": 1e-3, "max_norm": 1e9}
     port = small.free_port()

@@ -104,12 +104,20 @@ def facts_of(clip, times) -> np.ndarray:
 
 
 # What a patch of the tower may show: number of classes, the last of them "none of these".
-PATCH = {"shape": len(SHAPES) + 1, "color": len(COLOR_NAMES) + 1, "size": len(SIZE_NAMES) + 1, "text": len(TEXTS) + 1}
-SIGN_REACH = (0.2, 0.13)  # of a sign's board to each side and up and down, as shares of the frame's side
+PATCH = {
+    "shape": len(SHAPES) + 1,
+    "color": len(COLOR_NAMES) + 1,
+    "size": len(SIZE_NAMES) + 1,
+    "text": len(TEXTS) + 1,
+    "card": 2,  # whether the patch belongs to a card
+}
+# As shares of the frame's side: how far a sign's board reaches across and down; on a card the middle of its key and of
+# its text, and how far a shape that is its key reaches.
+SIGN_REACH, KEY_MIDDLE, TEXT_MIDDLE, KEY_REACH = (0.2, 0.13), 0.29, 0.75, (0.21, 0.21)
 
 
 def patches_of(clip, times, side: int) -> np.ndarray:
-    """What stands where, in frames that show no card.
+    """What stands where.
 
     Args:
         clip: A `video_world.Clip`.
@@ -117,30 +125,40 @@ def patches_of(clip, times, side: int) -> np.ndarray:
         side: Patches in a row.
 
     Returns:
-        Classes as in `PATCH`, [T, side * side, 4] int64.
+        Classes as in `PATCH`, [T, side * side, 5] int64.
     """
     found = np.tile(np.array([classes - 1 for classes in PATCH.values()]), (len(times), side * side, 1))
     centres = (np.arange(side) + 0.5) / side
+
+    def inside(x, y, reach):
+        across, down = (
+            np.abs(centres - place) < max(half, 0.5 / side + 1e-6) for place, half in zip((x, y), reach, strict=True)
+        )
+        return (down[:, None] & across).reshape(-1)
+
     for frame, time in enumerate(times):
         second = time - clip.start
-        if _card_at(clip, second) is not None:
+        card = _card_at(clip, second)
+        if card is not None:
+            found[frame, :, 4] = 0
+            found[frame, inside(0.5, TEXT_MIDDLE, SIGN_REACH), 3] = TEXTS.index(card.value)
+            if isinstance(card.key, str):
+                found[frame, inside(0.5, KEY_MIDDLE, SIGN_REACH), 3] = TEXTS.index(card.key)
+            else:
+                color, shape = card.key
+                found[frame, inside(0.5, KEY_MIDDLE, KEY_REACH), :2] = SHAPES.index(shape), COLOR_NAMES.index(color)
             continue
         for item in clip.items:
             if item.span_at(second) is None:
                 continue
-            x, y = clip.place_of(item, second)
             reach = SIGN_REACH if item.text else (SIZES[item.size] / 2,) * 2
-            across, down = (
-                np.abs(centres - place) < max(half, 0.5 / side + 1e-6)
-                for place, half in zip((x, y), reach, strict=True)
-            )
-            inside = (down[:, None] & across).reshape(-1)
+            own = inside(*clip.place_of(item, second), reach)
             if item.text:
-                found[frame, inside, 3] = TEXTS.index(item.text)
+                found[frame, own, 3] = TEXTS.index(item.text)
                 continue
             color = item.change[1] if item.change and second >= item.change[0] else item.color
             row = SHAPES.index(item.shape), COLOR_NAMES.index(color), SIZE_NAMES.index(item.size)
-            found[frame, inside, :3] = row
+            found[frame, own, :3] = row
     return found
 
 
@@ -171,6 +189,16 @@ class SlotCode:
     def facts(self, tokens: torch.Tensor) -> torch.Tensor:
         """What tokens say, near 0 or 1 where they are clear. [..., C] -> [..., K]."""
         return tokens @ self.basis.to(tokens.device).T / self.loudness
+
+    def words(self) -> dict[str, torch.Tensor]:
+        """For each word that names facts the sum of their directions, at length 1, [C]."""
+        named = {"color": COLOR_NAMES, "last_color": COLOR_NAMES, "key_color": COLOR_NAMES, "slot": SHAPES}
+        named |= {"key_shape": SHAPES, "size": SIZE_NAMES, "way": DIRECTIONS, "text": TEXTS, "key_word": WORDS}
+        columns = {}
+        for kind, words in named.items():
+            for value, word in enumerate(words):
+                columns.setdefault(word, []).append(_column(kind, value))
+        return {word: self.basis[own].sum(dim=0) / len(own) ** 0.5 for word, own in columns.items()}
 
 
 def story_of(facts: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:

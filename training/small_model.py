@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
+from videoxl.kv_cache import CACHE_NAME
 from videoxl.training.collator import IGNORE
 from videoxl.training.looks import Queries
 from videoxl.training.slots import FRAMES, NUM_SLOTS, PATCH, SIGN, STARTS, STORY, SlotCode, confused, shows, told_right
 
-# In the loss of `Seeing`: a fact of a slot that shows nothing, and what tokens hold beside facts.
-EMPTY_WEIGHT, BESIDE_WEIGHT = 0.1, 0.1
+# A fact of a slot that shows nothing, or of a story that tells nothing yet.
+EMPTY_WEIGHT = 0.1
+# In the loss of `Seeing` what tokens hold beside facts.
+BESIDE_WEIGHT = 0.1
 # Squared distances hardly tell look-alikes apart; so where there is a fact of a kind, cross-entropy counts, too.
 CONFUSED_WEIGHT = 0.5
 # Beside them what patches show, and where slots look.
@@ -70,7 +73,7 @@ class Seeing(nn.Module):
         Args:
             pixels: [G, T, 3, S, S].
             facts: See `facts_of`, [G, N, K].
-            patches: See `patches_of`, [G, T, P, 4] with P patches.
+            patches: See `patches_of`, [G, T, P, 5] with P patches.
         """
         # bfloat16 takes two thirds of the time here, where processors have it, and none of the precision.
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
@@ -94,8 +97,8 @@ class Seeing(nn.Module):
         )
         for kind, logits, wanted in asked:
             logits, wanted = logits.flatten(0, -2), wanted.flatten()
-            # What shows nothing is most of a frame: a tenth of it is enough.
-            counts = torch.where(wanted == PATCH[kind] - 1, 0.1, 1.0)
+            # What shows nothing is most of a frame.
+            counts = torch.where(wanted == PATCH[kind] - 1, EMPTY_WEIGHT, 1.0)
             losses = F.cross_entropy(logits, wanted, reduction="none")
             loss = loss + PATCH_WEIGHT * (counts * losses).sum() / counts.sum()
             there = wanted != PATCH[kind] - 1
@@ -110,8 +113,10 @@ class Seeing(nn.Module):
         query, key = (layer(normed).flatten(3).permute(0, 2, 3, 1).float() for layer in (module.q, module.k))
         shares = (query @ key.transpose(2, 3) * module.scale).softmax(dim=-1)  # [G, time, cells, cells]
         shapes = torch.arange(SIGN, device=patches.device)
-        stands = (patches[..., None, 0] == shapes[:, None].T).any(dim=1).transpose(1, 2)  # [G, shapes, cells]
-        sign = (patches[..., 3] != PATCH["text"] - 1).any(dim=1)
+        on_card = patches[..., 4] == 0  # there all cells tell of the card
+        stands = (patches[..., None, 0] == shapes) & ~on_card[..., None]
+        stands = stands.any(dim=1).transpose(1, 2)  # [G, shapes, cells]
+        sign = ((patches[..., 3] != PATCH["text"] - 1) & ~on_card).any(dim=1)
         stands = torch.cat([stands, sign[:, None]], dim=1)
         side = int(stands.shape[-1] ** 0.5)
         # A token is the mean of two by two cells.
@@ -160,11 +165,13 @@ def set_positions(model) -> None:
 
 @torch.no_grad()
 def set_embeddings(model, tokenizer) -> None:
-    """A new model's embeddings: all louder, and those of numbers by their codes, so that neighbours are alike.
+    """A new model's embeddings: louder, of numbers by their codes (neighbours are alike), of words like their facts.
+
+    What a visual token tells and what is said about it are alike from the start, so that heads can compare and copy.
 
     Args:
         model: The model, with random weights.
-        tokenizer: Its tokenizer, in which numbers are single tokens.
+        tokenizer: Its tokenizer, in which numbers and the names of facts are single tokens.
     """
     weight = model.get_input_embeddings().weight
     weight.mul_(EMBEDDING_SCALE)
@@ -178,6 +185,12 @@ def set_embeddings(model, tokenizer) -> None:
             ids = tokenizer.encode(text)
             if len(ids) == 1:
                 weight[ids[0]] = size * codes[number] + 0.3 * weight[ids[0]]
+    for word, direction in SlotCode(weight.shape[1]).words().items():
+        for text in (f" {word}", word):
+            ids = tokenizer.encode(text)
+            if len(ids) == 1:
+                # A digit is both: a number, and a text on a card.
+                weight[ids[0]] = size * direction + (0.7 if word.isdigit() else 0.3) * weight[ids[0]]
 
 
 class Reading(nn.Module):
@@ -209,16 +222,17 @@ class Reading(nn.Module):
         embeds = self.language_model.embed_tokens(ids)
         visual = ids == self.config.video_token_id
         embeds = embeds.masked_scatter(visual[..., None], tokens.flatten(0, 2).to(embeds.dtype))
+        cache = DynamicCache()
         output = self.language_model(
             inputs_embeds=embeds,
             attention_mask=self._window(visual, window) if window else None,
             position_ids=positions,
-            past_key_values=DynamicCache(),
+            **{CACHE_NAME: cache},
             use_cache=True,
             output_hidden_states=True,
         )
         loss, told = self._story(output.hidden_states[1:], visual, story or {})
-        layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
         if mix is not None:
             layers, positions, visual = self._mix(layers, positions, mix), self._compact(mix), None
         hits, shares, said, answers = defaultdict(list), defaultdict(list), defaultdict(list), []
@@ -242,8 +256,10 @@ class Reading(nn.Module):
         for kind, target in story.items():
             hidden = self.story_norm(hidden_states[EARLY.get(kind, STORY_LAYER)][visual])
             logits, target = self.story_heads[kind](hidden), target.flatten()
-            loss = loss + STORY_WEIGHT * F.cross_entropy(logits, target)
             there = target != STORY[kind] - 1
+            counts = torch.where(there, 1.0, EMPTY_WEIGHT)
+            losses = F.cross_entropy(logits, target, reduction="none")
+            loss = loss + STORY_WEIGHT * (counts * losses).sum() / counts.sum()
             if there.any():
                 told[f"story/{kind}"] = (logits.argmax(dim=-1) == target)[there].float().mean().item()
         return loss, told
@@ -257,7 +273,7 @@ class Reading(nn.Module):
         places = positions[rows, -1:] + 1 + torch.arange(length, device=rows.device)
         with Queries(self.language_model, self.look, length) as queries:
             hidden = self.language_model(
-                input_ids=part["ids"], position_ids=places, past_key_values=behind, use_cache=True
+                input_ids=part["ids"], position_ids=places, use_cache=True, **{CACHE_NAME: behind}
             ).last_hidden_state
         for kind in self.look.keys() & part["looks"].keys():
             looks = part["looks"][kind]

@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -56,8 +57,10 @@ DEFAULTS = {
     "held_out": [],
     "learning_rate": 1e-3,
     "modules": {},  # other rates, by the beginning of parameters' names
-    "schedule": "constant",  # or "cosine", "linear" down to nothing
-    "warmup": 50,
+    "rates": {
+        0: 0,
+        50: 1,
+    },  # what the rates are multiplied by at a step; straight between these, and as at the last after it
     "beta2": 0.98,
     "max_norm": 1.0,
     "weight_decay": 0.01,
@@ -84,8 +87,10 @@ def read_part(path: Path, overrides=()) -> dict:
     read_numbers(recipe, DEFAULTS)
     if recipe["trains"] not in ("see", "read"):
         raise ValueError(f"trains must be see or read, got {recipe['trains']!r}")
-    if recipe["schedule"] not in ("constant", "cosine", "linear"):
-        raise ValueError(f"schedule must be constant, cosine or linear, got {recipe['schedule']!r}")
+    if not recipe["rates"] or not all(
+        isinstance(value, (int, float)) for pair in recipe["rates"].items() for value in pair
+    ):
+        raise ValueError(f"rates must be numbers by step, as {{0: 0, 100: 1}}, got {recipe['rates']!r}")
     if unknown := sorted(set(recipe["look"]) - set(LOOKS)):
         raise ValueError(f"look has no {', '.join(unknown)}; it takes {', '.join(LOOKS)}")
     return recipe
@@ -212,10 +217,8 @@ def optimizer_of(module, recipe: dict) -> MuonWithAdamW:
 
 def share_of_rate(recipe: dict, step: int) -> float:
     """What a step's learning rates are multiplied by."""
-    warm, done = min(1.0, (step + 1) / recipe["warmup"]), step / recipe["steps"]
-    return (
-        warm * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe["schedule"]]
-    )
+    points = sorted(recipe["rates"].items())
+    return float(np.interp(step + 1, *zip(*points, strict=True)))
 
 
 class Told:
