@@ -39,10 +39,25 @@ def normalise(frames: np.ndarray, processor) -> torch.Tensor:
     return (torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def crowded(clip, rng):
-    """A clip with up to six shapes side by side: four times as much to see as usually."""
+def crowded(clip, rng, moving: float = 0.0):
+    """A clip with up to six shapes side by side, four times as much to see as usually.
+
+    Args:
+        clip: Whose background it has.
+        rng: Draws it.
+        moving: Share of the lanes in which one shape moves instead.
+    """
     items, shapes = [], rng.sample(SHAPES, len(SHAPES))
     for lane in (0, 1):
+        if moving and rng.random() < moving:
+            way, length = (
+                rng.choice(("up", "down") if clip.columns else ("left", "right")),
+                rng.randint(3, clip.seconds),
+            )
+            begin = rng.randint(0, clip.seconds - length)
+            color, size = rng.choice(list(COLORS)), rng.choice(list(SIZES))
+            items.append(Item(((begin, begin + length),), lane, 0.5, color, shapes.pop(), size, direction=way))
+            continue
         places = (0.16, 0.5, 0.84) if rng.random() < 0.7 else (0.25, 0.75)
         for place in places:
             begin = rng.randrange(max(clip.seconds - 1, 1))
@@ -60,8 +75,8 @@ class GroupBatches:
 
     Args:
         sources: Each a dict: `share` (of the clips), `clip` (arguments of `make_clip`), `sample_fps` (one or several),
-            `crowd` (whether all shapes may stand side by side, see `crowded`), `from` (the first batch that may draw
-            it).
+            `crowd` (whether all shapes may stand side by side) and `moving`, see `crowded`, `from` (the first batch
+            that may draw it).
         processor: The model's.
         seed: Of everything that is drawn.
         split: Of the world.
@@ -81,7 +96,7 @@ class GroupBatches:
                 rng.randrange(SEEDS), self.split, size=self.processor.image_size, num_questions=0, **source["clip"]
             )
             if source.get("crowd"):
-                clip = crowded(clip, rng)
+                clip = crowded(clip, rng, source.get("moving", 0.0))
             for _ in range(4):
                 rate = float(rng.choice(_listed(source.get("sample_fps", 1))))
                 last = max(int(clip.seconds * rate) - FRAMES, 0)
