@@ -86,13 +86,13 @@ def test_patches_say_what_stands_where(workshop):
         clip = make_clip(seed, "held_out", seconds=16, cards=1, shapes=4, num_questions=0)
         times = np.arange(16.0)
         patches, frames = slots.patches_of(clip, times, 6), clip.frames(times).astype(int)
-        assert patches.shape == (16, 36, 5)
+        assert patches.shape == (16, 36, 8)
         for number, frame in enumerate(frames):
             card = any(card.second == number for card in clip.cards)
             assert (patches[number, :, 4] == (0 if card else 1)).all()
-            for place, (shape, color, size, text, _) in enumerate(patches[number]):
+            for place, (shape, color, size, text) in enumerate(patches[number, :, :4]):
                 none = shape == len(slots.SHAPES)
-                assert (color == len(COLORS)) == none and (size == 2) == (none or card)
+                assert (color == len(COLORS)) == (size == 2) == none
                 signs += text < len(slots.TEXTS)
                 y, x = divmod(place, 6)
                 middle = frame[8 * y + 3 : 8 * y + 5, 8 * x + 3 : 8 * x + 5].reshape(-1, 3).mean(axis=0)
@@ -102,9 +102,12 @@ def test_patches_say_what_stands_where(workshop):
                     checked += bool(np.abs(middle - wanted).max() < 40)
             if card:
                 # The key is above the line, the text below it.
-                upper, lower = patches[number].reshape(6, 6, 5)[:3], patches[number].reshape(6, 6, 5)[3:]
-                assert (lower[..., :2] == [6, 8]).all() and (lower[..., 3] < 26).any()
-                assert (upper[..., :2] != [6, 8]).all(axis=-1).any() != (upper[..., 3] < 26).any()
+                upper, lower = patches[number, :18], patches[number, 18:]
+                assert (patches[number, :, :3] == [6, 8, 2]).all() and (upper[:, 3] == 26).all()
+                assert (lower[:, 5:] == [16, 8, 6]).all() and (lower[:, 3] < 26).any()
+                assert (upper[:, 5] < 16).any() != (upper[:, 6:] < [8, 6]).all(axis=1).any()
+            else:
+                assert (patches[number, :, 5:] == [16, 8, 6]).all()
     assert checked > 30 and signs > 30
 
 

@@ -110,6 +110,9 @@ PATCH = {
     "size": len(SIZE_NAMES) + 1,
     "text": len(TEXTS) + 1,
     "card": 2,  # whether the patch belongs to a card
+    "key_word": len(WORDS) + 1,
+    "key_color": len(COLOR_NAMES) + 1,
+    "key_shape": len(SHAPES) + 1,
 }
 # As shares of the frame's side: how far a sign's board reaches across and down; on a card the middle of its key and of
 # its text, and how far a shape that is its key reaches.
@@ -125,7 +128,7 @@ def patches_of(clip, times, side: int) -> np.ndarray:
         side: Patches in a row.
 
     Returns:
-        Classes as in `PATCH`, [T, side * side, 5] int64.
+        Classes as in `PATCH`, [T, side * side, 8] int64.
     """
     found = np.tile(np.array([classes - 1 for classes in PATCH.values()]), (len(times), side * side, 1))
     centres = (np.arange(side) + 0.5) / side
@@ -143,10 +146,10 @@ def patches_of(clip, times, side: int) -> np.ndarray:
             found[frame, :, 4] = 0
             found[frame, inside(0.5, TEXT_MIDDLE, SIGN_REACH), 3] = TEXTS.index(card.value)
             if isinstance(card.key, str):
-                found[frame, inside(0.5, KEY_MIDDLE, SIGN_REACH), 3] = TEXTS.index(card.key)
+                found[frame, inside(0.5, KEY_MIDDLE, SIGN_REACH), 5] = WORDS.index(card.key)
             else:
                 color, shape = card.key
-                found[frame, inside(0.5, KEY_MIDDLE, KEY_REACH), :2] = SHAPES.index(shape), COLOR_NAMES.index(color)
+                found[frame, inside(0.5, KEY_MIDDLE, KEY_REACH), 6:] = COLOR_NAMES.index(color), SHAPES.index(shape)
             continue
         for item in clip.items:
             if item.span_at(second) is None:
@@ -160,6 +163,18 @@ def patches_of(clip, times, side: int) -> np.ndarray:
             row = SHAPES.index(item.shape), COLOR_NAMES.index(color), SIZE_NAMES.index(item.size)
             found[frame, own, :3] = row
     return found
+
+
+def places_of(clip, times) -> np.ndarray:
+    """Where shapes stand, their middles from the left and from the top. [shapes, T, 2], NaN where one is not shown."""
+    places = np.full((len(SHAPES), len(times), 2), np.nan, np.float32)
+    for frame, time in enumerate(times):
+        second = time - clip.start
+        if _card_at(clip, second) is None:
+            for item in clip.items:
+                if item.shape and item.span_at(second) is not None:
+                    places[SHAPES.index(item.shape), frame] = clip.place_of(item, second)
+    return places
 
 
 def _card_at(clip, second):

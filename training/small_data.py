@@ -12,7 +12,7 @@ import torch
 from videoxl.training.collator import IGNORE
 from videoxl.training.data import stretch_positions
 from videoxl.training.looks import LOOKS, looks_of, option_lines
-from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, patches_of, story_of
+from videoxl.training.slots import FRAMES, NUM_SLOTS, STORY, facts_of, patches_of, places_of, story_of
 from videoxl.video_world import (
     COLORS,
     NOT_THERE,
@@ -88,8 +88,8 @@ class GroupBatches:
         self.side = processor.image_size // PATCH_SIZE
 
     def __getitem__(self, index: int) -> dict:
-        """`pixels` [G, T, 3, S, S], `facts` [G, N, K] and `patches` (see `patches_of`)."""
-        rng, pixels, facts, patches = random.Random(f"{self.seed}-{index}"), [], [], []
+        """`pixels` [G, T, 3, S, S], `facts` [G, N, K], `patches` and `places` (see `patches_of`, `places_of`)."""
+        rng, pixels, facts, patches, places = random.Random(f"{self.seed}-{index}"), [], [], [], []
         while len(facts) < self.groups:
             source = _drawn(self.sources, index, rng)
             clip = make_clip(
@@ -109,7 +109,9 @@ class GroupBatches:
                 pixels.append(normalise(clip.frames(times), self.processor))
                 facts.append(torch.from_numpy(facts_of(clip, times)))
                 patches.append(torch.from_numpy(patches_of(clip, times, self.side)))
-        return {"pixels": torch.stack(pixels), "facts": torch.stack(facts), "patches": torch.stack(patches)}
+                places.append(torch.from_numpy(places_of(clip, times)))
+        batch = {"pixels": pixels, "facts": facts, "patches": patches, "places": places}
+        return {name: torch.stack(values) for name, values in batch.items()}
 
 
 class ClipBatches:

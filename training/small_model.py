@@ -30,8 +30,8 @@ EMPTY_WEIGHT = 0.1
 BESIDE_WEIGHT = 0.1
 # Squared distances hardly tell look-alikes apart; so where there is a fact of a kind, cross-entropy counts, too.
 CONFUSED_WEIGHT = 0.5
-# Beside them what patches show, and where slots look.
-PATCH_WEIGHT, GAZE_WEIGHT = 2.0, 2.0
+# Beside them what patches show, where slots look, and where shapes stand.
+PATCH_WEIGHT, GAZE_WEIGHT, PLACE_WEIGHT = 2.0, 2.0, 10.0
 # In the loss of `Reading`, beside the answers.
 STORY_WEIGHT, LOOK_WEIGHT = 0.3, 0.5
 # Of visual tokens that are made from facts: noise, and the share of the facts that are not told.
@@ -46,9 +46,10 @@ EARLY, STORY_LAYER = {"time": 0, "before": 1}, 2
 class Seeing(nn.Module):
     """A model's vision path, whose tokens should tell facts.
 
-    Two things are asked for on the way, since the loss of the tokens alone is a slow teacher of what stands anywhere:
-    each patch of the tower should tell what it shows (a head that is thrown away), and the cells from which a slot's
-    token is made should look at the cells in which its thing stands, in the compressor's first attention.
+    Three things are asked for on the way, since the loss of the tokens alone is a slow teacher of what stands where:
+    each patch of the tower should tell what it shows, what the compressor puts into a shape's slot should tell where
+    it stands in each frame (two heads that are thrown away), and the cells from which a slot's token is made should
+    look at the cells in which its thing stands, in the compressor's first attention.
 
     Args:
         model: A Video-XL model with DTS; its language model is left alone.
@@ -63,23 +64,27 @@ class Seeing(nn.Module):
         self.code = SlotCode(model.config.text_config.hidden_size)
         self.vision_tower.post_layernorm.requires_grad_(False)  # not on the path
         self.patch_head = nn.Linear(model.config.vision_config.hidden_size, sum(PATCH.values()))
+        self.place_head = nn.Linear(model.config.compressor_config.hidden_size, 2 * FRAMES)
+        self.pool = model.config.compressor_config.projector_pool_size
         self.taken = {}
-        for name, module in (("patches", self.compressor), ("cells", self.compressor.encoder[0])):
+        asked = {"patches": self.compressor, "cells": self.compressor.encoder[0], "merged": self.multi_modal_projector}
+        for name, module in asked.items():
             module.register_forward_pre_hook(lambda _, given, name=name: self.taken.__setitem__(name, given[0]))
 
-    def forward(self, pixels, facts, patches) -> dict:
+    def forward(self, pixels, facts, patches, places) -> dict:
         """The loss of G groups, and how much of it is told right.
 
         Args:
             pixels: [G, T, 3, S, S].
             facts: See `facts_of`, [G, N, K].
-            patches: See `patches_of`, [G, T, P, 5] with P patches.
+            patches: See `patches_of`, [G, T, P, 8] with P patches.
+            places: See `places_of`, [G, shapes, T, 2].
         """
         # bfloat16 takes two thirds of the time here, where processors have it, and none of the precision.
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
             tokens = torch.cat(self.encode(pixels).pooler_output)
             told_by_patches = self.patch_head(self.taken["patches"])
-            shares = self._shares(patches)
+            shares, told_places = self._shares(patches), self._places()
         tokens = tokens.float()
         told = self.code.facts(tokens)
         beside = (tokens - self.code.tokens(told)) / self.code.loudness
@@ -92,6 +97,10 @@ class Seeing(nn.Module):
         if len(shares):
             loss = loss - GAZE_WEIGHT * shares.clamp(min=1e-6).log().mean()
             result["look"] = shares.mean().item()
+        shown = places.isfinite()
+        if shown.any():
+            off = (told_places.float() - places)[shown].abs()
+            loss, result["off"] = loss + PLACE_WEIGHT * off.mean(), off.detach().mean().item()
         asked = zip(
             PATCH, told_by_patches.float().split(list(PATCH.values()), dim=-1), patches.unbind(-1), strict=True
         )
@@ -106,6 +115,13 @@ class Seeing(nn.Module):
                 result[f"patch/{kind}"] = (logits.argmax(dim=-1) == wanted)[there].float().mean().item()
         return {"loss": loss, "told": result}
 
+    def _places(self):
+        """Where each shape stands by its slot, [G, shapes, T, 2]."""
+        merged = self.taken["merged"]
+        side = int(merged.shape[1] ** 0.5)
+        slots = F.avg_pool2d(merged.transpose(1, 2).unflatten(2, (side, side)), self.pool).flatten(2)
+        return self.place_head(slots.transpose(1, 2)[:, :SIGN]).unflatten(2, (FRAMES, 2))
+
     def _shares(self, patches):
         """How much of its attention a slot's cells give to the cells where its thing stands, of all that show one."""
         module, cells = self.compressor.encoder[0], self.taken["cells"]
@@ -113,9 +129,8 @@ class Seeing(nn.Module):
         query, key = (layer(normed).flatten(3).permute(0, 2, 3, 1).float() for layer in (module.q, module.k))
         shares = (query @ key.transpose(2, 3) * module.scale).softmax(dim=-1)  # [G, time, cells, cells]
         shapes = torch.arange(SIGN, device=patches.device)
-        on_card = patches[..., 4] == 0  # there all cells tell of the card
-        stands = (patches[..., None, 0] == shapes) & ~on_card[..., None]
-        stands = stands.any(dim=1).transpose(1, 2)  # [G, shapes, cells]
+        stands = (patches[..., None, 0] == shapes).any(dim=1).transpose(1, 2)  # [G, shapes, cells]
+        on_card = patches[..., 4] == 0
         sign = ((patches[..., 3] != PATCH["text"] - 1) & ~on_card).any(dim=1)
         stands = torch.cat([stands, sign[:, None]], dim=1)
         side = int(stands.shape[-1] ** 0.5)
