@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from command_line import run_main
@@ -78,7 +79,7 @@ def test_finished_stages_are_skipped_and_the_next_is_started(small, tmp_path, mo
     class State:
         def __init__(self, folder, name):
             self.path = folder / name
-            self.facts = {"finished": self.path.is_file()}
+            self.facts = {"finished": self.path.is_file(), "step": 10**6}
 
     monkeypatch.setattr(small, "State", State)
     monkeypatch.setattr(small.subprocess, "Popen", Process)
@@ -88,6 +89,14 @@ def test_finished_stages_are_skipped_and_the_next_is_started(small, tmp_path, mo
     started = [command[command.index("--part") + 1] for command in commands]
     assert started == ["1_read", "2_meet", "2_meet"]
     assert [command[command.index("--place") + 1] for command in commands] == ["0", "0", "1"]
+
+
+def test_a_recipe_that_became_longer_goes_on(small, tmp_path):
+    state = small.State(tmp_path, "1_see")
+    steps = small.read_part(small.RECIPES / "1_see.yaml")["steps"]
+    for step, finished in ((steps - 1, True), (steps, False), (steps, True)):
+        state.save(small.torch.nn.Linear(1, 1), SimpleNamespace(parts=[]), step=step, finished=finished)
+        assert small.is_finished(tmp_path, "1_see") == (finished and step == steps)
     assert small.train(tmp_path) and len(commands) == 3
 
 

@@ -334,6 +334,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def is_finished(folder: Path, name: str) -> bool:
+    """Whether a part is at the end of its recipe, which may have become longer since."""
+    facts = State(folder, name).facts
+    return facts.get("finished", False) and facts["step"] >= read_part(RECIPES / f"{name}.yaml")["steps"]
+
+
 def train(folder: Path, hours: float = math.inf) -> bool:
     """Runs all that is not finished, stage by stage; whether all is finished then.
 
@@ -344,7 +350,7 @@ def train(folder: Path, hours: float = math.inf) -> bool:
     for stage in sorted({name.partition("_")[0] for name in names}):
         running = []
         for name in (name for name in names if name.partition("_")[0] == stage):
-            if State(folder, name).facts.get("finished"):
+            if is_finished(folder, name):
                 print(f"{name}: finished before", flush=True)
                 continue
             processes = read_part(RECIPES / f"{name}.yaml")["processes"]
@@ -365,7 +371,7 @@ def train(folder: Path, hours: float = math.inf) -> bool:
                     process.terminate()
         if any(process.wait() for process in running):
             raise RuntimeError(f"a process of stage {stage} failed; what it wrote is above")
-        if not all(State(folder, name).facts.get("finished") for name in names if name.startswith(f"{stage}_")):
+        if not all(is_finished(folder, name) for name in names if name.startswith(f"{stage}_")):
             return False
     return True
 
