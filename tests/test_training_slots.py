@@ -250,7 +250,7 @@ def test_seeing_lowers_its_loss_and_keeps_only_the_vision_path(workshop, tmp_pat
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0] and "held_out/h/right" in lines[-1] and "cores" in lines[0]["machine"]
     weights = small.State(tmp_path, "see").weights()
-    kept = {"vision_tower", "compressor", "multi_modal_projector", "patch_head"}
+    kept = {"vision_tower", "compressor", "multi_modal_projector", "patch_head", "place_head"}
     assert {name.split(".")[0] for name in weights} == kept and "patch/shape" in lines[1] and "look" in lines[1]
 
 
@@ -520,7 +520,7 @@ def test_reading_learns_and_starts_from_what_was_seen(workshop, tmp_path):
     module, _ = small.build(part | {"from": ["eyes", "read"]}, tmp_path)
     seen = small.State(tmp_path, "eyes").weights()
     tower = dict(module.encode.__self__.model.named_parameters())
-    assert all(torch.equal(tower[name], value) for name, value in seen.items() if "patch_head" not in name)
+    assert all(torch.equal(tower[name], value) for name, value in seen.items() if "_head" not in name)
     assert torch.equal(module.language_model.norm.weight, weights["language_model.norm.weight"])
     with pytest.raises(ValueError, match="nobody is not finished"):
         small.build(part | {"from": ["nobody"]}, tmp_path)
