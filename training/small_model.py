@@ -14,16 +14,19 @@ group, N visual tokens a group, K facts a token, C width, n positions that are l
 """
 
 from collections import defaultdict
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
-from videoxl.kv_cache import CACHE_NAME
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from videoxl.training.collator import IGNORE
 from videoxl.training.looks import Queries
 from videoxl.training.slots import FRAMES, NUM_SLOTS, PATCH, SIGN, STARTS, STORY, SlotCode, confused, shows, told_right
 
+# What the installed transformers calls a cache that is given to a language model.
+CACHE_NAME = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 # A fact of a slot that shows nothing, or of a story that tells nothing yet.
 EMPTY_WEIGHT = 0.1
 # In the loss of `Seeing` what tokens hold beside facts.
