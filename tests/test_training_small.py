@@ -122,25 +122,32 @@ def test_a_process_that_fails_stops_its_stage(small, tmp_path, monkeypatch):
 TOGETHER = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from videoxl.training import train_small
+from videoxl.training import small_model, train_small
+small_model.PLACE_WEIGHT = 0.0
 recipe = train_small.DEFAULTS | json.loads(sys.argv[3])
+recipe["rates"] = {0: 0, 1: 1}  # JSON has no numbers as keys
 train_small.train_part("p", pathlib.Path(sys.argv[2]), place=tuple(map(int, sys.argv[4:])), recipe=recipe)
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(small, root, tmp_path):
-    """The mean of both gradients: a step of two processes with one clip each is the step that both clips ask for."""
+def test_two_processes_train_as_one(small, root, tmp_path, monkeypatch):
+    """The mean of both gradients: a step of two processes with clips of their own is what all clips ask for.
+
+    But for where shapes stand: that is a mean over the shapes shown, of which one process has many more.
+    """
     import torch
+    from videoxl.training import small_model
+
+    monkeypatch.setattr(small_model, "PLACE_WEIGHT", 0.0)
 
     text = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
     recipe = {
         "trains": "see",
-        "groups": 4,
+        "groups": 16,  # several clips each: what is told is a mean over what is shown, and clips show more or less
         "data": [{"clip": {"seconds": 4}}],
         "steps": 2,
         "save_steps": 1,
-        "rates": {0: 0, 1: 1},
     }
     recipe |= {"text_config": text, "learning_rate": 1e-3, "max_norm": 1e9}
     port = small.free_port()
@@ -161,7 +168,7 @@ def test_two_processes_train_as_one(small, root, tmp_path):
     found = small.batches_of
     small.batches_of = Both
     try:
-        alone = small.train_part("one", tmp_path, recipe=small.DEFAULTS | recipe)
+        alone = small.train_part("one", tmp_path, recipe=small.DEFAULTS | recipe | {"rates": {0: 0, 1: 1}})
     finally:
         small.batches_of = found
     assert alone.facts["step"] == 2
@@ -174,8 +181,7 @@ def test_two_processes_train_as_one(small, root, tmp_path):
             ** 0.5
         )
 
-    # Means over what each process shows are not quite the mean over both; steps of their own would differ by 1.4.
-    assert far(weights) < 0.3 * far(fresh)
+    assert far(weights) < 0.2 * far(fresh)
 
 
 def test_curves_of_the_committed_logs(small, root, tmp_path):

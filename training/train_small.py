@@ -57,10 +57,7 @@ DEFAULTS = {
     "held_out": [],
     "learning_rate": 1e-3,
     "modules": {},  # other rates, by the beginning of parameters' names
-    "rates": {
-        0: 0,
-        50: 1,
-    },  # what the rates are multiplied by at a step; straight between these, and as at the last after it
+    "rates": {0: 0, 50: 1},  # what the rates are multiplied by at steps; straight lines between these
     "beta2": 0.98,
     "max_norm": 1.0,
     "weight_decay": 0.01,
@@ -87,9 +84,8 @@ def read_part(path: Path, overrides=()) -> dict:
     read_numbers(recipe, DEFAULTS)
     if recipe["trains"] not in ("see", "read"):
         raise ValueError(f"trains must be see or read, got {recipe['trains']!r}")
-    if not recipe["rates"] or not all(
-        isinstance(value, (int, float)) for pair in recipe["rates"].items() for value in pair
-    ):
+    numbers = [value for pair in recipe["rates"].items() for value in pair]
+    if not numbers or not all(isinstance(value, (int, float)) for value in numbers):
         raise ValueError(f"rates must be numbers by step, as {{0: 0, 100: 1}}, got {recipe['rates']!r}")
     if unknown := sorted(set(recipe["look"]) - set(LOOKS)):
         raise ValueError(f"look has no {', '.join(unknown)}; it takes {', '.join(LOOKS)}")
